@@ -1,0 +1,62 @@
+"""`python -m align ...` and `align ...`: compose, check, plan or run. A newcomer starts reading here.
+
+Composing needs no torch, so `--help` and `--cfg job` answer at once; the run is imported when there is one.
+An error that the user can put right is one line and exit status 1; any other keeps its traceback.
+HYDRA_FULL_ERROR=1 keeps it for all.
+"""
+
+import os
+import sys
+import warnings
+from typing import TextIO
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from align import compose
+from align.config import RunConfig, UserError
+
+_FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+
+@hydra.main(config_path=str(compose.CONF), config_name="config", version_base="1.3")
+def _job(node: DictConfig) -> float | None:
+    cfg = OmegaConf.to_object(node)
+    assert isinstance(cfg, RunConfig)
+    from align import run  # torch and transformers, only when something runs
+
+    try:
+        return run.run(cfg)
+    except UserError as error:
+        if HydraConfig.get().mode is RunMode.MULTIRUN or _FULL_ERROR:
+            raise  # Hydra reports it, and the other jobs go on
+        sys.exit(f"align: {error}")
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
+) -> None:
+    print(f"align: warning: {message}", file=sys.stderr)
+
+
+def main() -> None:
+    """Entry point of the console script and of `python -m align`."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise, so that the line below can say it shorter
+    warnings.showwarning = _show_warning
+    compose.install()
+    try:
+        _job()
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        if _FULL_ERROR:
+            raise
+        sys.exit(f"align: {compose.one_line(error)}")
+    except KeyboardInterrupt:
+        sys.exit("align: stopped; the same command goes on from the last checkpoint")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""From the typed configuration to transformers.TrainingArguments: what is passed through, and what is ours.
+
+`optimizer.*` are fields of TrainingArguments under their own names. The fields that align owns have one knob each,
+and setting them there is refused with that knob's name.
+"""
+
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
+
+from align.config import Device, RunConfig, UserError
+from align.launch import Place
+
+#: Fields of TrainingArguments that align decides -> where they are decided.
+OWNED = {
+    "output_dir": "run_dir",
+    "seed": "seed",
+    "data_seed": "seed",
+    "per_device_train_batch_size": "train.pairs_per_step and train.tokens_per_micro_batch",
+    "gradient_accumulation_steps": "train.pairs_per_step and train.tokens_per_micro_batch",
+    "per_device_eval_batch_size": "train.tokens_per_micro_batch",
+    "auto_find_batch_size": "train.tokens_per_micro_batch",
+    "bf16": "cluster.precision",
+    "fp16": "cluster.precision",
+    "bf16_full_eval": "cluster.precision",
+    "fp16_full_eval": "cluster.precision",
+    "use_cpu": "cluster",
+    "activation_checkpointing": "train.gradient_checkpointing",
+    "gradient_checkpointing": "train.gradient_checkpointing",
+    "logging_steps": "train.log_every_steps",
+    "logging_strategy": "train.log_every_steps",
+    "eval_steps": "train.eval_every_steps",
+    "eval_strategy": "train.eval_every_steps",
+    "save_steps": "train.save_every_steps",
+    "save_strategy": "train.save_every_steps",
+    "save_total_limit": "train.keep_checkpoints",
+    "report_to": "tracker",
+    "run_name": "run_dir",
+    "label_smoothing_factor": "objective.label_smoothing",
+    "resume_from_checkpoint": "run_dir",
+}
+
+_BIG = 1e9  # weights
+_HIGH_LEARNING_RATE = 1e-5
+
+
+def check_optimizer(optimizer: dict[str, Any]) -> None:
+    """Raise `UserError` for a key that is not TrainingArguments' or is ours, or a value of the wrong type."""
+    hints = typing.get_type_hints(TrainingArguments)
+    known = {field.name: field for field in dataclasses.fields(TrainingArguments)}
+    for name, value in optimizer.items():
+        if name in OWNED:
+            raise UserError(f"optimizer.{name} is decided by {OWNED[name]}: set that")
+        if name not in known:
+            raise UserError(f"unknown key optimizer.{name}; it takes the fields of transformers.TrainingArguments, such as {', '.join(_COMMON)}")
+        kinds = set(typing.get_args(hints[name]) or (hints[name],))
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if kinds & {int, float} and not kinds & {str, dict} and value is not None and not number:
+            raise UserError(f"optimizer.{name} must be a number, not {value!r}")
+    for name, choices in {"optim": OptimizerNames, "lr_scheduler_type": SchedulerType}.items():
+        allowed = [str(choice.value) for choice in choices]
+        if name in optimizer and optimizer[name] not in allowed:
+            raise UserError(f"optimizer.{name} must be one of {', '.join(allowed)}, not {optimizer[name]!r}")
+    for name in ("learning_rate", "num_train_epochs"):
+        if name in optimizer and not 0 < optimizer[name] < float("inf"):
+            raise UserError(f"optimizer.{name} must be above 0, not {optimizer[name]}")
+
+
+_COMMON = ("learning_rate", "optim", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "num_train_epochs", "max_steps")
+
+
+def high_learning_rate(optimizer: dict[str, Any], parameters: int | None, lora: bool) -> str | None:
+    """A warning, if this learning rate is one that large models do not survive."""
+    rate = optimizer.get("learning_rate", 5e-5)
+    if parameters is None or parameters < _BIG or rate <= _HIGH_LEARNING_RATE or lora:
+        return None
+    return (
+        f"optimizer.learning_rate={rate:g} is far above the published 3e-7 to 1e-6 for a model of "
+        f"{parameters / 1e9:.1f}B weights: from 1e-5 on such models collapse to repetition"
+    )
+
+
+def training_arguments(cfg: RunConfig, checkpoints: Path, where: Place) -> TrainingArguments:
+    """The Trainer's arguments. One batch of its loader is one rank's share of a step, so accumulation is always 1."""
+    train = cfg.train
+    every = train.eval_every_steps
+    try:
+        arguments = TrainingArguments(
+            **cfg.optimizer,
+            output_dir=str(checkpoints),
+            seed=cfg.seed,
+            data_seed=cfg.seed,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=1,
+            bf16=where.bf16,
+            use_cpu=cfg.cluster.device is Device.cpu or where.device.type == "cpu",
+            activation_checkpointing=train.gradient_checkpointing,
+            activation_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
+            logging_steps=train.log_every_steps,
+            eval_strategy="no" if every is None else "steps",
+            eval_steps=every,
+            save_steps=train.save_every_steps,
+            save_total_limit=train.keep_checkpoints,
+            report_to="none",
+            disable_tqdm=True,
+            logging_nan_inf_filter=False,  # the default hides NaN, and syncs every micro-batch
+            remove_unused_columns=False,
+            ddp_find_unused_parameters=False,
+            ddp_backend="gloo" if where.device.type == "cpu" and where.world > 1 else None,
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optimizer: {error}") from error
+    _ = arguments.device  # counts the GPUs, which the next line overrules: one process drives one
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments

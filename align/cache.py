@@ -1,0 +1,39 @@
+"""Build a folder once, whoever asks: many runs, many ranks, at the same moment, killed at any moment.
+
+A folder under the cache exists only when it is whole: it is built beside its place and renamed into it, under a
+lock that the others wait for. Nothing here ever deletes what a build has finished.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+from align.config import UserError
+
+
+def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """`folder`, after `build(temporary folder)` has filled it, now or earlier. Returns `folder`.
+
+    Raises:
+        UserError: the cache cannot be written.
+    """
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{folder}.lock")
+        lock.acquire()
+    except OSError as error:
+        raise UserError(f"cache_dir: cannot write {folder.parent} ({error.strerror}); set cache_dir= or ALIGN_CACHE") from error
+    with lock:
+        if folder.is_dir():
+            return folder
+        unfinished = folder.with_name(f"{folder.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a build that was killed: the lock is ours now
+        unfinished.mkdir()
+        build(unfinished)
+        os.replace(unfinished, folder)
+    return folder

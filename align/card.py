@@ -1,0 +1,79 @@
+"""The model card: made from the resolved configuration and the results, nothing typed by hand."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import datasets
+import torch
+import transformers
+
+import align
+from align.config import RunConfig
+from align.data import Pairs
+from align.model import Start
+
+_ROWS = {
+    "rewards/accuracies": "held-out accuracy, the objective's reward",
+    "accuracy/mean_logp": "held-out accuracy by mean_logp",
+    "accuracy/log_ratio": "held-out accuracy by log_ratio",
+    "mean_logp/chosen": "mean_logp of chosen, nats per token",
+    "mean_logp/rejected": "mean_logp of rejected, nats per token",
+    "win_rate": "win rate against the start model",
+    "judge_score": "judge's score",
+    "sample_length": "length of an answer, tokens",
+    "kl_policy_start": "KL(policy || start), nats per answer",
+}
+
+
+def table(before: Mapping[str, float], after: Mapping[str, float]) -> list[tuple[str, str, str]]:
+    """(what, at the start, after training) for every result there is; groups follow."""
+    groups = [name for name in after if name.startswith("accuracy/") and name not in _ROWS]
+    labels = {**_ROWS, **{name: f"held-out accuracy, {name.removeprefix('accuracy/')}" for name in groups}}
+    return [(label, f"{before[n]:.3f}", f"{after[n]:.3f}") for n, label in labels.items() if n in before and n in after]
+
+
+def text_table(rows: list[tuple[str, str, str]]) -> str:
+    """The table as the terminal shows it."""
+    rows = [("", "start", "trained"), *rows]
+    width = max(len(row[0]) for row in rows)
+    return "\n".join(f"{what:<{width}}  {before:>8}  {after:>8}" for what, before, after in rows)
+
+
+def model_card(
+    cfg: RunConfig, config: Mapping[str, Any], start: Start, pairs: Pairs, rows: list[tuple[str, str, str]]
+) -> str:
+    """README.md of the trained model. `config` is the resolved configuration."""
+    base = start.path if cfg.model.init is None else "built in, see `model.init` below"
+    header = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    if cfg.model.init is None:
+        header.append(f"base_model: {start.path}")
+    header += ["tags:", "- align", f"- {cfg.objective['name']}", "---"]
+    results = ["| | start | trained |", "| --- | ---: | ---: |", *(f"| {' | '.join(row)} |" for row in rows)]
+    versions = {m.__name__: m.__version__ for m in (align, torch, transformers, datasets)}
+    hyper = ", ".join(f"`{name}={value}`" for name, value in cfg.objective.items() if name != "name")
+    return "\n".join(
+        [
+            *header,
+            "",
+            f"# {cfg.model.name} trained with {cfg.objective['name']}",
+            "",
+            f"- Objective: **{cfg.objective['name']}**, {hyper}",
+            f"- Start model: {base}" + (f" at revision {cfg.model.revision}" if cfg.model.revision else ""),
+            f"- Data: {cfg.dataset.name}, {cfg.dataset.path or cfg.dataset.rows or 'a mix'}; {pairs.counts['train']['pairs']} pairs, "
+            f"fingerprint `{pairs.fingerprint}`",
+            f"- Batch: {cfg.train.pairs_per_step} pairs a step; learning rate {cfg.optimizer.get('learning_rate')}; seed {cfg.seed}",
+            f"- Made with {', '.join(f'{name} {version}' for name, version in versions.items())}",
+            "",
+            "## Results",
+            "",
+            *results,
+            "",
+            "## Configuration",
+            "",
+            "```json",
+            json.dumps(config, indent=2, default=str),
+            "```",
+            "",
+        ]
+    )

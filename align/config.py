@@ -1,0 +1,236 @@
+"""The typed shape of a run: every knob with its default and unit, and nothing else.
+
+Hydra fills these dataclasses from `conf/`, `experiments/` and the command line, and refuses unknown keys and wrong
+types. No torch here: `--help`, `--cfg job` and tab completion must answer at once. Not frozen, because OmegaConf
+makes frozen nodes read-only before overrides reach them.
+"""
+
+import hashlib
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+
+class UserError(ValueError):
+    """Something the user can put right. Shown as one line; the message says what to type."""
+
+
+class ResponseMask(Enum):
+    """Which tokens are scored as the response (FACTS: SimPO's code scores the header, TRL and most others do not)."""
+
+    completion = "completion"  # what the model would generate: the content and the end-of-turn token
+    with_header = "with_header"  # also the header that opens the assistant's turn
+
+
+class Truncation(Enum):
+    """What becomes of a pair whose prompt and longer response exceed `max_length`."""
+
+    papers = "papers"  # trl 0.9.6: keep the prompt's last tokens, then cut both responses
+    drop = "drop"  # leave the pair out, and count it
+
+
+class SystemMessage(Enum):
+    """How a system message reaches the chat template."""
+
+    template = "template"  # as a system turn; the template must know that role
+    merge = "merge"  # in front of the first user turn, for templates without a system role (Gemma)
+
+
+class Device(Enum):
+    auto = "auto"  # the GPU where there is one, else the CPU
+    cpu = "cpu"
+
+
+class Precision(Enum):
+    auto = "auto"  # bf16 on a GPU that has it, else fp32
+    bf16 = "bf16"  # bf16 autocast over float32 master weights
+    fp32 = "fp32"
+
+
+class TrackerName(Enum):
+    wandb = "wandb"
+    trackio = "trackio"
+    tensorboard = "tensorboard"
+    none = "none"
+
+
+class TrackerMode(Enum):
+    auto = "auto"  # online with a key, else offline
+    online = "online"
+    offline = "offline"
+
+
+@dataclass
+class ModelConfig:
+    name: str = MISSING
+    path: str | None = None  # hub name, or a folder with config.json and safetensors
+    revision: str | None = None  # hub revision; null: the newest
+    parameters: int | None = None  # how many weights, for checks before anything is downloaded
+    tokenizer: str | None = None  # hub name, folder, or "module:function" beside `init`; null: beside the model
+    chat_template: str | None = None  # a Jinja template or the path of one; null: the tokenizer's own
+    system_message: SystemMessage = SystemMessage.template
+    attn_implementation: str | None = None  # transformers' name of an attention; null: its choice
+    trust_remote_code: bool = False
+    lora: dict[str, Any] | None = None  # fields of peft.LoraConfig; null: train every weight
+    init: dict[str, Any] | None = None  # instead of path: transformers config fields of a randomly initialised model
+    init_seed: int = 0  # apart from `seed`, so that seeds of one study share their start model
+    fit: str | None = None  # "module:function" that fits a freshly initialised model; the result is cached
+
+
+@dataclass
+class SourceConfig:
+    """One source of preference pairs."""
+
+    path: str | None = None  # hub name; a .jsonl, .json or .parquet file; or a folder written by save_to_disk
+    config: str | None = None  # hub configuration name
+    revision: str | None = None  # hub revision; null: the newest
+    split: str = "train"
+    eval_path: str | None = None  # held-out pairs; null: from `path`
+    eval_split: str | None = None  # null: `eval_fraction` of the training prompts is held out
+    rows: str | None = None  # instead of path: "module:function" that makes the rows
+    columns: dict[str, str] = field(default_factory=dict)  # our column name -> the source's
+    wrap_plain: bool = False  # true: a plain prompt and response become one chat turn each
+    weight: float = 1.0  # share of this source in a mix
+
+
+@dataclass
+class DatasetConfig(SourceConfig):
+    name: str = MISSING
+    mix: dict[str, SourceConfig] = field(default_factory=dict)  # several sources, instead of one
+    eval_fraction: float = 0.05  # of the prompts, chosen by hash; for sources without held-out pairs
+    limit: int | None = None  # at most so many training pairs
+    eval_limit: int | None = 2000  # at most so many held-out pairs
+    strict: bool = False  # true: a bad row is an error; false: it is dropped and counted
+    group_by: str | None = None  # column: held-out accuracy is also reported per value of it
+    judge: str | None = None  # "module:function" (prompt, response) -> [0, 1]: adds win rates to the results
+
+
+@dataclass
+class ClusterConfig:
+    device: Device = Device.auto
+    precision: Precision = Precision.auto
+    cpu_threads: int | None = None  # torch threads; null: torch's choice
+
+
+@dataclass
+class TrackerConfig:
+    name: TrackerName = TrackerName.none
+    mode: TrackerMode = TrackerMode.auto
+    project: str = "align"
+    entity: str | None = None  # wandb team or user
+    group: str | None = None  # runs to be compared; null: the model and dataset
+    tags: list[str] = field(default_factory=list)  # besides objective, model and dataset
+
+
+@dataclass
+class TrainConfig:
+    pairs_per_step: int = 128  # the global batch; micro-batches, accumulation and world size cannot change it
+    tokens_per_micro_batch: int = 16384  # padded tokens that one device holds at once
+    max_length: int = 2048  # tokens of prompt and response
+    max_prompt_length: int = 1800  # tokens
+    response_mask: ResponseMask = ResponseMask.completion
+    truncation: Truncation = Truncation.papers
+    gradient_checkpointing: bool = True
+    log_every_steps: int = 1
+    eval_every_steps: int | None = None  # null: only before the first step and after the last
+    save_every_steps: int = 100
+    keep_checkpoints: int = 2
+
+
+@dataclass
+class EvaluationConfig:
+    """Sampling for the win rate, where the dataset has a judge."""
+
+    prompts: int = 160  # held-out prompts, at most
+    samples_per_prompt: int = 4
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+
+
+@dataclass
+class RunConfig:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    objective: dict[str, Any] = field(default_factory=dict)  # name and hyperparameters; objectives.build checks them
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: dict[str, Any] = field(default_factory=dict)  # fields of transformers.TrainingArguments, their names
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    seed: int = 42
+    run_dir: str | None = None  # null: runs/<model>-<dataset>-<objective>-<fingerprint of what decides the result>
+    cache_dir: str = MISSING  # prepared data, start models, reference log-probabilities: shared by runs
+    plan: bool = False  # true: print what would run, start nothing
+
+
+def check(cfg: RunConfig) -> None:
+    """Raise `UserError` for values that no type can refuse, before any data or model is touched."""
+    train, dataset = cfg.train, cfg.dataset
+    positive = {
+        "train.pairs_per_step": train.pairs_per_step,
+        "train.tokens_per_micro_batch": train.tokens_per_micro_batch,
+        "train.max_length": train.max_length,
+        "train.max_prompt_length": train.max_prompt_length,
+        "train.log_every_steps": train.log_every_steps,
+        "train.eval_every_steps": train.eval_every_steps,
+        "train.save_every_steps": train.save_every_steps,
+        "train.keep_checkpoints": train.keep_checkpoints,
+        "dataset.limit": dataset.limit,
+        "dataset.eval_limit": dataset.eval_limit,
+        "dataset.weight": dataset.weight,
+        "cluster.cpu_threads": cfg.cluster.cpu_threads,
+        "evaluation.prompts": cfg.evaluation.prompts,
+        "evaluation.samples_per_prompt": cfg.evaluation.samples_per_prompt,
+        "evaluation.temperature": cfg.evaluation.temperature,
+        "evaluation.max_new_tokens": cfg.evaluation.max_new_tokens,
+    }
+    positive |= {f"dataset.mix.{name}.weight": source.weight for name, source in dataset.mix.items()}
+    for key, value in positive.items():
+        if value is not None and value <= 0:
+            raise UserError(f"{key} must be above 0, not {value}")
+    if not 0 < cfg.evaluation.top_p <= 1:
+        raise UserError(f"evaluation.top_p must lie in (0, 1], not {cfg.evaluation.top_p}")
+    if not 0 < dataset.eval_fraction < 1:
+        raise UserError(f"dataset.eval_fraction must lie in (0, 1), not {dataset.eval_fraction}")
+    if train.max_prompt_length >= train.max_length:
+        raise UserError(
+            f"train.max_prompt_length ({train.max_prompt_length}) must be below train.max_length "
+            f"({train.max_length}): the difference is what is left of a response when both are too long"
+        )
+    if (cfg.model.path is None) == (cfg.model.init is None):
+        raise UserError("give model.path (a hub name or a folder) or model.init (config fields), and not both")
+    for key, source in {"dataset": dataset, **{f"dataset.mix.{n}": s for n, s in dataset.mix.items()}}.items():
+        given = [n for n in ("path", "rows") if getattr(source, n)] + (["mix"] if source is dataset and dataset.mix else [])
+        if len(given) != 1:
+            example = f"{key}.path=pairs.jsonl"
+            raise UserError(f"{key} needs one of path, rows or mix, and has {' and '.join(given) or 'none'}: e.g. {example}")
+
+
+def resolve(reference: str, key: str) -> Callable[..., Any]:
+    """The function that "module:function" names; `key` is the knob it came from, for the error."""
+    module, _, name = reference.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f'{key}={reference} is not "module:function" of something importable: {error}') from error
+    assert callable(function)
+    return function
+
+
+def fingerprint(*parts: Any) -> str:
+    """Sixteen hex digits that change when any of these JSON-able values does."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_fingerprint(path: Path) -> str:
+    """Sixteen hex digits of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

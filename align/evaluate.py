@@ -1,0 +1,90 @@
+"""A policy against its start model on held-out prompts, by the dataset's own judge.
+
+Accuracy on held-out pairs says that the policy ranks given answers rightly; this says whether its own answers got
+better. Length stands beside it, because judges like long answers, and KL(policy || start), estimated the same way for
+every objective: the mean of log pi - log pi_start over the policy's own samples. Left out: judges that are models.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+
+from transformers import PreTrainedModel
+
+from align.batching import plan_micro_batches
+from align.config import EvaluationConfig
+from align.engine import collate, evaluating, response_statistics
+from align.launch import Place
+from align.model import Start
+from align.sampling import Sample, prompt_ids, sampler
+
+Judge = Callable[[str, str], float]
+
+
+def compare_with_start(
+    policy: PreTrainedModel,
+    start_policy: PreTrainedModel,
+    start: Start,
+    conversations: list[list[dict[str, str]] | str],
+    judge: Judge,
+    cfg: EvaluationConfig,
+    where: Place,
+    *,
+    seed: int,
+    budget: int,
+    samples_file: Path,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Metrics of the start policy and of the trained one: win rate, judge's score, length in tokens, KL in nats.
+
+    The judge is given the last user turn of each conversation (or the plain prompt) and an answer. Both policies are `engine.attach`ed and on the device. The responses are written to `samples_file`.
+    """
+    options = {
+        "samples": cfg.samples_per_prompt,
+        "temperature": cfg.temperature,
+        "top_p": cfg.top_p,
+        "max_new_tokens": cfg.max_new_tokens,
+        "seed": seed,
+    }
+    questions = [c if isinstance(c, str) else c[-1]["content"] for c in conversations]
+    ids = [prompt_ids(conversation, start.tokenizer) for conversation in conversations]
+    drawn = {name: sampler(model, start)(ids, **options) for name, model in (("start", start_policy), ("policy", policy))}
+    scores = {
+        name: [[judge(question, s.text) for s in own] for question, own in zip(questions, samples, strict=True)]
+        for name, samples in drawn.items()
+    }
+    with samples_file.open("w") as file:
+        for i, prompt in enumerate(questions):
+            answers = {name: [s.text for s in drawn[name][i]] for name in drawn}
+            file.write(json.dumps({"prompt": prompt, **answers, "scores": {n: scores[n][i] for n in scores}}) + "\n")
+    metrics = {}
+    for name, model in (("start", start_policy), ("policy", policy)):
+        flat = [s for own in drawn[name] for s in own]
+        pad = int(start.tokenizer.pad_token_id)
+        metrics[name] = {
+            "win_rate": win_rate(scores[name], scores["start"]),
+            "judge_score": fmean(score for own in scores[name] for score in own),
+            "sample_length": fmean(len(s.response_ids) for s in flat),
+            "kl_policy_start": fmean(a - b for a, b in zip(*(_logps(m, flat, where, budget, pad) for m in (model, start_policy)), strict=True)),
+        }
+    return metrics["start"], metrics["policy"]
+
+
+def win_rate(ours: list[list[float]], theirs: list[list[float]]) -> float:
+    """P(a sample of ours scores above one of theirs), over all pairs of samples of the same prompt; a tie is half."""
+    return fmean(
+        (a > b) + 0.5 * (a == b) for mine, others in zip(ours, theirs, strict=True) for a in mine for b in others
+    )
+
+
+def _logps(model: PreTrainedModel, samples: list[Sample], where: Place, budget: int, pad_token_id: int) -> list[float]:
+    """log pi of each sample, in nats."""
+    logps = [0.0] * len(samples)
+    lengths = [len(s.prompt_ids) + len(s.response_ids) for s in samples]
+    with evaluating(model), where.autocast():
+        for group in plan_micro_batches(lengths, 2 * budget):
+            rows = [(samples[i].prompt_ids, samples[i].response_ids) for i in group]
+            batch = {name: tensor.to(where.device) for name, tensor in collate(rows, pad_token_id).items()}
+            for i, logp in zip(group, response_statistics(model, batch, ())["logp"].tolist(), strict=True):
+                logps[i] = logp
+    return logps

@@ -1,0 +1,207 @@
+"""Policies and tokenizers: load, initialise, adapt; and the fingerprints that caches are keyed by.
+
+The start model is always a folder or a hub name, also where it is randomly initialised or fitted first, so that
+everything after this file deals with one kind of model. Weights are safetensors, float32, without dropout: the
+papers train without it, and a log-ratio to the start model is only 0 at step 0 without it.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import xxhash
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from align.cache import build_once
+from align.config import ModelConfig, SystemMessage, UserError, fingerprint, resolve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a run starts: `path` for `from_pretrained`, and the tokenizer with the run's chat template."""
+
+    path: str
+    tokenizer: PreTrainedTokenizerBase
+
+
+def prepare_start(cfg: ModelConfig, cache: Path) -> Start:
+    """Load the tokenizer, and make the start model if the configuration describes one. Cached.
+
+    Raises:
+        UserError: no such model or tokenizer, or one that cannot be used; the message names the knob.
+    """
+    if cfg.path is not None:
+        tokenizer = _load_tokenizer(cfg, cfg.tokenizer or cfg.path, cfg.revision if cfg.tokenizer is None else None)
+        return Start(path=cfg.path, tokenizer=tokenizer)
+    if cfg.tokenizer is None:
+        raise UserError("model.init needs model.tokenizer: a folder, a hub name, or module:function")
+    is_function = ":" in cfg.tokenizer and not Path(cfg.tokenizer).exists()
+    tokenizer = resolve(cfg.tokenizer, "model.tokenizer")() if is_function else _load_tokenizer(cfg, cfg.tokenizer, None)
+    key = fingerprint(cfg.init, cfg.init_seed, cfg.fit, tokenizer_fingerprint(tokenizer), transformers.__version__)
+    folder = cache / "models" / f"{cfg.name}-{key}"
+
+    def build(into: Path) -> None:
+        model = _initialise(cfg, tokenizer)
+        if cfg.fit is not None:
+            resolve(cfg.fit, "model.fit")(model, tokenizer)
+        model.save_pretrained(into)
+        tokenizer.save_pretrained(into)
+
+    return Start(path=str(build_once(folder, build)), tokenizer=tokenizer)
+
+
+def _initialise(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    values = dict(cfg.init or {})
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    try:
+        config = AutoConfig.for_model(values.pop("model_type", ""), **{"vocab_size": len(tokenizer), **ids, **values})
+    except ValueError as error:
+        raise UserError(f"model.init: {error}") from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.init_seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    stops = stop_token_ids(tokenizer)
+    model.generation_config.eos_token_id = stops
+    return model
+
+
+def load_policy(cfg: ModelConfig, start: Start, seed: int) -> PreTrainedModel:
+    """The policy as it is at step 0, in float32 on the CPU, adapter included. `seed` decides the adapter's start."""
+    dtype_and_code: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": cfg.trust_remote_code}
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            start.path,
+            revision=cfg.revision,
+            attn_implementation=cfg.attn_implementation,
+            use_safetensors=True,
+            output_loading_info=True,
+            **dtype_and_code,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(_cannot_load("model.path", start.path, error)) from error
+    if loading["missing_keys"]:
+        some = ", ".join(sorted(loading["missing_keys"])[:3])
+        raise UserError(f"model.path={start.path} lacks {len(loading['missing_keys'])} weights ({some} ...): they would be random")
+    if len(start.tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise UserError(
+            f"the tokenizer has {len(start.tokenizer)} tokens and model {start.path} embeds only "
+            f"{model.get_input_embeddings().num_embeddings}: model.tokenizer and model.path do not belong together"
+        )
+    model.config.use_cache = False
+    if cfg.lora is not None:
+        model = _with_adapter(model, cfg.lora, seed)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    return model
+
+
+def _with_adapter(model: PreTrainedModel, fields: dict[str, Any], seed: int) -> PreTrainedModel:
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError("model.lora needs peft: pip install 'align[peft]'") from error
+    if fields.get("lora_dropout"):
+        raise UserError("model.lora.lora_dropout must be 0: with dropout the log-ratio to the start model is noise")
+    transformers.set_seed(seed)
+    try:
+        adapter = peft.LoraConfig(task_type="CAUSAL_LM", **fields)
+        return peft.get_peft_model(model, adapter)  # type: ignore[return-value]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model.lora: {str(error).removeprefix('LoraConfig.__init__() ')}; fields are peft.LoraConfig's") from error
+
+
+def _load_tokenizer(cfg: ModelConfig, path: str, revision: str | None) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=cfg.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(_cannot_load("model.tokenizer" if cfg.tokenizer else "model.path", path, error)) from error
+    if not tokenizer.is_fast:
+        raise UserError(f"tokenizer {path} has no tokenizer.json: align needs a fast tokenizer")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer {path} has no eos_token: set one in its tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked and never scored: any token serves
+    if cfg.chat_template is not None:
+        file = Path(cfg.chat_template).expanduser()
+        is_template = "{" in cfg.chat_template
+        if not is_template and not file.is_file():
+            raise UserError(f"model.chat_template={cfg.chat_template} is neither a Jinja template nor a file that holds one")
+        tokenizer.chat_template = cfg.chat_template if is_template else file.read_text()
+    return tokenizer
+
+
+def _cannot_load(key: str, path: str, error: Exception) -> str:
+    """One line: which knob, what was tried, and why it failed."""
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if Path(path).expanduser().is_dir() or path.startswith(("/", ".", "~")):
+        return f"{key}={path} cannot be loaded as a folder with config.json, safetensors and a tokenizer: {reason}"
+    return f"{key}={path} is no folder here and cannot be had from the hub (network, name, access token HF_TOKEN?): {reason}"
+
+
+def merge_system_message(messages: list[dict[str, str]], policy: SystemMessage) -> list[dict[str, str]]:
+    """The conversation as the chat template can take it: a leading system message may go into the first user turn."""
+    if policy is SystemMessage.template or len(messages) < 2 or messages[0]["role"] != "system":
+        return messages
+    first = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+    return [first, *messages[2:]]
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """The strings that the tokenizer reads as one special token each."""
+    return {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a response: the tokenizer's eos, and the one its chat template closes a turn with."""
+    ids = [tokenizer.eos_token_id]
+    if tokenizer.chat_template is not None:
+        end = end_of_turn(tokenizer)[0]
+        ids += [i for i in tokenizer(end, add_special_tokens=False).input_ids if i not in ids][-1:]
+    return ids
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What the chat template writes behind an answer: (up to and with its last special token, the rest).
+
+    Gemma: ("<end_of_turn>", "\\n"). The rest is never generated, so it is not part of a response. Where the template
+    closes no turn the first part is the tokenizer's eos token.
+
+    Raises:
+        UserError: the template does not write the assistant's turn.
+    """
+    probe = "a probe of the template"
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": probe}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # Jinja raises whatever the template's author chose
+        raise UserError(f"the chat template fails on one user and one assistant turn: {error}") from error
+    assert isinstance(text, str)
+    _, found, tail = text.rpartition(probe)
+    if not found:
+        raise UserError("the chat template does not write the assistant's turn: give model.chat_template one that does")
+    ends = [tail.rfind(token) + len(token) for token in special_tokens(tokenizer) if token in tail]
+    if not ends:
+        return str(tokenizer.eos_token), tail
+    return tail[: max(ends)], tail[max(ends) :]
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Changes when a text would be tokenised or a conversation be rendered otherwise."""
+    backend = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    return fingerprint(backend, tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token)
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Changes when any weight does, adapters included: the key of everything computed from these weights."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

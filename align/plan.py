@@ -1,0 +1,128 @@
+"""What would run, in a page of text: data, lengths, steps, micro-batches, memory, the first loss. Starts nothing."""
+
+from statistics import fmean
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from align.batching import StepSampler, steps_per_epoch
+from align.config import ModelConfig, RunConfig, UserError
+from align.data import Pairs
+from align.launch import Place
+from align.model import Start
+from align.trainer import pair_lengths
+from objectives import Objective, Response
+
+_STATE_BYTES = {"adamw": 8, "adam": 8, "rmsprop": 4, "adagrad": 4, "lion": 4, "sgd": 0}  # per trained weight, float32
+_LAYER_BYTES = 34  # per token and hidden unit of a layer in 16 bit, without attention maps: arXiv 2205.05198, section 4
+
+
+def check_batch(cfg: RunConfig, pairs: int, world: int) -> None:
+    """Raise `UserError` for a global batch that the processes or the data cannot fill."""
+    size = cfg.train.pairs_per_step
+    if size % world:
+        fits = size + world - size % world
+        raise UserError(f"train.pairs_per_step={size} cannot be divided among {world} processes; {fits} can")
+    if pairs < size:
+        raise UserError(f"train.pairs_per_step={size} is more than the {pairs} training pairs: give more data or train.pairs_per_step={pairs}")
+
+
+def total_steps(cfg: RunConfig, pairs: int, world: int) -> int:
+    """Optimizer steps of the whole run."""
+    limit = int(cfg.optimizer.get("max_steps", -1))
+    epochs = float(cfg.optimizer.get("num_train_epochs", 3.0))
+    return limit if limit > 0 else -int(-epochs * steps_per_epoch(pairs, cfg.train.pairs_per_step, world) // 1)
+
+
+def describe(cfg: RunConfig, start: Start, pairs: Pairs, objective: Objective, where: Place) -> str:
+    """The plan of a run, as it is printed and saved."""
+    train, lengths = cfg.train, pair_lengths(pairs.train)
+    sampler = StepSampler(
+        lengths, pairs_per_step=train.pairs_per_step, world=where.world, rank=where.rank, budget=train.tokens_per_micro_batch, seed=cfg.seed
+    )
+    shares = [share for _, share in zip(range(50), sampler, strict=False)]
+    micro = [len(share) for share in shares]
+    fed = [sum(2 * len(m.pairs) * max(lengths[i] for i in m.pairs) for m in share) for share in shares]
+    useful = [sum(_tokens(pairs, m.pairs) for m in share) for share in shares]
+    lines = [
+        f"objective   {objective}",
+        f"model       {cfg.model.name}: {start.path}" + (f", LoRA {cfg.model.lora}" if cfg.model.lora else ""),
+        f"data        {cfg.dataset.name}: {_counts(pairs, 'train')}",
+        f"held out    {_counts(pairs, 'held_out')}",
+        *(f"lengths     {name}: {_quantiles(pairs, column)}" for name, column in _COLUMNS.items()),
+        f"steps       {total_steps(cfg, len(lengths), where.world)} of {train.pairs_per_step} pairs "
+        f"({len(sampler)} an epoch), on {where.world} {where.device.type} process(es), {'bf16' if where.bf16 else 'fp32'}",
+        f"a step      {fmean(micro):.1f} micro-batches a process (at most {max(micro)}) of up to {train.tokens_per_micro_batch} tokens; "
+        f"padding {1 - sum(useful) / sum(fed):.0%} of what is fed",
+        f"memory      {_memory(cfg, start, lengths)}",
+        f"first loss  {first_loss(objective, pairs)}",
+    ]
+    return "\n".join(lines)
+
+
+_COLUMNS = {"prompt": "prompt_ids", "chosen": "chosen_ids", "rejected": "rejected_ids"}
+
+
+def _tokens(pairs: Pairs, indices: tuple[int, ...]) -> int:
+    rows = pairs.train[list(indices)]
+    return sum(2 * len(p) + len(c) + len(r) for p, c, r in zip(*(rows[name] for name in _COLUMNS.values()), strict=True))
+
+
+def _counts(pairs: Pairs, split: str) -> str:
+    counts = pairs.counts[split]
+    dropped = ", ".join(f"{count} {reason}" for reason, count in counts["dropped"].items())
+    cut = f"; {counts['cut_pairs']} pairs cut, {counts['cut_tokens']} response tokens lost" if counts["cut_pairs"] else "; none cut"
+    return f"{counts['pairs']} pairs{cut}; dropped: {dropped or 'none'}"
+
+
+def _quantiles(pairs: Pairs, column: str) -> str:
+    lengths = sorted(len(ids) for ids in pairs.train[column])
+    at = {name: lengths[min(len(lengths) - 1, int(q * len(lengths)))] for name, q in (("half", 0.5), ("90%", 0.9), ("99%", 0.99))}
+    return ", ".join(f"{name} at most {value}" for name, value in at.items()) + f", longest {lengths[-1]} tokens"
+
+
+def _memory(cfg: RunConfig, start: Start, lengths: list[int]) -> str:
+    """An estimate for one process that holds everything: weights, gradients, optimizer, activations."""
+    shape, total = _shape(cfg.model, start)
+    trained = total if cfg.model.lora is None else total // 100
+    name = str(cfg.optimizer.get("optim", "adamw_torch"))
+    state = next((size for family, size in _STATE_BYTES.items() if name.startswith(family)), 8)
+    longest = min(max(lengths) * 2, cfg.train.tokens_per_micro_batch * 2)
+    tokens = max(cfg.train.tokens_per_micro_batch, longest)
+    layers, hidden = shape.num_hidden_layers, shape.hidden_size
+    live = 1 if cfg.train.gradient_checkpointing else layers
+    activations = tokens * hidden * (_LAYER_BYTES * live + (4 * layers if cfg.train.gradient_checkpointing else 0))
+    parts = {"weights": 4 * total, "gradients": 4 * trained, name: state * trained, "activations about": activations}
+    text = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in parts.items())
+    return f"{sum(parts.values()) / 2**30:.2f} GiB a process: {text} ({total / 1e6:,.1f}M weights in float32)"
+
+
+def _shape(cfg: ModelConfig, start: Start) -> tuple[AutoConfig, int]:
+    """The model's configuration, and how many weights it has, without loading any."""
+    try:
+        config = AutoConfig.from_pretrained(start.path, revision=cfg.revision, trust_remote_code=cfg.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path={start.path} has no usable config.json: {str(error).splitlines()[0]}") from error
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
+    return config.get_text_config(), sum(p.numel() for p in model.parameters())
+
+
+def first_loss(objective: Objective, pairs: Pairs) -> str:
+    """The mean loss at step 0, where the policy is the reference, if it does not depend on the policy's own logp."""
+    columns = {side: torch.tensor(pairs.train[f"{side}_win_prob"][:]) for side in ("chosen", "rejected")}
+    sizes = {side: torch.tensor([float(len(ids)) for ids in pairs.train[f"{side}_ids"]]) for side in columns}
+
+    def loss(per_token: dict[str, float]) -> float:
+        made = {}
+        for side, length in sizes.items():
+            logp = length * per_token[side]
+            # log_sum_sq and log_max lie between logp and 0 for a likely response: any value shows a dependence
+            values = {"logp": logp, "ref_logp": logp, "length": length, "log_sum_sq": logp / 2, "log_max": logp / 3, "win_prob": columns[side]}
+            made[side] = Response(**{name: values[name] for name in objective.needs})
+        return float(objective(made["chosen"], made["rejected"]).loss.mean())
+
+    one, other = loss({"chosen": -1.0, "rejected": -2.0}), loss({"chosen": -0.5, "rejected": -0.3})
+    if abs(one - other) < 1e-6 * max(1.0, abs(one)):
+        return f"{one:.6g}, as the log-ratio to the start model is 0"
+    return "depends on the start model's log-probabilities"

@@ -1,0 +1,155 @@
+"""Please name 3 animals, numbered: a task whose answers a program judges, and the pairs to train on.
+
+The judge looks at what was asked: how many different valid items, no more and no fewer, in the asked layout. The
+pairs are the start model's own: five samples a prompt, the best against the worst, and for each the probability
+that it beats a fresh sample (its mean win over the five, itself included: arXiv 2405.00675, section 5).
+"""
+
+import json
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from align.cache import build_once
+from align.config import UserError, file_fingerprint, fingerprint
+from align.model import Start
+
+ITEMS = {
+    "animals": "cat dog cow pig hen fox owl bear wolf lion deer frog",
+    "colours": "red blue green black white brown pink grey gold purple yellow orange",
+    "fruits": "apple pear plum grape lemon lime mango peach cherry melon banana kiwi",
+    "tools": "hammer saw drill wrench pliers chisel file axe shovel rake hoe clamp",
+    "cities": "paris london rome madrid berlin vienna prague athens dublin oslo cairo tokyo",
+    "clothes": "hat coat shirt skirt dress scarf glove sock shoe boot belt jacket",
+}
+CATEGORIES = {name: items.split() for name, items in ITEMS.items()}
+LAYOUTS = ("numbered", "with commas", "one per line")
+ASKS = (
+    "please name {} {}, {}",
+    "name {} {}, {}",
+    "please list {} {}, {}",
+    "list {} {}, {}",
+    "please give me {} {}, {}",
+    "give me {} {}, {}",
+    "i need {} {}, {}",
+    "tell me {} {}, {}",
+)
+FILLER = "thing"  # what a lazy answer says in place of an item
+COUNTS = range(2, 6)
+SAMPLES = 5  # a prompt
+MIN_GAP = 0.3  # between the scores of a pair
+TRAIN_PROMPTS, TEST_PROMPTS = 400, 176
+
+
+def render(items: list[str], layout: str) -> str:
+    """The answer that gives these items in this layout."""
+    if layout == "numbered":
+        return " ".join(f"{i}. {item}" for i, item in enumerate(items, 1))
+    return ", ".join(items) if layout == "with commas" else "\n".join(items)
+
+
+def read(answer: str, layout: str) -> list[str] | None:
+    """The items of an answer in this layout; None where it is not in it."""
+    if layout == "numbered":
+        parts = re.split(r"(?:^| )(\d+)\. ", answer.strip())
+        numbers, items = parts[1::2], parts[2::2]
+        return items if items and not parts[0] and numbers == [str(i) for i in range(1, len(items) + 1)] else None
+    separator = ", " if layout == "with commas" else "\n"
+    items = answer.strip().split(separator)
+    return items if all(re.fullmatch(r"[a-z]+", item) for item in items) else None
+
+
+def judge(prompt: str, answer: str) -> float:
+    """Score of an answer in [0, 1]: the share of right items, lowered for a wrong count and halved in a wrong layout.
+
+    Raises:
+        UserError: the prompt is not one of the task's.
+    """
+    asked = re.search(rf"(\d+) ({'|'.join(CATEGORIES)}), ({'|'.join(LAYOUTS)})$", prompt)
+    if asked is None:
+        raise UserError(f"the built-in judge only knows prompts such as {prompts('test')[0]!r}, not {prompt[:60]!r}")
+    count, category, layout = int(asked[1]), asked[2], asked[3]
+    items = read(answer, layout)
+    given = items if items is not None else re.findall(r"[a-z]+", answer)
+    right = len(set(given) & set(CATEGORIES[category]))
+    score = min(right, count) / max(len(given), count)
+    return score * (1.0 if len(given) == count else 0.8) * (1.0 if items is not None else 0.5)
+
+
+def prompts(split: str) -> list[str]:
+    """Prompts of a split, each in one split only: all combinations, shuffled once and for all."""
+    every = [ask.format(n, c, layout) for ask in ASKS for n in COUNTS for c in CATEGORIES for layout in LAYOUTS]
+    random.Random(0).shuffle(every)
+    return every[:TRAIN_PROMPTS] if split == "train" else every[TRAIN_PROMPTS : TRAIN_PROMPTS + TEST_PROMPTS]
+
+
+def demonstrations(count: int, seed: int) -> Iterator[tuple[str, str]]:
+    """(prompt, imperfect answer): half go wrong in one way or more, as an assistant does that was taught in haste."""
+    rng = random.Random(seed)
+    train = prompts("train")
+    for _ in range(count):
+        prompt = rng.choice(train)
+        n, category, layout = re.search(r"(\d+) (\w+), (.*)$", prompt).groups()  # type: ignore[union-attr]
+        items = rng.sample(CATEGORIES[category], int(n))
+        if rng.random() < 0.15:  # wrong count
+            items = (items + rng.sample(CATEGORIES[category], 3))[: max(1, len(items) + rng.choice((-2, -1, 1, 2)))]
+        for i in range(len(items)):
+            if rng.random() < 0.15:
+                items[i] = FILLER
+            elif rng.random() < 0.05:  # an item of another category
+                items[i] = rng.choice(CATEGORIES[rng.choice(list(CATEGORIES))])
+        yield prompt, render(items, layout if rng.random() > 0.20 else rng.choice(LAYOUTS))
+
+
+def corpus() -> Iterator[str]:
+    """Text that holds every word of the task about equally often, for the tokenizer."""
+    for split in ("train", "test"):
+        yield from (f"user\n{prompt}\nmodel\n" for prompt in prompts(split))
+    for _, answer in demonstrations(2000, seed=0):
+        yield answer
+
+
+def rows(split: str, start: Start, cache: Path) -> list[dict[str, Any]]:
+    """Preference pairs from the start model's own samples, with `win_prob` and score per side. Cached.
+
+    Raises:
+        UserError: the start model's samples are all alike or all worthless, so there is nothing to prefer.
+    """
+    from align.sampling import load_sampler, prompt_ids  # torch: not needed to look at the task
+
+    def build(into: Path) -> None:
+        sample = load_sampler(start)
+        asked = prompts(split)
+        ids = [prompt_ids([{"role": "user", "content": prompt}], start.tokenizer) for prompt in asked]
+        answers = sample(ids, samples=SAMPLES, temperature=1.0, top_p=1.0, max_new_tokens=64, seed=0)
+        pairs = [pair for p, own in zip(asked, answers, strict=True) if (pair := _pair(p, [s.text for s in own]))]
+        with (into / "rows.jsonl").open("w") as file:
+            file.writelines(json.dumps(pair) + "\n" for pair in pairs)
+
+    key = fingerprint(start.path, file_fingerprint(Path(__file__)))
+    folder = build_once(cache / "playground" / f"{split}-{key}", build)
+    pairs = [json.loads(line) for line in (folder / "rows.jsonl").open()]
+    if not pairs:
+        raise UserError(f"{start.path} answers the built-in task with worthless or equal samples: use model=tiny, or dataset=local")
+    return pairs
+
+
+def _pair(prompt: str, answers: list[str]) -> dict[str, Any] | None:
+    """Best against worst by the judge, or None where they score about alike. A tie is half a win."""
+    scores = [judge(prompt, answer) for answer in answers]
+    if max(scores) - min(scores) < MIN_GAP:
+        return None
+    wins = [sum((a > b) + 0.5 * (a == b) for b in scores) / len(scores) for a in scores]
+    best, worst = scores.index(max(scores)), scores.index(min(scores))
+    return {
+        "id": prompt,
+        "prompt": [{"role": "user", "content": prompt}],
+        "chosen": [{"role": "assistant", "content": answers[best]}],
+        "rejected": [{"role": "assistant", "content": answers[worst]}],
+        "chosen_score": scores[best],
+        "rejected_score": scores[worst],
+        "chosen_win_prob": wins[best],
+        "rejected_win_prob": wins[worst],
+    }

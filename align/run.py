@@ -1,0 +1,300 @@
+"""A run from its configuration: prepare, plan, reference, train, evaluate, save. Re-running it goes on or is done.
+
+Everything that can be wrong is found before a model is loaded; everything a run makes is in its folder:
+config.yaml, plan.txt, first_pair.txt, metrics.jsonl, results.json, samples.jsonl, checkpoints/, model/.
+"""
+
+import inspect
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import datasets
+import transformers
+from filelock import FileLock, Timeout
+from omegaconf import OmegaConf
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+import objectives
+from align import arguments, card, config, data, engine, evaluate, launch, model, plan, reference, tracking
+from align.config import RunConfig, UserError
+from align.trainer import PairData, PairTrainer, pair_lengths
+from objectives import Objective
+
+
+def run(cfg: RunConfig) -> float | None:
+    """Run `cfg` to its end, or print its plan. Returns the win rate against the start model where there is a judge,
+    else the held-out accuracy by mean_logp; None for a plan.
+
+    Raises:
+        UserError: anything the user can put right.
+    """
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    objective = check(cfg)
+    where = launch.place(cfg.cluster)
+    cache = Path(cfg.cache_dir).expanduser()
+    start = model.prepare_start(cfg.model, cache)
+    pairs = data.prepare(cfg.dataset, cfg.train, cfg.model.system_message, start, cache)
+    check_data(cfg, objective, start, pairs, where)
+    text = plan.describe(cfg, start, pairs, objective, where)
+    if cfg.plan:
+        print(text)
+        return None
+    prepared = _Prepared(cfg, objective, start, pairs, where, cache)
+    return prepared.run(text)
+
+
+def check(cfg: RunConfig) -> Objective:
+    """Everything that can be wrong with the configuration alone; builds the objective."""
+    config.check(cfg)
+    arguments.check_optimizer(cfg.optimizer)
+    tracking.check(cfg)
+    if warning := arguments.high_learning_rate(cfg.optimizer, cfg.model.parameters, cfg.model.lora is not None):
+        warnings.warn(warning, UserWarning, stacklevel=2)
+    values = dict(cfg.objective)
+    try:
+        if code := values.pop("code", None):
+            objectives.load_file(code)
+        return objectives.build(values)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def check_data(cfg: RunConfig, objective: Objective, start: model.Start, pairs: data.Pairs, where: launch.Place) -> None:
+    """What the objective and the batch ask of the data."""
+    data.check_bos(pairs, start.tokenizer)
+    plan.check_batch(cfg, len(pairs.train), where.world)
+    for split in (pairs.train, pairs.held_out):
+        has_win_prob = all(p == p for side in ("chosen", "rejected") for p in split[f"{side}_win_prob"])
+        if "win_prob" in objective.needs and not has_win_prob:
+            raise UserError(
+                f"{cfg.objective['name']} needs win_prob, which dataset {cfg.dataset.name} lacks: give its rows chosen_win_prob and "
+                "rejected_win_prob (dataset.columns renames), or for sppo take the labels as certain with objective.target=hard"
+            )
+
+
+class _Prepared:
+    """A run whose data and start model are ready."""
+
+    def __init__(
+        self, cfg: RunConfig, objective: Objective, start: model.Start, pairs: data.Pairs, where: launch.Place, cache: Path
+    ) -> None:
+        self.cfg, self.objective, self.start, self.pairs = cfg, objective, start, pairs
+        self.where, self.cache = where, cache
+        self.config = plain(cfg)
+        self.identity = _identity(self.config, objective, pairs)
+        names = f"{cfg.model.name}-{cfg.dataset.name}-{cfg.objective['name']}"
+        self.dir = Path(cfg.run_dir or f"runs/{names}-{config.fingerprint(self.identity)[:6]}").expanduser()
+
+    def run(self, plan_text: str) -> float:
+        self._open_folder(plan_text)
+        results_file = self.dir / "results.json"
+        if results_file.exists():
+            print(f"This run is complete: {self.dir}. To train it anew, delete that folder or give another run_dir=")
+        else:
+            lock = FileLock(self.dir / f".lock-{self.where.rank}", timeout=0)
+            try:
+                with lock:
+                    self._train(results_file)
+            except Timeout as error:
+                raise UserError(f"another process is training in {self.dir}; give another run_dir=") from error
+        results = json.loads(results_file.read_text())
+        print(card.text_table(card.table(results["start"], results["trained"])))
+        print(f"model    {self.dir / 'model'}\nmetrics  {self.dir / 'metrics.jsonl'}")
+        trained: dict[str, float] = results["trained"]
+        return trained.get("win_rate", trained["accuracy/mean_logp"])
+
+    def _open_folder(self, plan_text: str) -> None:
+        """Create the run folder, or recognise it as this run's."""
+        known = self.dir / "identity.json"
+        if known.exists():
+            differs = _differences(json.loads(known.read_text()), json.loads(json.dumps(self.identity, default=str)))
+            if differs:
+                raise UserError(f"{self.dir} holds another run ({'; '.join(differs[:4])}); give another run_dir= or delete it")
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            pair = data.show_pair(self.pairs.train[0], self.start.tokenizer)
+            OmegaConf.save(OmegaConf.create(self.config), self.dir / "config.yaml")
+            (self.dir / "plan.txt").write_text(plan_text + "\n")
+            (self.dir / "first_pair.txt").write_text(pair + "\n")
+            known.write_text(json.dumps(self.identity, indent=2, default=str))
+        except OSError as error:
+            raise UserError(f"run_dir: cannot write {self.dir} ({error.strerror}); give another run_dir=") from error
+        if self.where.rank == 0:
+            print(f"{plan_text}\n{pair}\nrun folder  {self.dir}")
+
+    def _train(self, results_file: Path) -> None:
+        cfg, where, dir_ = self.cfg, self.where, self.dir
+        policy = self._policy()
+        trainer = self._trainer(policy)
+        checkpoint = last_checkpoint(dir_ / "checkpoints")
+        tracker = tracking.start(cfg, dir_, self.config, where.rank)
+        steps = plan.total_steps(cfg, len(self.pairs.train), where.world)
+        report = _Report(dir_ / "metrics.jsonl", tracker, steps, _step_of(checkpoint))
+        trainer.on_metrics = report
+        failed = True
+        results: dict[str, Any] = {}
+        try:
+            trainer.check_step_zero()
+            before = dir_ / "start.json"
+            if not before.exists():
+                before.write_text(json.dumps(trainer.evaluate()))
+            if checkpoint is not None and where.rank == 0:
+                print(f"going on from {checkpoint}")
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            measured = {"start": json.loads(before.read_text()), "trained": trainer.evaluate()}
+            results = {side: {k.removeprefix("eval/"): v for k, v in m.items()} for side, m in measured.items()}
+            if where.rank == 0:
+                self._finish(trainer, results, results_file)
+            trainer.accelerator.wait_for_everyone()
+            failed = False
+        finally:
+            report.close()
+            summary = {f"result/{name}": value for name, value in results.get("trained", {}).items()}
+            tracker.finish(summary, failed)
+
+    def _policy(self) -> PreTrainedModel:
+        """The policy at step 0, on its device, checked against its own logits."""
+        policy = model.load_policy(self.cfg.model, self.start, self.cfg.seed)
+        engine.attach(policy)
+        policy.to(self.where.device)  # type: ignore[arg-type]
+        first = self.pairs.train[0]
+        rows = [(first["prompt_ids"][-32:], first["chosen_ids"][:32])]
+        batch = engine.collate(rows, int(self.start.tokenizer.pad_token_id))
+        engine.check_against_logits(policy, {name: tensor.to(self.where.device) for name, tensor in batch.items()})
+        return policy
+
+    def _trainer(self, policy: PreTrainedModel) -> PairTrainer:
+        cfg, pad = self.cfg, int(self.start.tokenizer.pad_token_id)
+        weights = model.weights_fingerprint(policy)
+
+        def with_reference(pairs: datasets.Dataset, name: str, wanted: bool) -> PairData:
+            column = None
+            if wanted:
+                column = reference.reference_logps(
+                    policy, weights, pairs, self.pairs.fingerprint, pair_lengths(pairs), self.where,
+                    budget=cfg.train.tokens_per_micro_batch, pad_token_id=pad, cache=self.cache, name=name,
+                )  # fmt: skip
+            return PairData(pairs, column, pad)
+
+        # Held-out pairs always get the column: they are few, and what is comparable across objectives needs it.
+        held_out = with_reference(self.pairs.held_out, "held_out", wanted=True)
+        train = with_reference(self.pairs.train, "train", wanted="ref_logp" in self.objective.needs)
+        return PairTrainer(
+            policy,
+            arguments.training_arguments(cfg, self.dir / "checkpoints", self.where),
+            self.objective,
+            train,
+            held_out,
+            self.start.tokenizer,
+            self.where,
+            pairs_per_step=cfg.train.pairs_per_step,
+            micro_batch_tokens=cfg.train.tokens_per_micro_batch,
+            on_metrics=lambda step, metrics: None,
+        )
+
+    def _finish(self, trainer: PairTrainer, results: dict[str, Any], results_file: Path) -> None:
+        """Win rate where there is a judge; then the model, its card and the results, which mark the run complete."""
+        cfg = self.cfg
+        policy = trainer.accelerator.unwrap_model(trainer.model)
+        if cfg.dataset.judge is not None:
+            start_policy = self._policy()
+            asked = list(dict.fromkeys(self.pairs.held_out["conversation"]))[: cfg.evaluation.prompts]
+            before, after = evaluate.compare_with_start(
+                policy, start_policy, self.start, [json.loads(c) for c in asked], config.resolve(cfg.dataset.judge, "dataset.judge"),
+                cfg.evaluation, self.where, seed=cfg.seed, budget=cfg.train.tokens_per_micro_batch,
+                samples_file=self.dir / "samples.jsonl",
+            )  # fmt: skip
+            results["start"] |= before
+            results["trained"] |= after
+        unfinished = self.dir / "model.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        policy.save_pretrained(unfinished)
+        self.start.tokenizer.save_pretrained(unfinished)
+        rows = card.table(results["start"], results["trained"])
+        (unfinished / "README.md").write_text(card.model_card(cfg, self.config, self.start, self.pairs, rows))
+        shutil.rmtree(self.dir / "model", ignore_errors=True)  # of a run that was killed before its results
+        os.replace(unfinished, self.dir / "model")
+        partial = results_file.with_suffix(".unfinished")
+        partial.write_text(json.dumps(results, indent=2))
+        os.replace(partial, results_file)
+
+
+class _Report:
+    """Metrics of rank 0 as they come: a line of metrics.jsonl, the tracker, the progress bar."""
+
+    def __init__(self, file: Path, tracker: tracking.Tracker, steps: int, resumed_at: int) -> None:
+        self._file, self._tracker = file, tracker
+        kept = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= resumed_at] if file.exists() else []
+        self._lines = [line for line in kept if resumed_at or "train/loss" in line]
+        file.write_text("".join(f"{line}\n" for line in self._lines))
+        self._bar = tqdm(total=steps, initial=resumed_at, desc="training", unit="step", disable=None)
+
+    def __call__(self, step: int, metrics: dict[str, float]) -> None:
+        with self._file.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._tracker.log(step, metrics)
+        if "train/loss" in metrics:
+            self._bar.update(step - self._bar.n)
+            shown = {"loss": metrics["train/loss"], "accuracy": metrics["train/rewards/accuracies"]}
+            self._bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end: the Trainer writes trainer_state.json last."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=_step_of, default=None)
+
+
+def _step_of(checkpoint: Path | None) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
+
+
+def plain(cfg: RunConfig) -> dict[str, Any]:
+    """The resolved configuration as plain values, for YAML, JSON and trackers."""
+
+    def value(node: Any) -> Any:
+        if isinstance(node, Enum):
+            return node.value
+        if isinstance(node, Mapping):
+            return {str(name): value(inner) for name, inner in node.items()}
+        return [value(inner) for inner in node] if isinstance(node, list) else node
+
+    made: dict[str, Any] = value(asdict(cfg))
+    return made
+
+
+def _identity(config_: dict[str, Any], objective: Objective, pairs: data.Pairs) -> dict[str, Any]:
+    """What decides the result of a run: its settings, its pairs, and the code of its objective."""
+    indifferent = {"tracker", "cluster", "run_dir", "cache_dir", "plan"}
+    bookkeeping = {"tokens_per_micro_batch", "log_every_steps", "eval_every_steps", "save_every_steps", "keep_checkpoints"}
+    settings = {name: value for name, value in config_.items() if name not in indifferent}
+    settings["train"] = {name: value for name, value in settings["train"].items() if name not in bookkeeping}
+    code, inner = {}, [objective]
+    for part in inner:
+        code[type(part).__qualname__] = config.file_fingerprint(Path(inspect.getfile(type(part))))
+        inner += [value for value in vars(part).values() if isinstance(value, Objective)]
+    return {**settings, "pairs": pairs.fingerprint, "objective_code": code}
+
+
+def _differences(before: Any, now: Any, key: str = "") -> list[str]:
+    """"key: was -> is" for every value that differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [
+            difference
+            for name in sorted({*before, *now})
+            for difference in _differences(before.get(name), now.get(name), f"{key}.{name}".lstrip("."))
+        ]
+    return [] if before == now else [f"{key}: {before} -> {now}"]

@@ -1,0 +1,161 @@
+"""Objectives by name: registration, and building one from plain values with every mistake named.
+
+`build` is the only way from a configuration to an objective. It checks names and types here, so that a typing
+error costs a second and not a queue slot; ranges are checked by each objective's `__post_init__`.
+"""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import sys
+import types
+import typing
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from objectives.base import Objective
+
+_REGISTRY: dict[str, type[Objective]] = {}
+_T = TypeVar("_T", bound=type[Objective])
+
+
+def register(name: str) -> Callable[[_T], _T]:
+    """Class decorator: make an objective known as `objective=<name>`.
+
+    A third party's package does this through the entry-point group `align.objectives`: an entry point that names
+    the module is enough, since importing it registers the class.
+    """
+
+    def add(cls: _T) -> _T:
+        known = _REGISTRY.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"objective {name!r} is already registered by {known.__module__}.{known.__qualname__}")
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def available() -> dict[str, type[Objective]]:
+    """Name -> class of every objective: ours and those of installed packages."""
+    for entry in importlib.metadata.entry_points(group="align.objectives"):
+        entry.load()
+    return dict(sorted(_REGISTRY.items()))
+
+
+def load_file(path: str) -> None:
+    """Run a Python file that registers an objective (`code:` in its YAML), for objectives outside any package."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ValueError(f"code: there is no Python file {path}; the path is taken from the working folder")
+    name = f"objective_code_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"code: {path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up while the class is made
+    spec.loader.exec_module(module)
+
+
+def build(values: Mapping[str, Any]) -> Objective:
+    """Objective from plain values: `name` (or `base`'s), then hyperparameters.
+
+    A key that the named objective does not have is handed to the objective it wraps, so `objective.beta` reaches
+    the base of `wpo`.
+
+    Raises:
+        ValueError: unknown name or key, wrong type, or a value out of range; one line that names the key and
+            what is allowed.
+    """
+    objective, unclaimed = _build(dict(values))
+    if unclaimed:
+        keys = ", ".join(f"objective.{key}" for key in unclaimed)
+        allowed = ", ".join(f"objective.{key}" for key in _all_keys(objective))
+        raise ValueError(f"unknown key {keys}; {values['name']} takes {allowed}")
+    return objective
+
+
+def _build(values: dict[str, Any]) -> tuple[Objective, dict[str, Any]]:
+    """The objective, and the values that neither it nor the objectives it wraps have claimed."""
+    name, known = values.pop("name", None), available()
+    if name not in known:
+        raise ValueError(f"unknown objective {name!r}; there are {', '.join(known)}")
+    cls = known[name]
+    hints = typing.get_type_hints(cls)
+    own: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        if hints[field.name] is Objective:
+            base = values.pop(field.name, None)
+            if base is None:
+                raise ValueError(f"objective.{field.name} is missing: {name} wraps one of {', '.join(known)}")
+            inner = dict(base) if isinstance(base, Mapping) else {"name": base}
+            own[field.name], values = _build({**values, **inner})
+    for field in dataclasses.fields(cls):
+        if field.name in values and field.name not in own:
+            own[field.name] = _checked(f"objective.{field.name}", values.pop(field.name), hints[field.name])
+    required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in own]
+    if required:
+        raise ValueError(f"objective.{required[0]} is missing: {name} has no default for it")
+    try:
+        objective = cls(**own)
+    except ValueError as error:
+        raise ValueError(f"objective {name}: objective.{error}") from error
+    _warn_outside_published(name, objective)
+    return objective, values
+
+
+def _all_keys(objective: Objective) -> list[str]:
+    keys: list[str] = []
+    for field in dataclasses.fields(objective):
+        value = getattr(objective, field.name)
+        keys.append(field.name)
+        if isinstance(value, Objective):
+            keys += [key for key in _all_keys(value) if key not in keys]
+    return keys
+
+
+def _checked(key: str, value: Any, hint: Any) -> Any:
+    """`value`, if it fits the annotation; an int is welcome where a float is asked for."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        if option is type(None):
+            if value is None:
+                return None
+        elif typing.get_origin(option) is Literal:
+            if value in typing.get_args(option):
+                return value
+        elif option is float:
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                return float(value)
+        elif isinstance(value, option) and not (isinstance(value, bool) and option is int):
+            return value
+    raise ValueError(f"{key} must be {_words(options)}, not {value!r}")
+
+
+def _words(options: tuple[Any, ...]) -> str:
+    words: list[str] = []
+    for option in options:
+        if typing.get_origin(option) is Literal:
+            words += [str(choice) for choice in typing.get_args(option)]
+        elif option is type(None):
+            words.append("null")
+        else:
+            words.append({float: "a number", int: "a whole number", bool: "true or false", str: "text"}[option])
+    return " or ".join(words)
+
+
+def _warn_outside_published(name: str, objective: Objective) -> None:
+    for field in dataclasses.fields(objective):
+        value, known = getattr(objective, field.name), field.metadata.get("published")
+        if known is None or not value:
+            continue
+        low, high = known
+        if value < low / 10 or value > high * 10:
+            span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+            warnings.warn(
+                f"objective.{field.name}={value:g} is far outside {name}'s published {span}: {field.metadata['why']}",
+                UserWarning,
+                stacklevel=3,
+            )
