@@ -25,16 +25,16 @@ _FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 @hydra.main(config_path=str(compose.CONF), config_name="config", version_base="1.3")
 def _job(node: DictConfig) -> float | None:
-    cfg = OmegaConf.to_object(node)
-    assert isinstance(cfg, RunConfig)
-    from align import run  # torch and transformers, only when something runs
-
     try:
+        cfg = OmegaConf.to_object(node)
+        assert isinstance(cfg, RunConfig)
+        from align import run  # torch and transformers, only when something runs
+
         return run.run(cfg)
-    except UserError as error:
+    except (UserError, OmegaConfBaseException) as error:
         if HydraConfig.get().mode is RunMode.MULTIRUN or _FULL_ERROR:
             raise  # Hydra reports it, and the other jobs go on
-        sys.exit(f"align: {error}")
+        sys.exit(f"align: {compose.one_line(error)}")
 
 
 def _show_warning(

@@ -4,12 +4,12 @@
 and setting them there is refused with that knob's name.
 """
 
-import dataclasses
 import typing
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+import torch
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
@@ -49,19 +49,27 @@ _BIG = 1e9  # weights
 _HIGH_LEARNING_RATE = 1e-5
 
 
+#: Fields of TrainingArguments that `optimizer.*` passes on: what the optimizer and its schedule are.
+PASSED = (
+    "learning_rate", "optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "weight_decay", "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs",
+    "max_steps",
+)  # fmt: skip
+
+
 def check_optimizer(optimizer: dict[str, Any]) -> None:
-    """Raise `UserError` for a key that is not TrainingArguments' or is ours, or a value of the wrong type."""
+    """Raise `UserError` for a key that is ours or nobody's, or a value of the wrong type or range."""
     hints = typing.get_type_hints(TrainingArguments)
-    known = {field.name: field for field in dataclasses.fields(TrainingArguments)}
     for name, value in optimizer.items():
         if name in OWNED:
             raise UserError(f"optimizer.{name} is decided by {OWNED[name]}: set that")
-        if name not in known:
-            raise UserError(f"unknown key optimizer.{name}; it takes the fields of transformers.TrainingArguments, such as {', '.join(_COMMON)}")
+        if name not in PASSED:
+            raise UserError(f"unknown key optimizer.{name}; it takes {', '.join(PASSED)}")
         kinds = set(typing.get_args(hints[name]) or (hints[name],))
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if kinds & {int, float} and not kinds & {str, dict} and value is not None and not number:
-            raise UserError(f"optimizer.{name} must be a number, not {value!r}")
+        numbers = tuple(kinds & {int, float}) + ((int,) if float in kinds else ())
+        if numbers and not kinds & {str, dict} and not (isinstance(value, numbers) and not isinstance(value, bool)):
+            what = "a number" if float in kinds else "a whole number"
+            raise UserError(f"optimizer.{name} must be {what}, not {value!r}")
     for name, choices in {"optim": OptimizerNames, "lr_scheduler_type": SchedulerType}.items():
         allowed = [str(choice.value) for choice in choices]
         if name in optimizer and optimizer[name] not in allowed:
@@ -69,9 +77,9 @@ def check_optimizer(optimizer: dict[str, Any]) -> None:
     for name in ("learning_rate", "num_train_epochs"):
         if name in optimizer and not 0 < optimizer[name] < float("inf"):
             raise UserError(f"optimizer.{name} must be above 0, not {optimizer[name]}")
-
-
-_COMMON = ("learning_rate", "optim", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "num_train_epochs", "max_steps")
+    for name in ("max_grad_norm", "weight_decay", "warmup_steps"):
+        if name in optimizer and not 0 <= optimizer[name] < float("inf"):
+            raise UserError(f"optimizer.{name} must be 0 or more, not {optimizer[name]}")
 
 
 def high_learning_rate(optimizer: dict[str, Any], parameters: int | None, lora: bool) -> str | None:
@@ -115,6 +123,11 @@ def training_arguments(cfg: RunConfig, checkpoints: Path, where: Place) -> Train
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"optimizer: {error}") from error
+    try:  # on one weight, so that an absent package or a wrong beta shows before anything runs
+        made, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        made([torch.nn.Parameter(torch.zeros(1))], **options)
+    except (ImportError, TypeError, ValueError) as error:
+        raise UserError(f"optimizer.optim={arguments.optim}: {' '.join(str(error).split())}") from error
     _ = arguments.device  # counts the GPUs, which the next line overrules: one process drives one
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments

@@ -37,9 +37,9 @@ def plan_micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
 def plan_step(lengths: Sequence[int], world: int, budget: int) -> list[list[list[int]]]:
     """`[rank][micro-batch][pair]`: positions in `lengths`, every rank with the same number of micro-batches.
 
-    `lengths` are tokens of prompt + longer response, one per pair, at least `world` of them.
+    `lengths` are tokens of prompt + longer response, one per pair; their number is a multiple of `world`.
     """
-    assert len(lengths) >= world, f"{len(lengths)} pairs cannot be dealt to {world} ranks"
+    assert len(lengths) % world == 0, f"{len(lengths)} pairs cannot be dealt evenly to {world} ranks"
 
     def cost(group: list[int]) -> int:
         return padded_tokens([lengths[i] for i in group])
@@ -59,7 +59,7 @@ def plan_step(lengths: Sequence[int], world: int, budget: int) -> list[list[list
 
 
 def steps_per_epoch(pairs: int, pairs_per_step: int, world: int) -> int:
-    """Optimizer steps of an epoch. The last takes what is left; fewer pairs than ranks are left out."""
+    """Optimizer steps of an epoch. The last takes what is left, as far as it can be dealt evenly to the ranks."""
     return pairs // pairs_per_step + (pairs % pairs_per_step >= world)
 
 
@@ -89,5 +89,6 @@ class StepSampler:
         random.Random(f"{self.seed}, epoch {self.epoch}").shuffle(order)
         for step in range(len(self)):
             pairs = order[step * self.pairs_per_step : (step + 1) * self.pairs_per_step]
+            pairs = pairs[: len(pairs) // self.world * self.world]
             plan = plan_step([self.lengths[i] for i in pairs], self.world, self.budget)
             yield [MicroBatch(tuple(pairs[i] for i in group), len(pairs)) for group in plan[self.rank]]

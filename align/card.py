@@ -44,9 +44,9 @@ def model_card(
     cfg: RunConfig, config: Mapping[str, Any], start: Start, pairs: Pairs, rows: list[tuple[str, str, str]]
 ) -> str:
     """README.md of the trained model. `config` is the resolved configuration."""
-    base = start.path if cfg.model.init is None else "built in, see `model.init` below"
+    base = start.path if not cfg.model.init else "built in, see `model.init` below"
     header = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if cfg.model.init is None:
+    if not cfg.model.init:
         header.append(f"base_model: {start.path}")
     header += ["tags:", "- align", f"- {cfg.objective['name']}", "---"]
     results = ["| | start | trained |", "| --- | ---: | ---: |", *(f"| {' | '.join(row)} |" for row in rows)]

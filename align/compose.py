@@ -1,9 +1,9 @@
 """Hydra, set up for align: where the YAML lies, which recipe a command picks, and errors in one line.
 
 Three things Hydra does not do by itself. The recipe `experiments/recipe/<model>_<objective>.yaml` is chosen by the
-two words of the command, and may choose the dataset (an interpolated defaults list may not). Keys under `objective`
-and `optimizer` need no `+`: what is allowed there depends on the objective, and is checked where it is known. And
-an error names the key and what is allowed in a line.
+two words of the command, and may choose the dataset (an interpolated defaults list may not). Keys of open nodes, such
+as `objective`, need no `+`: what is allowed there is checked where it is known. And an error is one line that names
+the key and what is allowed.
 """
 
 import difflib
@@ -15,6 +15,8 @@ import hydra._internal.hydra as hydra_internals
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.core.object_type import ObjectType
+from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from align import config
@@ -30,6 +32,9 @@ def shipped(folder: str) -> Path:
 
 CONF = shipped("conf")
 
+#: Nodes that take keys of their own, checked where they are known; typed without the `+` that Hydra asks for.
+_OPEN = r"^((?:objective|optimizer)\.|(?:model\.(?:lora|init)|dataset\.(?:columns|mix))[.=])"
+
 
 def _default_choices() -> dict[str, str]:
     entries = OmegaConf.load(CONF / "config.yaml").defaults
@@ -44,12 +49,27 @@ class Loader(ConfigLoaderImpl):
         super().__init__(config_search_path)
 
     def load_configuration(self, config_name: str | None, overrides: list[str], *args: Any, **kwargs: Any) -> DictConfig:
-        overrides = [re.sub(r"^(objective|optimizer)\.", r"++\1.", override) for override in overrides]
+        groups = "|".join(_default_choices())
+        overrides = [re.sub(rf"^({groups})=null$", r"\1=none", override) for override in overrides]
+        overrides = [re.sub(_OPEN, r"++\1", override) for override in overrides]
         chosen = _default_choices() | dict(o.split("=", 1) for o in overrides if "=" in o)
         recipe = f"{chosen['model']}_{chosen['objective']}"
-        if chosen["recipe"] is None and "recipe=null" not in overrides and self.repository.config_exists(f"recipe/{recipe}"):
+        if chosen["recipe"] is None and self.repository.config_exists(f"recipe/{recipe}"):
             overrides = [f"recipe={recipe}", *overrides]
-        return super().load_configuration(config_name, overrides, *args, **kwargs)
+        try:
+            return super().load_configuration(config_name, overrides, *args, **kwargs)
+        except ValueError as error:  # Hydra's own word on `model=3`
+            raise config.UserError(f"{error}: a group takes one of its choices, as in model=tiny") from error
+
+    def get_group_options(
+        self,
+        group_name: str,
+        results_filter: ObjectType | None = ObjectType.CONFIG,
+        config_name: str | None = None,
+        overrides: list[str] | None = None,
+    ) -> list[str]:
+        """The choices of a group. Hydra's own copies every cached config for each group: half of `--help`'s time."""
+        return self.repository.get_group_options(group_name, results_filter)
 
 
 def install() -> None:
@@ -63,6 +83,8 @@ def one_line(error: BaseException) -> str:
     cause = error
     while cause.__cause__ is not None and not hasattr(cause, "full_key"):
         cause = cause.__cause__
+    if isinstance(error, OverrideParseException):
+        return f"cannot read {error.override!r}: write key=value, in quotes where the value has brackets, spaces or $"
     key, parent = getattr(cause, "full_key", None), getattr(cause, "object_type", None)
     message = str(cause).splitlines()[0]
     if key and re.match(r"Key '.*' (is )?not in", message):
@@ -83,7 +105,7 @@ def one_line(error: BaseException) -> str:
 def _unknown_key(key: str, names: list[str]) -> str:
     prefix, _, last = key.rpartition(".")
     prefix = f"{prefix}." if prefix else ""
-    allowed = f"; {prefix or 'the top level'} has {', '.join(names)}" if names else ""
+    allowed = f"; {prefix.rstrip('.') or 'the top level'} has {', '.join(names)}" if names else ""
     return f"unknown key {key}{_closest(last, names, prefix)}{allowed}"
 
 

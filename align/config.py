@@ -9,7 +9,7 @@ import hashlib
 import importlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -77,8 +77,8 @@ class ModelConfig:
     system_message: SystemMessage = SystemMessage.template
     attn_implementation: str | None = None  # transformers' name of an attention; null: its choice
     trust_remote_code: bool = False
-    lora: dict[str, Any] | None = None  # fields of peft.LoraConfig; null: train every weight
-    init: dict[str, Any] | None = None  # instead of path: transformers config fields of a randomly initialised model
+    lora: dict[str, Any] = field(default_factory=dict)  # fields of peft.LoraConfig; empty: train every weight
+    init: dict[str, Any] = field(default_factory=dict)  # instead of path: transformers config fields of a randomly initialised model
     init_seed: int = 0  # apart from `seed`, so that seeds of one study share their start model
     fit: str | None = None  # "module:function" that fits a freshly initialised model; the result is cached
 
@@ -171,7 +171,8 @@ class RunConfig:
 
 
 def check(cfg: RunConfig) -> None:
-    """Raise `UserError` for values that no type can refuse, before any data or model is touched."""
+    """Raise `UserError` for what no type can refuse, before any data or model is touched."""
+    _check_no_extra(cfg, "")
     train, dataset = cfg.train, cfg.dataset
     positive = {
         "train.pairs_per_step": train.pairs_per_step,
@@ -204,13 +205,26 @@ def check(cfg: RunConfig) -> None:
             f"train.max_prompt_length ({train.max_prompt_length}) must be below train.max_length "
             f"({train.max_length}): the difference is what is left of a response when both are too long"
         )
-    if (cfg.model.path is None) == (cfg.model.init is None):
-        raise UserError("give model.path (a hub name or a folder) or model.init (config fields), and not both")
+    if (cfg.model.path is None) == (not cfg.model.init):
+        raise UserError(
+            "a model needs model.path (a hub name or a folder) or model.init (config fields), and not both: "
+            "for a model of yours type model=local model.path=<folder or hub name>"
+        )
     for key, source in {"dataset": dataset, **{f"dataset.mix.{n}": s for n, s in dataset.mix.items()}}.items():
         given = [n for n in ("path", "rows") if getattr(source, n)] + (["mix"] if source is dataset and dataset.mix else [])
         if len(given) != 1:
             example = f"{key}.path=pairs.jsonl"
             raise UserError(f"{key} needs one of path, rows or mix, and has {' and '.join(given) or 'none'}: e.g. {example}")
+
+
+def _check_no_extra(node: Any, prefix: str) -> None:
+    """Refuse keys that a `+` smuggled past the types: nothing would read them."""
+    known = [field.name for field in fields(node)]
+    for name, value in vars(node).items():
+        if name not in known:
+            raise UserError(f"unknown key {prefix}{name}; {prefix.rstrip('.') or 'the top level'} has {', '.join(known)}")
+        if is_dataclass(value):
+            _check_no_extra(value, f"{prefix}{name}.")
 
 
 def resolve(reference: str, key: str) -> Callable[..., Any]:

@@ -13,11 +13,14 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow  # type: ignore[import-untyped]
+from datasets.table import InMemoryTable
+from pyarrow import parquet
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -38,6 +41,7 @@ from align.model import Start, end_of_turn, merge_system_message, tokenizer_fing
 
 _CHUNK = 1000  # rows tokenised at once: the tokenizer's threads share a chunk
 _VERSION = 1  # of what is written to the cache: raise it when preparing changes
+_OURS = ("prompt", "chosen", "rejected", "chosen_win_prob", "rejected_win_prob", "chosen_score", "rejected_score", "id")
 _HINT = "expected chosen and rejected, and prompt where they do not hold it; dataset.columns={ours: yours} renames"
 
 Message = Mapping[str, Any]
@@ -125,6 +129,11 @@ def _load_splits(cfg: DatasetConfig, start: Start, cache: Path) -> dict[str, Row
         name: _load_source(f"dataset.mix.{name}", source, cfg.eval_fraction, start, cache)
         for name, source in cfg.mix.items()
     }
+    ours = [parts[name] for name, source in cfg.mix.items() if source.eval_path is None and source.eval_split is None]
+    held = {_prompt_hash(row) for part in ours for row in part["held_out"].rows}
+    for part in parts.values():  # a prompt that we hold out of one source may be in another
+        rows = [row for row in part["train"].rows if _prompt_hash(row) not in held]
+        part["train"] = replace(part["train"], rows=rows)
     weights = {name: source.weight for name, source in cfg.mix.items()}
     return {split: _mix({name: part[split] for name, part in parts.items()}, weights) for split in ("train", "held_out")}
 
@@ -138,31 +147,34 @@ def _mix(parts: dict[str, Rows], weights: dict[str, float]) -> Rows:
     mixed: list[Mapping[str, Any]] = []
     for name, part in parts.items():
         count = min(len(part.rows), round(total * weights[name]))
-        mixed += [{"source": name, **part.rows[i * len(part.rows) // count]} for i in range(count)]
+        taken = [part.rows[i * len(part.rows) // count] for i in range(count)]
+        mixed += [{"source": name, **row, "_number": f"{row['_number']} of {name}"} for row in taken]
     key = fingerprint({name: (part.fingerprint, weights[name]) for name, part in parts.items()})
     return Rows(rows=mixed, fingerprint=key, where="the mix")
 
 
 def _load_source(key: str, source: SourceConfig, eval_fraction: float, start: Start, cache: Path) -> dict[str, Rows]:
-    def load(path: str | None, split: str) -> Rows:
+    def load(knob: str, path: str | None, split: str) -> Rows:
         if source.rows is not None:
             made = resolve(source.rows, f"{key}.rows")(split, start, cache)
             return Rows(rows=made, fingerprint=_content_fingerprint(made), where=f"{source.rows}, {split}")
         assert path is not None
-        return _read(key, path, split, source)
+        return _read(f"{key}.{knob}", path, split, source)
 
-    train = load(source.path, source.split)
+    train = load("path", source.path, source.split)
     if source.eval_path is not None or source.eval_split is not None:
-        held_out = load(source.eval_path or source.path, source.eval_split or source.split)
+        knob = "path" if source.eval_path is None else "eval_path"
+        held_out = load(knob, source.eval_path or source.path, source.eval_split or source.split)
         return {"train": _renamed(train, source, key), "held_out": _renamed(held_out, source, key)}
     train = _renamed(train, source, key)
-    held = _held_out_prompts(train.rows, eval_fraction)
-    if len(held) == len({_prompt_hash(row) for row in train.rows}):
+    hashes = [_prompt_hash(row) for row in train.rows]
+    held = _held_out_prompts(hashes, eval_fraction)
+    if len(held) == len(set(hashes)):
         raise UserError(f"{train.where} has one prompt only, so none can be held out: give {key}.eval_path")
     sides = {"train": False, "held_out": True}
     return {
         name: Rows(
-            rows=[row for row in train.rows if (_prompt_hash(row) in held) is side],
+            rows=[row for row, prompt in zip(train.rows, hashes, strict=True) if (prompt in held) is side],
             fingerprint=fingerprint(train.fingerprint, name, eval_fraction),
             where=train.where,
         )
@@ -176,19 +188,19 @@ def _read(key: str, path: str, split: str, source: SourceConfig) -> Rows:
     if file.is_file():
         readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
         if file.suffix not in readers:
-            raise UserError(f"{key}.path={path} ends in {file.suffix!r}; files can be {', '.join(readers)}")
+            raise UserError(f"{key}={path} ends in {file.suffix!r}; files can be {', '.join(readers)}")
         return Rows(rows=readers[file.suffix](file), fingerprint=file_fingerprint(file), where=path)
     if not file.is_dir():
         if path.startswith(("/", ".", "~")) or file.suffix in (".jsonl", ".json", ".parquet"):
-            raise UserError(f"{key}.path={path} does not exist; it is taken from the working folder {Path.cwd()}")
+            raise UserError(f"{key}={path} does not exist; it is taken from the working folder {Path.cwd()}")
         return _read_hub(key, path, split, source)
     try:
         stored = datasets.load_from_disk(str(file))
     except (OSError, ValueError) as error:
-        raise UserError(f"{key}.path={path} is a folder, but not one written by save_to_disk: {error}") from error
+        raise UserError(f"{key}={path} is a folder, but not one written by save_to_disk: {error} (or give a file in it)") from error
     if isinstance(stored, datasets.DatasetDict):
         if split not in stored:
-            raise UserError(f"{key}.path={path} has no split {split!r}; it has {', '.join(map(str, stored))}")
+            raise UserError(f"{key}={path} has no split {split!r}; it has {', '.join(map(str, stored))}")
         stored = stored[split]
     return Rows(rows=stored, fingerprint=fingerprint(stored._fingerprint), where=f"{path}, {split}")
 
@@ -199,31 +211,31 @@ def _read_hub(key: str, path: str, split: str, source: SourceConfig) -> Rows:
     except Exception as error:  # the hub's errors share no base class: offline, no such set, split or configuration
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
-            f"{key}.path={path} is nothing local, and its split {split!r} cannot be had from the hub: {reason}"
+            f"{key}={path} is nothing local, and its split {split!r} cannot be had from the hub: {reason}"
         ) from error
     return Rows(rows=stored, fingerprint=fingerprint(stored._fingerprint), where=f"{path}, {split}")
 
 
 def _read_jsonl(file: Path) -> list[dict[str, Any]]:
     rows = []
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                row = json.loads(line.decode("utf-8-sig"))
+            except ValueError as error:  # not JSON, or not UTF-8
                 raise UserError(f"{file}, line {number} is not JSON: {error}") from error
             if not isinstance(row, dict):
-                raise UserError(f"{file}, line {number} is not a JSON object but {line.strip()[:40]!r}")
+                raise UserError(f"{file}, line {number} is not a JSON object but {line.decode().strip()[:40]!r}")
             rows.append(row)
     return rows
 
 
 def _read_json(file: Path) -> list[dict[str, Any]]:
     try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        rows = json.loads(file.read_text(encoding="utf-8-sig"))
+    except ValueError as error:  # not JSON, or not UTF-8
         raise UserError(f"{file} is not JSON: {error}; one row a line is a .jsonl file") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{file} must hold a list of JSON objects")
@@ -232,9 +244,9 @@ def _read_json(file: Path) -> list[dict[str, Any]]:
 
 def _read_parquet(file: Path) -> datasets.Dataset:
     try:
-        return datasets.Dataset.from_parquet(str(file), keep_in_memory=True)
-    except Exception as error:  # pyarrow's errors reach us wrapped by datasets
-        raise UserError(f"{file} is not a parquet file: {error.__cause__ or error}") from error
+        return datasets.Dataset(InMemoryTable(parquet.read_table(file)))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{file} is not a parquet file: {error}") from error
 
 
 def _renamed(rows: Rows, source: SourceConfig, key: str) -> Rows:
@@ -242,17 +254,26 @@ def _renamed(rows: Rows, source: SourceConfig, key: str) -> Rows:
     if len(rows.rows) == 0:
         raise UserError(f"{rows.where} is empty")
     names = list(rows.rows[0])
+    unknown = [ours for ours in source.columns if ours not in _OURS]
+    if unknown:
+        raise UserError(f"{key}.columns: {unknown[0]!r} is none of our columns, which are {', '.join(_OURS)}; {_HINT}")
     missing = [theirs for theirs in source.columns.values() if theirs not in names]
     if missing:
         raise UserError(f"{rows.where} has no column {missing[0]!r} ({key}.columns); it has {', '.join(names)}")
-    old = {theirs: ours for ours, theirs in source.columns.items()}
-    renamed = [old.get(name, name) for name in names]
-    absent = [name for name in ("chosen", "rejected") if name not in renamed]
+    renamed = {*source.columns, *source.columns.values()}
+    present = (set(names) - renamed) | set(source.columns)
+    absent = [name for name in ("chosen", "rejected") if name not in present]
     if absent:
         raise UserError(f"{rows.where} has no column {absent[0]!r}; it has {', '.join(names)}; {_HINT}")
+    bar = tqdm(rows.rows, desc=f"reading {rows.where}", disable=len(rows.rows) < 5000)
     made: list[Mapping[str, Any]] = [
-        {**{old.get(name, name): value for name, value in row.items()}, **({"wrap_plain": True} if source.wrap_plain else {})}
-        for row in tqdm(rows.rows, desc=f"reading {rows.where}", disable=len(rows.rows) < 5000)
+        {
+            **{name: value for name, value in row.items() if name not in renamed},
+            **{ours: row.get(theirs) for ours, theirs in source.columns.items()},
+            "_number": number,  # in the source, which a split or a mix takes rows from
+            **({"wrap_plain": True} if source.wrap_plain else {}),
+        }
+        for number, row in enumerate(bar, 1)
     ]
     return Rows(rows=made, fingerprint=fingerprint(rows.fingerprint, source.columns, source.wrap_plain), where=rows.where)
 
@@ -265,16 +286,17 @@ def _content_fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _prompt_hash(row: Mapping[str, Any]) -> str:
-    prompt = row.get("prompt") or row.get("chosen")
-    if isinstance(prompt, list) and not row.get("prompt"):
-        prompt = prompt[:-1]
+    try:
+        prompt: Any = read_pair(row)[0]
+    except BadRow:
+        prompt = row.get("prompt")
     return hashlib.sha256(json.dumps(prompt, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _held_out_prompts(rows: Iterable[Mapping[str, Any]], fraction: float) -> set[str]:
+def _held_out_prompts(hashes: Iterable[str], fraction: float) -> set[str]:
     """Hashes of the prompts that are held out: the smallest ones, so the choice is stable as a set grows."""
-    hashes = sorted({_prompt_hash(row) for row in rows})
-    return set(hashes[: max(1, round(fraction * len(hashes)))])
+    ordered = sorted(set(hashes))
+    return set(ordered[: max(1, round(fraction * len(ordered)))])
 
 
 # Rows --------------------------------------------------------------------------------------------------------------
@@ -321,8 +343,8 @@ def read_pair(row: Mapping[str, Any]) -> tuple[list[Message] | str, str, str]:
         if prompt is None:
             from trl import extract_prompt  # TRL's rule for an implicit plain prompt: the common beginning
 
-            row = extract_prompt({"chosen": chosen, "rejected": rejected})
-            prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
+            split = extract_prompt({"chosen": chosen, "rejected": rejected})
+            prompt, chosen, rejected = split["prompt"], split["chosen"], split["rejected"]
         if isinstance(prompt, list) or row.get("wrap_plain"):
             turn = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
             pair = [_message(message) for message in turn], chosen, rejected
@@ -395,7 +417,7 @@ def render(pair: tuple[list[Message] | str, str, str], rules: Rules, ending: tup
     opened = apply(messages, header=rules.response_mask is ResponseMask.completion)
     full = [
         apply([*messages, {"role": "assistant", "content": answer}], header=False).removesuffix(ending[1])
-        for answer in answers
+        for answer in (answer.removesuffix(ending[0]) for answer in answers)  # some data sets hold the end of turn too
     ]
     full = [text if text.endswith(ending[0]) else text + ending[0] for text in full]
     if not all(text.startswith(opened) for text in full):
@@ -466,6 +488,9 @@ def _prepare_split(
 ) -> tuple[datasets.Dataset, dict[str, Any]]:
     """Prepared pairs of one split, and counts of what was dropped (by reason) and cut."""
     tokenizer = rules.tokenizer
+    if rules.group_by and rows.rows and not any(rules.group_by in row for row in rows.rows):
+        names = ", ".join(name for name in rows.rows[0] if not name.startswith("_"))
+        raise UserError(f"{rows.where} has no column {rules.group_by!r} (dataset.group_by); it has {names}")
     ending = end_of_turn(tokenizer) if tokenizer.chat_template is not None else None
     dropped: Counter[str] = Counter()
     made: list[dict[str, Any]] = []
@@ -473,12 +498,12 @@ def _prepare_split(
         for at in range(0, len(rows.rows), _CHUNK):
             chunk = [rows.rows[i] for i in range(at, min(at + _CHUNK, len(rows.rows)))]
             checked: list[tuple[dict[str, Any], Text]] = []
-            bad: list[tuple[int, str]] = []
-            for number, row in enumerate(chunk, at + 1):
+            bad: list[tuple[int | str, str]] = []  # number in the source, reason
+            for row in chunk:
                 try:
-                    checked.append(_check(row, number, rules, ending))
+                    checked.append(_check(row, rules, ending))
                 except BadRow as error:
-                    bad.append((number, str(error)))
+                    bad.append((row["_number"], str(error)))
             ids = tokenise([text for _, text in checked], tokenizer) if checked else iter(())
             for (pair, _), encoded in zip(checked, ids, strict=True):
                 try:
@@ -486,7 +511,8 @@ def _prepare_split(
                 except BadRow as error:
                     bad.append((pair["number"], str(error)))
             if bad and strict:
-                raise UserError(f"{rows.where}, row {bad[0][0]}: {bad[0][1]} (dataset.strict=false drops and counts such rows)")
+                number, reason = bad[0]
+                raise UserError(f"{rows.where}, row {number}: {reason} (dataset.strict=false drops and counts such rows)")
             dropped.update(reason for _, reason in bad)
             bar.update(len(chunk))
             if limit is not None and len(made) >= limit:
@@ -502,7 +528,7 @@ def _prepare_split(
     return datasets.Dataset.from_list(made), counts
 
 
-def _check(row: Mapping[str, Any], number: int, rules: Rules, ending: tuple[str, str] | None) -> tuple[dict[str, Any], Text]:
+def _check(row: Mapping[str, Any], rules: Rules, ending: tuple[str, str] | None) -> tuple[dict[str, Any], Text]:
     """What a pair carries besides its tokens, and its text."""
     pair = read_pair(row)
     if not isinstance(pair[0], str) and ending is None:
@@ -510,8 +536,8 @@ def _check(row: Mapping[str, Any], number: int, rules: Rules, ending: tuple[str,
     for column in ("chosen_score", "rejected_score"):
         read_number(row, column, -math.inf, math.inf)
     kept = {
-        "number": number,
-        "row_id": str(row.get("id", number)),
+        "number": row["_number"],
+        "row_id": str(row.get("id", row["_number"])),
         "conversation": json.dumps(_for_template(pair[0], rules)),
         "chosen_win_prob": read_number(row, "chosen_win_prob", 0, 1),
         "rejected_win_prob": read_number(row, "rejected_win_prob", 0, 1),
@@ -522,7 +548,10 @@ def _check(row: Mapping[str, Any], number: int, rules: Rules, ending: tuple[str,
 
 def _finish(encoded: tuple[list[int], list[int], list[int]], rules: Rules) -> dict[str, Any]:
     """Truncated token ids, checked for a second BOS."""
-    if any(ids.count(rules.tokenizer.bos_token_id) > allowed for ids, allowed in zip(encoded, (1, 0, 0), strict=True)):
+    if not encoded[0]:
+        raise BadRow("empty prompt")
+    bos = _bos(rules.tokenizer)
+    if bos is not None and any(ids.count(bos) > allowed for ids, allowed in zip(encoded, (1, 0, 0), strict=True)):
         raise BadRow("a second BOS inside the text")
     prompt, chosen, rejected = truncate(*encoded, rules)
     if chosen == rejected:
@@ -543,9 +572,14 @@ def show_pair(pair: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> st
     return "\n".join(lines)
 
 
+def _bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id that may stand only in front; None where the tokenizer has none, or also ends texts with it (GPT-2)."""
+    return None if tokenizer.bos_token_id == tokenizer.eos_token_id else tokenizer.bos_token_id
+
+
 def check_bos(pairs: Pairs, tokenizer: PreTrainedTokenizerBase) -> None:
     """Gate before step 1: exactly one BOS in every prompt if in any, none in a response."""
-    bos = tokenizer.bos_token_id
+    bos = _bos(tokenizer)
     if bos is None:
         return
     for split in (pairs.train, pairs.held_out):

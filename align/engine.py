@@ -100,7 +100,7 @@ class _Scoring:
         hidden = self.base_model(**inputs, use_cache=False).last_hidden_state  # [R, L, H]
         hidden = hidden.flatten(0, 1)[scored["predicted_at"]]  # [N, H]
         names = ("logp", *statistics)
-        per_token = self._score(hidden, scored["target"], names)  # [len(names), N]
+        per_token = self._score(hidden, scored["target"], names)  # of each name [N]
         responses, longest = inputs["input_ids"].shape
         sums = {}
         for name, values in zip(names, per_token, strict=True):
@@ -108,17 +108,17 @@ class _Scoring:
             sums[name] = table.index_put((scored["row"], scored["column"]), values).sum(1)
         return sums
 
-    def _score(self, hidden: Tensor, target: Tensor, names: tuple[str, ...]) -> Tensor:
-        """`[len(names), N]`: the statistics of each token, a chunk of positions at a time."""
+    def _score(self, hidden: Tensor, target: Tensor, names: tuple[str, ...]) -> list[Tensor]:
+        """The statistics of each token, `[N]` per name, a chunk of positions at a time."""
         assert isinstance(self, PreTrainedModel)
         rows = max(1, _CHUNK_ELEMENTS // self.get_output_embeddings().weight.shape[0])
         chunks = []
         for at in range(0, len(hidden), rows):
             args = (hidden[at : at + rows], target[at : at + rows], names)
             chunks.append(checkpoint(self._score_chunk, *args, use_reentrant=False) if torch.is_grad_enabled() else self._score_chunk(*args))
-        return torch.cat(chunks, dim=1)
+        return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
 
-    def _score_chunk(self, hidden: Tensor, target: Tensor, names: tuple[str, ...]) -> Tensor:
+    def _score_chunk(self, hidden: Tensor, target: Tensor, names: tuple[str, ...]) -> tuple[Tensor, ...]:
         logits = self._logits(hidden)  # [n, V] float32
         log_normaliser = logits.logsumexp(-1)
         logp = logits.gather(-1, target[:, None]).squeeze(-1) - log_normaliser
@@ -131,7 +131,7 @@ class _Scoring:
                 made["log_max"] = logits.amax(-1) - log_normaliser
             if "entropy" in names:
                 made["entropy"] = log_normaliser - ((logits - log_normaliser[:, None]).exp() * logits).sum(-1)
-        return torch.stack([made[name] for name in names])
+        return tuple(made[name] for name in names)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """The head in float32 (rounding logits to bf16 costs 0.05 nats on 300 tokens), with what models do behind it."""

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import transformers
 import xxhash
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -55,12 +57,12 @@ def prepare_start(cfg: ModelConfig, cache: Path) -> Start:
 
 
 def _initialise(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    values = dict(cfg.init or {})
+    values = dict(cfg.init)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     try:
         config = AutoConfig.for_model(values.pop("model_type", ""), **{"vocab_size": len(tokenizer), **ids, **values})
-    except ValueError as error:
-        raise UserError(f"model.init: {error}") from error
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"model.init: {' '.join(str(error).split())}") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.init_seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -81,7 +83,10 @@ def load_policy(cfg: ModelConfig, start: Start, seed: int) -> PreTrainedModel:
             output_loading_info=True,
             **dtype_and_code,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        attention = cfg.attn_implementation is not None and "attn_implementation" in str(error)
+        if attention:
+            raise UserError(f"model.attn_implementation={cfg.attn_implementation}: {' '.join(str(error).split())}") from error
         raise UserError(_cannot_load("model.path", start.path, error)) from error
     if loading["missing_keys"]:
         some = ", ".join(sorted(loading["missing_keys"])[:3])
@@ -92,7 +97,7 @@ def load_policy(cfg: ModelConfig, start: Start, seed: int) -> PreTrainedModel:
             f"{model.get_input_embeddings().num_embeddings}: model.tokenizer and model.path do not belong together"
         )
     model.config.use_cache = False
-    if cfg.lora is not None:
+    if cfg.lora:
         model = _with_adapter(model, cfg.lora, seed)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -140,7 +145,12 @@ def _load_tokenizer(cfg: ModelConfig, path: str, revision: str | None) -> PreTra
 def _cannot_load(key: str, path: str, error: Exception) -> str:
     """One line: which knob, what was tried, and why it failed."""
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    if Path(path).expanduser().is_dir() or path.startswith(("/", ".", "~")):
+    folder = Path(path).expanduser()
+    if path.startswith(("/", ".", "~")) and not folder.is_dir():
+        return f"{key}={path} does not exist; it is taken from the working folder {Path.cwd()}"
+    if folder.is_dir() and not (folder / "tokenizer.json").is_file():
+        reason = "it has no tokenizer.json"
+    if folder.is_dir():
         return f"{key}={path} cannot be loaded as a folder with config.json, safetensors and a tokenizer: {reason}"
     return f"{key}={path} is no folder here and cannot be had from the hub (network, name, access token HF_TOKEN?): {reason}"
 

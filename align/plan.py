@@ -84,7 +84,7 @@ def _quantiles(pairs: Pairs, column: str) -> str:
 def _memory(cfg: RunConfig, start: Start, lengths: list[int]) -> str:
     """An estimate for one process that holds everything: weights, gradients, optimizer, activations."""
     shape, total = _shape(cfg.model, start)
-    trained = total if cfg.model.lora is None else total // 100
+    trained = total // 100 if cfg.model.lora else total  # an adapter is about a hundredth
     name = str(cfg.optimizer.get("optim", "adamw_torch"))
     state = next((size for family, size in _STATE_BYTES.items() if name.startswith(family)), 8)
     longest = min(max(lengths) * 2, cfg.train.tokens_per_micro_batch * 2)

@@ -20,7 +20,7 @@ import transformers
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 import objectives
 from align import arguments, card, config, data, engine, evaluate, launch, model, plan, reference, tracking
@@ -58,7 +58,9 @@ def check(cfg: RunConfig) -> Objective:
     config.check(cfg)
     arguments.check_optimizer(cfg.optimizer)
     tracking.check(cfg)
-    if warning := arguments.high_learning_rate(cfg.optimizer, cfg.model.parameters, cfg.model.lora is not None):
+    if cfg.dataset.judge is not None:
+        config.resolve(cfg.dataset.judge, "dataset.judge")
+    if warning := arguments.high_learning_rate(cfg.optimizer, cfg.model.parameters, bool(cfg.model.lora)):
         warnings.warn(warning, UserWarning, stacklevel=2)
     values = dict(cfg.objective)
     try:
@@ -96,71 +98,96 @@ class _Prepared:
         self.dir = Path(cfg.run_dir or f"runs/{names}-{config.fingerprint(self.identity)[:6]}").expanduser()
 
     def run(self, plan_text: str) -> float:
-        self._open_folder(plan_text)
         results_file = self.dir / "results.json"
+        self._recognise()
         if results_file.exists():
-            print(f"This run is complete: {self.dir}. To train it anew, delete that folder or give another run_dir=")
+            self._say(f"This run is complete: {self.dir}. To train it anew, delete that folder or give another run_dir=")
         else:
-            lock = FileLock(self.dir / f".lock-{self.where.rank}", timeout=0)
+            made = arguments.training_arguments(self.cfg, self.dir / "checkpoints", self.where)
+            policy = self._policy()
+            self._open_folder(plan_text)
             try:
-                with lock:
-                    self._train(results_file)
+                with FileLock(self.dir / f".lock-{self.where.rank}", timeout=0):
+                    self._train(policy, made, results_file)
             except Timeout as error:
                 raise UserError(f"another process is training in {self.dir}; give another run_dir=") from error
         results = json.loads(results_file.read_text())
-        print(card.text_table(card.table(results["start"], results["trained"])))
-        print(f"model    {self.dir / 'model'}\nmetrics  {self.dir / 'metrics.jsonl'}")
+        self._say(card.text_table(card.table(results["start"], results["trained"])))
+        self._say(f"model    {self.dir / 'model'}\nmetrics  {self.dir / 'metrics.jsonl'}")
         trained: dict[str, float] = results["trained"]
         return trained.get("win_rate", trained["accuracy/mean_logp"])
 
-    def _open_folder(self, plan_text: str) -> None:
-        """Create the run folder, or recognise it as this run's."""
+    def _say(self, text: str) -> None:
+        if self.where.rank == 0:
+            print(text)
+
+    def _recognise(self) -> None:
+        """Refuse a folder that holds another run."""
         known = self.dir / "identity.json"
-        if known.exists():
-            differs = _differences(json.loads(known.read_text()), json.loads(json.dumps(self.identity, default=str)))
-            if differs:
-                raise UserError(f"{self.dir} holds another run ({'; '.join(differs[:4])}); give another run_dir= or delete it")
+        if not known.exists():
+            return
+        try:
+            before = json.loads(known.read_text())
+        except ValueError as error:
+            raise UserError(f"run_dir: {known} is damaged; delete {self.dir} or give another run_dir=") from error
+        differs = _differences(before, json.loads(json.dumps(self.identity, default=str)))
+        if differs:
+            raise UserError(f"{self.dir} holds another run ({'; '.join(differs[:4])}); give another run_dir= or delete it")
+
+    def _open_folder(self, plan_text: str) -> None:
+        """Create the run folder, and write down what runs. Files are rank 0's."""
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
+            if self.where.rank != 0:
+                return
             pair = data.show_pair(self.pairs.train[0], self.start.tokenizer)
             OmegaConf.save(OmegaConf.create(self.config), self.dir / "config.yaml")
             (self.dir / "plan.txt").write_text(plan_text + "\n")
             (self.dir / "first_pair.txt").write_text(pair + "\n")
-            known.write_text(json.dumps(self.identity, indent=2, default=str))
+            unfinished = self.dir / "identity.unfinished"
+            unfinished.write_text(json.dumps(self.identity, indent=2, default=str))
+            os.replace(unfinished, self.dir / "identity.json")
         except OSError as error:
             raise UserError(f"run_dir: cannot write {self.dir} ({error.strerror}); give another run_dir=") from error
-        if self.where.rank == 0:
-            print(f"{plan_text}\n{pair}\nrun folder  {self.dir}")
+        print(f"{plan_text}\n{pair}\nrun folder  {self.dir}")
 
-    def _train(self, results_file: Path) -> None:
+    def _train(self, policy: PreTrainedModel, made: TrainingArguments, results_file: Path) -> None:
         cfg, where, dir_ = self.cfg, self.where, self.dir
-        policy = self._policy()
-        trainer = self._trainer(policy)
+        trainer = self._trainer(policy, made)
         checkpoint = last_checkpoint(dir_ / "checkpoints")
         tracker = tracking.start(cfg, dir_, self.config, where.rank)
         steps = plan.total_steps(cfg, len(self.pairs.train), where.world)
-        report = _Report(dir_ / "metrics.jsonl", tracker, steps, _step_of(checkpoint))
+        report = _Report(dir_ / "metrics.jsonl", tracker, steps, _step_of(checkpoint)) if where.rank == 0 else None
         trainer.on_metrics = report
         failed = True
         results: dict[str, Any] = {}
         try:
             trainer.check_step_zero()
-            before = dir_ / "start.json"
-            if not before.exists():
-                before.write_text(json.dumps(trainer.evaluate()))
-            if checkpoint is not None and where.rank == 0:
-                print(f"going on from {checkpoint}")
+            at_start = self._measure_start(trainer, checkpoint)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            measured = {"start": json.loads(before.read_text()), "trained": trainer.evaluate()}
+            measured = {"start": at_start, "trained": trainer.evaluate()}
             results = {side: {k.removeprefix("eval/"): v for k, v in m.items()} for side, m in measured.items()}
             if where.rank == 0:
                 self._finish(trainer, results, results_file)
             trainer.accelerator.wait_for_everyone()
             failed = False
         finally:
-            report.close()
+            if report is not None:
+                report.close()
             summary = {f"result/{name}": value for name, value in results.get("trained", {}).items()}
             tracker.finish(summary, failed)
+
+    def _measure_start(self, trainer: PairTrainer, checkpoint: Path | None) -> dict[str, float]:
+        """Held-out metrics of the start policy: measured before step 1, and read again where a run goes on."""
+        file = self.dir / "start.json"
+        if checkpoint is not None:  # not `file.exists()`: every rank must take the same way
+            self._say(f"going on from {checkpoint}")
+            metrics: dict[str, float] = json.loads(file.read_text())
+            return metrics
+        metrics = trainer.evaluate()
+        if self.where.rank == 0:
+            file.write_text(json.dumps(metrics))
+        return metrics
 
     def _policy(self) -> PreTrainedModel:
         """The policy at step 0, on its device, checked against its own logits."""
@@ -173,7 +200,7 @@ class _Prepared:
         engine.check_against_logits(policy, {name: tensor.to(self.where.device) for name, tensor in batch.items()})
         return policy
 
-    def _trainer(self, policy: PreTrainedModel) -> PairTrainer:
+    def _trainer(self, policy: PreTrainedModel, made: TrainingArguments) -> PairTrainer:
         cfg, pad = self.cfg, int(self.start.tokenizer.pad_token_id)
         weights = model.weights_fingerprint(policy)
 
@@ -191,7 +218,7 @@ class _Prepared:
         train = with_reference(self.pairs.train, "train", wanted="ref_logp" in self.objective.needs)
         return PairTrainer(
             policy,
-            arguments.training_arguments(cfg, self.dir / "checkpoints", self.where),
+            made,
             self.objective,
             train,
             held_out,
@@ -199,7 +226,6 @@ class _Prepared:
             self.where,
             pairs_per_step=cfg.train.pairs_per_step,
             micro_batch_tokens=cfg.train.tokens_per_micro_batch,
-            on_metrics=lambda step, metrics: None,
         )
 
     def _finish(self, trainer: PairTrainer, results: dict[str, Any], results_file: Path) -> None:

@@ -79,7 +79,8 @@ class PairTrainer(Trainer):
         policy: `engine.attach`ed, at step 0.
         train_pairs, held_out: pairs with the reference column if the objective needs one.
         micro_batch_tokens: padded tokens that one device holds at once.
-        on_metrics: called on rank 0 with (step, metrics) for every logged step and evaluation.
+
+    `on_metrics`, where it is set, is called with (step, metrics) for every logged step and evaluation.
     """
 
     def __init__(
@@ -94,12 +95,12 @@ class PairTrainer(Trainer):
         *,
         pairs_per_step: int,
         micro_batch_tokens: int,
-        on_metrics: Callable[[int, dict[str, float]], None],
     ) -> None:
         super().__init__(policy, arguments, train_dataset=train_pairs, eval_dataset=held_out, processing_class=tokenizer)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.objective, self.where, self.on_metrics = objective, where, on_metrics
+        self.objective, self.where = objective, where
+        self.on_metrics: Callable[[int, dict[str, float]], None] | None = None
         self.pairs_per_step, self.micro_batch_tokens = pairs_per_step, micro_batch_tokens
         self._sums: dict[str, Tensor] = {}  # of the pairs since the last log, on the device
         self._window_began = time.perf_counter()
@@ -240,7 +241,7 @@ class PairTrainer(Trainer):
         own = {"pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds, "epoch": self.state.epoch}
         named = {f"train/{k}": v for k, v in {**means, **logs, "loss": means["loss"], **own}.items()}
         super().log(named, start_time)
-        if self.is_world_process_zero():
+        if self.on_metrics is not None:
             self.on_metrics(self.state.global_step, named)
 
     def evaluate(
@@ -274,7 +275,7 @@ class PairTrainer(Trainer):
             members = [i for i, name in enumerate(data.columns["group"]) if name == group]
             means[f"accuracy/{group}"] = right[members].mean().item()
         named = {f"{metric_key_prefix}/{name}": value for name, value in means.items()}
-        if self.is_world_process_zero():
+        if self.on_metrics is not None:
             self.on_metrics(self.state.global_step, named)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
         return named

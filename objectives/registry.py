@@ -50,7 +50,7 @@ def load_file(path: str) -> None:
     file = Path(path).expanduser()
     if not file.is_file():
         raise ValueError(f"code: there is no Python file {path}; the path is taken from the working folder")
-    name = f"objective_code_{file.stem}"
+    name = f"objective_code_{file.resolve()}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise ValueError(f"code: {path} is not a Python file")
@@ -80,24 +80,24 @@ def build(values: Mapping[str, Any]) -> Objective:
 def _build(values: dict[str, Any]) -> tuple[Objective, dict[str, Any]]:
     """The objective, and the values that neither it nor the objectives it wraps have claimed."""
     name, known = values.pop("name", None), available()
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ValueError(f"unknown objective {name!r}; there are {', '.join(known)}")
     cls = known[name]
     hints = typing.get_type_hints(cls)
     own: dict[str, Any] = {}
+    for key in hints.keys() & values.keys():
+        if hints[key] is not Objective:
+            own[key] = _checked(f"objective.{key}", values.pop(key), hints[key])
     for field in dataclasses.fields(cls):
-        if hints[field.name] is Objective:
+        if hints[field.name] is Objective:  # what is left over is for the objective it wraps
             base = values.pop(field.name, None)
             if base is None:
                 raise ValueError(f"objective.{field.name} is missing: {name} wraps one of {', '.join(known)}")
             inner = dict(base) if isinstance(base, Mapping) else {"name": base}
-            own[field.name], values = _build({**values, **inner})
+            own[field.name], values = _build({**inner, **values})
     for field in dataclasses.fields(cls):
-        if field.name in values and field.name not in own:
-            own[field.name] = _checked(f"objective.{field.name}", values.pop(field.name), hints[field.name])
-    required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in own]
-    if required:
-        raise ValueError(f"objective.{required[0]} is missing: {name} has no default for it")
+        if field.name not in own and field.default is field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"objective.{field.name} is missing: {name} has no default for it")
     try:
         objective = cls(**own)
     except ValueError as error:
@@ -118,7 +118,8 @@ def _all_keys(objective: Objective) -> list[str]:
 
 def _checked(key: str, value: Any, hint: Any) -> Any:
     """`value`, if it fits the annotation; an int is welcome where a float is asked for."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    options = typing.get_args(hint) if union else (hint,)
     for option in options:
         if option is type(None):
             if value is None:
@@ -134,6 +135,9 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
     raise ValueError(f"{key} must be {_words(options)}, not {value!r}")
 
 
+_PLAIN_WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
+
+
 def _words(options: tuple[Any, ...]) -> str:
     words: list[str] = []
     for option in options:
@@ -142,7 +146,7 @@ def _words(options: tuple[Any, ...]) -> str:
         elif option is type(None):
             words.append("null")
         else:
-            words.append({float: "a number", int: "a whole number", bool: "true or false", str: "text"}[option])
+            words.append(_PLAIN_WORDS.get(option, str(option)))
     return " or ".join(words)
 
 

@@ -1,0 +1,41 @@
+# Each target works alone on a fresh machine with Python 3.11 or newer: it makes .venv and installs what it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: run test quick lint check clean
+
+run: $(VENV)/.installed  ## the built-in task; ARGS="objective=wpo" for another
+	$(BIN)/python -m align $(ARGS)
+
+test: $(VENV)/.installed-dev  ## every test, the slow ones too
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -m slow
+
+quick: $(VENV)/.installed-dev  ## the tests that take under two minutes
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test  ## what CI runs
+
+# torch first, by itself: where a CPU build of the constrained version is at hand, pip takes it and no CUDA follows.
+$(VENV)/.torch: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

@@ -1,0 +1,152 @@
+"""What the tests share: a way to type a command, tiny models made on the spot, and small files of pairs."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test may wait for a network
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command said and how it ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Tiny models are slower on two threads than on one, and results depend on the number."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """One cache for the session, outside the user's."""
+    cache = tmp_path_factory.getbasetemp() / "cache"
+    monkeypatch.setenv("ALIGN_CACHE", str(cache))
+    return cache
+
+
+@pytest.fixture
+def align(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Result]:
+    """Type `align <words>` in a temporary working folder, in this process, without a tracker unless one is named."""
+    from align import __main__
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str, tracker: str = "none") -> Result:
+        monkeypatch.setattr(sys, "argv", ["align", *words, *([f"tracker={tracker}"] if tracker else [])])
+        capsys.readouterr()
+        status = 0
+        try:
+            __main__.main()
+        except SystemExit as end:
+            status = 0 if end.code is None else 1
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+            elif isinstance(end.code, int):
+                status = end.code
+        said = capsys.readouterr()
+        return Result(status, said.out, said.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The built-in tokenizer: byte-level BPE with Gemma's turn markers."""
+    from align.playground.tokenizer import build_tokenizer
+
+    return build_tokenizer()
+
+
+def save_tiny(folder: Path, tokenizer, model_type: str = "llama", **fields) -> Path:
+    """A randomly initialised model of a few thousand weights with its tokenizer, as a folder `from_pretrained` takes."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**shape, **fields}))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
+    """A Llama of 70 thousand weights, untied head."""
+    return save_tiny(tmp_path_factory.mktemp("llama"), tokenizer, tie_word_embeddings=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma2(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
+    """A Gemma-2 of 50 thousand weights: soft-caps, a sliding window, tied head."""
+    return save_tiny(tmp_path_factory.mktemp("gemma2"), tokenizer, "gemma2", sliding_window=16, query_pre_attn_scalar=8)
+
+
+def pair_row(i: int, **columns) -> dict:
+    """A preference pair about animals, in TRL's conversational format with win probabilities."""
+    animals = ["cat", "dog", "cow", "pig", "hen", "fox", "owl", "bear"]
+    good = ", ".join(animals[(i + k) % 8] for k in range(2 + i % 3))
+    return {
+        "id": f"row-{i}",
+        "prompt": [{"role": "user", "content": f"please name {2 + i % 3} animals, number {i}"}],
+        "chosen": [{"role": "assistant", "content": good}],
+        "rejected": [{"role": "assistant", "content": "thing, " * (i % 4) + "thing"}],
+        "chosen_win_prob": 0.5 + 0.4 * ((i % 5) / 4),
+        "rejected_win_prob": 0.5 - 0.4 * ((i % 3) / 2),
+        **columns,
+    }
+
+
+def write_jsonl(file: Path, rows: list[dict]) -> Path:
+    """Rows as a JSONL file."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture
+def pairs_file(tmp_path: Path) -> Path:
+    """Forty pairs as JSONL."""
+    return write_jsonl(tmp_path / "pairs.jsonl", [pair_row(i) for i in range(40)])
+
+
+def quick(model: Path, pairs: Path, *more: str) -> list[str]:
+    """Words of a command that trains two steps of eight pairs on a tiny model, in about a second."""
+    return [
+        "model=local",
+        f"model.path={model}",
+        f"dataset.path={pairs}",
+        "cluster=cpu",
+        "train.pairs_per_step=8",
+        "train.gradient_checkpointing=false",
+        "optimizer.max_steps=2",
+        *more,
+    ]

@@ -1,0 +1,96 @@
+"""`objectives` stands on torch and the standard library; `align` knows its registry and no objective by name."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import objectives
+
+ROOT = Path(objectives.__file__).resolve().parent.parent
+CONCRETE = {file.stem for file in (ROOT / "objectives").glob("*.py")} - {"__init__", "base", "registry"}
+ALLOWED = {"torch", "objectives", *sys.stdlib_module_names}
+
+
+def imported(source: str) -> set[str]:
+    """Dotted names of what a file imports, anywhere in it; `from a import b` gives a and a.b."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def impurities(source: str) -> set[str]:
+    """Imports that a file of `objectives` must not have."""
+    names = imported(source)
+    foreign = {name for name in names if name.split(".")[0] not in ALLOWED}
+    return foreign | {name for name in names if f"{name}.".startswith("torch.distributed.")}
+
+
+def concrete_objectives(source: str) -> set[str]:
+    """Concrete objectives that a file of `align` names: imported, as an attribute of the package, or in a string."""
+    names = imported(source)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            names.add(f"{node.value.id}.{node.attr}")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names.add(node.value)
+    return {name for name in names if name.split(".")[0] == "objectives" and CONCRETE & set(name.split(".")[1:2])}
+
+
+def test_there_are_files_to_look_at():
+    assert {"dpo", "simpo", "sppo", "wpo", "ipo", "plus_sft"} <= CONCRETE
+    assert (ROOT / "align" / "trainer.py").is_file()
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "objectives").glob("*.py")), ids=lambda file: file.name)
+def test_objectives_import_torch_and_the_standard_library_only(file):
+    assert impurities(file.read_text()) == set()
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "align").rglob("*.py")), ids=lambda file: str(file.relative_to(ROOT / "align"))
+)
+def test_align_names_no_concrete_objective(file):
+    assert concrete_objectives(file.read_text()) == set()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import align.data",
+        "from align import run",
+        "import transformers",
+        "import numpy as np",
+        "def late():\n    import hydra",
+        "import torch.distributed as dist",
+        "from torch import distributed",
+        "from torch.distributed import all_reduce",
+    ],
+)
+def test_the_check_of_objectives_catches(source):
+    assert impurities(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import objectives.dpo",
+        "from objectives.dpo import DPO",
+        "from objectives import wpo",
+        "def late():\n    from objectives.simpo import SimPO",
+        "import objectives\nobjectives.ipo.IPO()",
+        "import importlib\nimportlib.import_module('objectives.sppo')",
+    ],
+)
+def test_the_check_of_align_catches(source):
+    assert concrete_objectives(source)
+
+
+@pytest.mark.parametrize("source", ["import objectives", "from objectives import build", "objectives.build({})"])
+def test_the_check_of_align_lets_the_registry_pass(source):
+    assert not concrete_objectives(source)

@@ -1,0 +1,296 @@
+"""The recipes: every published figure, every YAML composes, and every recipe trains.
+
+The figures are of the recipe table of FACTS.md (the project's facts from papers, authors' repositories and model
+cards); the sources are named row by row. They were read again at the sources where `checked` says so.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import yaml
+from hydra.core.hydra_config import HydraConfig
+
+import objectives
+from align import run
+from align.compose import CONF, shipped
+from align.config import Device, Precision
+
+RECIPES = sorted(file for file in (shipped("experiments") / "recipe").glob("*.yaml") if file.stem != "none")
+GROUP_FILES = sorted(file for file in CONF.glob("*/*.yaml"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """One row of the table. The defaults are what the table says holds "unless the row says otherwise"."""
+
+    model: str
+    dataset: str
+    objective: dict[str, Any]
+    learning_rate: float
+    optim: str = "adamw_torch"
+    schedule: str = "cosine"
+    warmup: float = 0.1  # a share of all steps
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    epochs: int = 1
+    pairs_per_step: int = 128
+    max_length: int = 2048
+    max_prompt_length: int = 1800
+    seed: int = 42
+    attention: str | None = None
+    words: tuple[str, ...] = ()  # empty: objective=... model=..., as the file is named
+    checked: str = field(repr=False)  # where the figures were read again
+
+
+GEMMA = {"model": "google/gemma-2-9b-it", "attention": "eager"}
+LLAMA = {"model": "meta-llama/Meta-Llama-3-8B-Instruct"}
+SHORT = {"max_length": 1024, "max_prompt_length": 512}
+# The row says the prompts of UCLA-AGI/data-mistral-7b-instruct-sppo-iter1, from which the run samples its own pairs.
+# That comes with self-play; until then the recipe takes the authors' pairs over the same prompts.
+SPPO = {
+    "dataset": "UCLAML/synthetic_data_mistral-7b-instruct-sppo-iter1_score",
+    "objective": {"name": "sppo", "beta": 1e-3, "target": "soft"},
+    "learning_rate": 5e-7,
+    "optim": "rmsprop",
+    "schedule": "linear",
+    "pairs_per_step": 64,  # 4 x 2 x 8
+    **SHORT,
+    "checked": "model cards UCLA-AGI/*-SPPO-Iter3; uclaml/SPPO recipes/uclaml-sppo/config_full.yaml, scripts/pipeline.sh",
+}
+
+
+def simpo(beta: float, ratio: float) -> dict[str, Any]:
+    return {"name": "simpo", "beta": beta, "gamma_beta_ratio": ratio, "gamma": None, "loss": "sigmoid"}
+
+
+DPO = {"name": "dpo", "beta": 0.01, "label_smoothing": 0.0}
+WPO = {"name": "wpo", "base": "dpo", "alignment": "sampled", "beta": 0.01}
+SIMPO_REPO = "princeton-nlp/SimPO training_configs/"
+SIMPO_README = "princeton-nlp/SimPO README.md, hyperparameters of the DPO baselines"
+
+PUBLISHED = {
+    "gemma2_9b_simpo": Published(
+        **GEMMA,
+        dataset="princeton-nlp/gemma2-ultrafeedback-armorm",
+        objective=simpo(10, 0.5),
+        learning_rate=8e-7,
+        checked=SIMPO_REPO + "gemma-2-9b-it-simpo.yaml",
+    ),
+    "gemma2_9b_dpo": Published(
+        **GEMMA,
+        dataset="princeton-nlp/gemma2-ultrafeedback-armorm",
+        objective=DPO,
+        learning_rate=5e-7,
+        checked=SIMPO_README,
+    ),
+    "gemma2_9b_wpo": Published(
+        **GEMMA,
+        dataset="wzhouad/gemma-2-ultrafeedback-hybrid",
+        objective=WPO,
+        learning_rate=1e-6,
+        epochs=2,
+        seed=1,
+        checked="model card wzhouad/gemma-2-9b-it-WPO-HB",
+    ),
+    "gemma2_9b_sppo": Published(**GEMMA, **SPPO),
+    "llama3_8b_simpo": Published(
+        **LLAMA,
+        dataset="princeton-nlp/llama3-ultrafeedback-armorm",
+        objective=simpo(10, 0.3),
+        learning_rate=1e-6,
+        checked=SIMPO_REPO + "llama-3-8b-instruct-simpo-v2.yaml",
+    ),
+    "llama3_8b_dpo": Published(
+        **LLAMA,
+        dataset="princeton-nlp/llama3-ultrafeedback-armorm",
+        objective=DPO,
+        learning_rate=3e-7,
+        checked=SIMPO_README,
+    ),
+    "llama3_8b_simpo_v01": Published(
+        **LLAMA,
+        dataset="princeton-nlp/llama3-ultrafeedback",
+        objective=simpo(2.5, 0.55),
+        learning_rate=1e-6,
+        words=("recipe=llama3_8b_simpo_v01",),
+        checked=SIMPO_REPO + "llama-3-8b-instruct-simpo.yaml",
+    ),
+    "llama3_8b_wpo": Published(
+        **LLAMA,
+        dataset="wzhouad/llama3-ultrafeedback-hybrid-v2",
+        objective=WPO,
+        learning_rate=1e-6,
+        epochs=2,
+        seed=1,
+        checked="FACTS.md only: the model card's data and results were read, its hyperparameters not",
+    ),
+    "llama3_8b_sppo": Published(**LLAMA, **SPPO),
+    "mistral_7b_base_simpo": Published(
+        model="alignment-handbook/zephyr-7b-sft-full",
+        dataset="HuggingFaceH4/ultrafeedback_binarized",
+        objective=simpo(2, 0.8),
+        learning_rate=3e-7,
+        **SHORT,
+        checked=SIMPO_REPO + "mistral-7b-base-simpo.yaml",
+    ),
+    "mistral_7b_simpo": Published(
+        model="mistralai/Mistral-7B-Instruct-v0.2",
+        dataset="princeton-nlp/mistral-instruct-ultrafeedback",
+        objective=simpo(2.5, 0.1),
+        learning_rate=5e-7,
+        checked=SIMPO_REPO + "mistral-7b-instruct-simpo.yaml",
+    ),
+    "mistral_7b_sft_wpo": Published(
+        model="HuggingFaceH4/mistral-7b-sft-beta",
+        dataset="HuggingFaceH4/ultrafeedback_binarized",
+        objective=WPO,
+        learning_rate=5e-7,
+        **SHORT,
+        checked="wzhouad/WPO training_configs/mistral-base.yaml",
+    ),
+}
+
+SPLITS = {  # of the sets' hub pages; null: none that may be evaluated on
+    "HuggingFaceH4/ultrafeedback_binarized": ("train_prefs", "test_prefs"),
+    "UCLAML/synthetic_data_mistral-7b-instruct-sppo-iter1_score": ("train", None),
+}
+
+
+def command(recipe) -> list[str]:
+    """The words of the command that a recipe's second line gives."""
+    first, second = recipe.read_text().splitlines()[:2]
+    assert first == "# @package _global_"
+    assert second.startswith("# python -m align "), f"{recipe.name}: the second line must be its command"
+    return second.removeprefix("# python -m align ").split()
+
+
+@pytest.fixture
+def composed(align, monkeypatch):
+    """Type a command and get the configurations its runs would get; nothing runs."""
+
+    def type_(*words):
+        configs = []
+        monkeypatch.setattr("align.run.run", configs.append)
+        result = align(*words, tracker="")
+        assert result.status == 0, result.err
+        return configs
+
+    return type_
+
+
+def test_every_recipe_is_in_the_table_or_built_in():
+    names = {recipe.stem for recipe in RECIPES if not recipe.stem.startswith("tiny")}
+    assert names == set(PUBLISHED), "a recipe without a row, or a row without a recipe"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
+def test_the_command_in_a_recipe_picks_that_recipe(recipe, align, monkeypatch):
+    words = command(recipe)
+    if recipe.stem in PUBLISHED and not PUBLISHED[recipe.stem].words:
+        model, objective = recipe.stem.rsplit("_", 1)
+        assert words == [f"objective={objective}", f"model={model}"]
+    picked = []
+    monkeypatch.setattr("align.run.run", lambda cfg: picked.append(HydraConfig.get().runtime.choices["recipe"]))
+    result = align(*words)
+    assert result.status == 0, result.err
+    assert picked == [recipe.stem]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_recipe_has_every_published_figure(name, composed):
+    row = PUBLISHED[name]
+    model, objective = name.rsplit("_", 1)
+    (cfg,) = composed(*(row.words or (f"objective={objective}", f"model={model}")))
+    assert cfg.model.path == row.model
+    assert cfg.model.attn_implementation == row.attention
+    assert cfg.model.lora is None
+    assert cfg.dataset.path == row.dataset
+    assert (cfg.dataset.split, cfg.dataset.eval_split) == SPLITS.get(row.dataset, ("train", "test"))
+    assert cfg.dataset.limit is None
+    assert cfg.objective == row.objective
+    assert cfg.optimizer == {
+        "learning_rate": row.learning_rate,
+        "optim": row.optim,
+        "lr_scheduler_type": row.schedule,
+        "warmup_steps": row.warmup,  # transformers 5 reads a number below 1 as a share
+        "weight_decay": row.weight_decay,
+        "max_grad_norm": row.clip,
+        "num_train_epochs": row.epochs,
+    }
+    assert cfg.train.pairs_per_step == row.pairs_per_step
+    assert (cfg.train.max_length, cfg.train.max_prompt_length) == (row.max_length, row.max_prompt_length)
+    assert cfg.train.gradient_checkpointing
+    assert cfg.seed == row.seed
+    assert (cfg.cluster.device, cfg.cluster.precision) == (Device.auto, Precision.auto)  # bf16 on the GPUs
+
+
+def test_cfg_job_prints_the_wpo_recipe(align):
+    result = align("objective=wpo", "model=gemma2_9b", "--cfg", "job", tracker="")
+    assert result.status == 0, result.err
+    shown = yaml.load(result.out, yaml.BaseLoader)  # as text, as a reader sees it
+    assert shown["model"]["path"] == "google/gemma-2-9b-it"
+    assert shown["dataset"]["path"] == "wzhouad/gemma-2-ultrafeedback-hybrid"
+    assert shown["objective"] == {"name": "wpo", "base": "dpo", "alignment": "sampled", "beta": "0.01"}
+    assert shown["optimizer"] == {
+        "learning_rate": "1.0e-06",
+        "optim": "adamw_torch",
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": "0.1",
+        "weight_decay": "0.0",
+        "max_grad_norm": "1.0",
+        "num_train_epochs": "2",
+    }
+    train = shown["train"]
+    assert (train["pairs_per_step"], train["max_length"], train["max_prompt_length"]) == ("128", "2048", "1800")
+    assert shown["seed"] == "1"
+
+
+@pytest.mark.parametrize("file", GROUP_FILES, ids=lambda file: f"{file.parent.name}={file.stem}")
+def test_every_yaml_composes_to_a_run_that_passes_the_checks(file, composed):
+    words = [f"{file.parent.name}={file.stem}"]
+    (cfg,) = composed(*words)
+    if cfg.dataset.name == "local":
+        (cfg,) = composed(*words, "dataset.path=pairs.jsonl")
+    run.check(cfg)
+    chosen = getattr(cfg, file.parent.name)
+    if file.parent.name in ("model", "dataset"):
+        assert chosen.name == file.stem  # the name is part of the run folder and of the model card
+    if file.parent.name == "objective":
+        assert chosen["name"] == file.stem
+        objectives.build(chosen)
+
+
+@pytest.mark.parametrize("file", sorted(CONF.glob("dataset/*.yaml")), ids=lambda file: file.stem)
+def test_a_dataset_says_in_its_first_line_what_it_is(file):
+    first = file.read_text().splitlines()[0]
+    assert first.startswith("# ")
+    path = yaml.safe_load(file.read_text()).get("path")
+    assert path is None or first == f"# https://huggingface.co/datasets/{path}"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
+def test_a_recipe_trains_one_step(recipe, align, tiny_llama, tiny_gemma2, pairs_file, tmp_path):
+    words = command(recipe)
+    result = align(
+        *[word for word in words if not word.startswith("dataset.path=")],
+        f"model.path={tiny_gemma2 if 'gemma' in recipe.stem else tiny_llama}",
+        "model.init=null",
+        "model.fit=null",
+        "model.tokenizer=null",
+        "dataset=local",
+        f"dataset.path={pairs_file}",
+        "cluster=cpu",
+        "train.pairs_per_step=8",
+        "train.max_length=128",
+        "train.max_prompt_length=64",
+        "optimizer.max_steps=1",
+        f"run_dir={tmp_path / 'run'}",
+    )
+    assert result.status == 0, result.err
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [step["train/loss"] for step in steps if "train/loss" in step]
+    assert len(losses) == 1 and math.isfinite(losses[0])
+    assert (tmp_path / "run" / "model" / "config.json").exists()
