@@ -8,7 +8,6 @@ HYDRA_FULL_ERROR=1 keeps it for all.
 import os
 import sys
 import warnings
-from typing import TextIO
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -37,16 +36,16 @@ def _job(node: DictConfig) -> float | None:
         sys.exit(f"align: {compose.one_line(error)}")
 
 
-def _show_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
-) -> None:
-    print(f"align: warning: {message}", file=sys.stderr)
+def _warning_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    return f"align: warning: {message}\n"
 
 
 def main() -> None:
     """Entry point of the console script and of `python -m align`."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise, so that the line below can say it shorter
-    warnings.showwarning = _show_warning
+    warnings.formatwarning = _warning_line
     compose.install()
     try:
         _job()

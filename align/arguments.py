@@ -127,7 +127,7 @@ def training_arguments(cfg: RunConfig, checkpoints: Path, where: Place) -> Train
         made, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
         made([torch.nn.Parameter(torch.zeros(1))], **options)
     except (ImportError, TypeError, ValueError) as error:
-        raise UserError(f"optimizer.optim={arguments.optim}: {' '.join(str(error).split())}") from error
+        raise UserError(f"optimizer.optim={arguments.optim.value}: {' '.join(str(error).split())}") from error
     _ = arguments.device  # counts the GPUs, which the next line overrules: one process drives one
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments

@@ -4,7 +4,6 @@ A folder under the cache exists only when it is whole: it is built beside its pl
 lock that the others wait for. Nothing here ever deletes what a build has finished.
 """
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,9 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
         lock = FileLock(f"{folder}.lock")
         lock.acquire()
     except OSError as error:
-        raise UserError(f"cache_dir: cannot write {folder.parent} ({error.strerror}); set cache_dir= or ALIGN_CACHE") from error
+        raise UserError(
+            f"cache_dir: cannot write {folder.parent} ({error.strerror}); set cache_dir= or ALIGN_CACHE"
+        ) from error
     with lock:
         if folder.is_dir():
             return folder
@@ -35,5 +36,5 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
         shutil.rmtree(unfinished, ignore_errors=True)  # of a build that was killed: the lock is ours now
         unfinished.mkdir()
         build(unfinished)
-        os.replace(unfinished, folder)
+        unfinished.replace(folder)
     return folder

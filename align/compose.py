@@ -6,7 +6,6 @@ as `objective`, need no `+`: what is allowed there is checked where it is known.
 the key and what is allowed.
 """
 
-import difflib
 import re
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ _OPEN = r"^((?:objective|optimizer)\.|(?:model\.(?:lora|init)|dataset\.(?:column
 
 def _default_choices() -> dict[str, str]:
     entries = OmegaConf.load(CONF / "config.yaml").defaults
-    return {key: value for entry in entries if isinstance(entry, DictConfig) for key, value in entry.items()}
+    return {str(key): value for entry in entries if isinstance(entry, DictConfig) for key, value in entry.items()}
 
 
 class Loader(ConfigLoaderImpl):
@@ -48,9 +47,13 @@ class Loader(ConfigLoaderImpl):
         config_search_path.prepend("experiments", f"file://{shipped('experiments')}")
         super().__init__(config_search_path)
 
-    def load_configuration(self, config_name: str | None, overrides: list[str], *args: Any, **kwargs: Any) -> DictConfig:
+    def load_configuration(
+        self, config_name: str | None, overrides: list[str], *args: Any, **kwargs: Any
+    ) -> DictConfig:
+        """The composed configuration of one job."""
         groups = "|".join(_default_choices())
         overrides = [re.sub(rf"^({groups})=null$", r"\1=none", override) for override in overrides]
+        overrides = [re.sub(rf"^({groups})=(\d.*)$", r"\1='\2'", override) for override in overrides]
         overrides = [re.sub(_OPEN, r"++\1", override) for override in overrides]
         chosen = _default_choices() | dict(o.split("=", 1) for o in overrides if "=" in o)
         recipe = f"{chosen['model']}_{chosen['objective']}"
@@ -59,7 +62,10 @@ class Loader(ConfigLoaderImpl):
         try:
             return super().load_configuration(config_name, overrides, *args, **kwargs)
         except ValueError as error:  # Hydra's own word on `model=3`
-            raise config.UserError(f"{error}: a group takes one of its choices, as in model=tiny") from error
+            words = " ".join(overrides)
+            raise config.UserError(
+                f"{error} (in {words}): a group takes one of its choices, as in model=tiny"
+            ) from error
 
     def get_group_options(
         self,
@@ -98,7 +104,7 @@ def one_line(error: BaseException) -> str:
         if missing and options:
             group, choice = missing.groups()
             names = options.group(1).split()
-            return f"there is no {group}={choice}{_closest(choice, names)}; {group} is one of {', '.join(names)}"
+            return f"there is no {group}={choice}{config.closest(choice, names)}; {group} is one of {', '.join(names)}"
     return " ".join(str(error).split())
 
 
@@ -106,9 +112,4 @@ def _unknown_key(key: str, names: list[str]) -> str:
     prefix, _, last = key.rpartition(".")
     prefix = f"{prefix}." if prefix else ""
     allowed = f"; {prefix.rstrip('.') or 'the top level'} has {', '.join(names)}" if names else ""
-    return f"unknown key {key}{_closest(last, names, prefix)}{allowed}"
-
-
-def _closest(word: str, names: list[str], prefix: str = "") -> str:
-    close = difflib.get_close_matches(word, names, n=1)
-    return f" (did you mean {prefix}{close[0]}?)" if close else ""
+    return f"unknown key {key}{config.closest(last, names, prefix)}{allowed}"

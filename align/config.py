@@ -5,6 +5,7 @@ types. No torch here: `--help`, `--cfg job` and tab completion must answer at on
 makes frozen nodes read-only before overrides reach them.
 """
 
+import difflib
 import hashlib
 import importlib
 import json
@@ -43,17 +44,23 @@ class SystemMessage(Enum):
 
 
 class Device(Enum):
+    """What a process computes on."""
+
     auto = "auto"  # the GPU where there is one, else the CPU
     cpu = "cpu"
 
 
 class Precision(Enum):
+    """What forwards compute in; weights are float32."""
+
     auto = "auto"  # bf16 on a GPU that has it, else fp32
     bf16 = "bf16"  # bf16 autocast over float32 master weights
     fp32 = "fp32"
 
 
 class TrackerName(Enum):
+    """Where metrics go besides metrics.jsonl."""
+
     wandb = "wandb"
     trackio = "trackio"
     tensorboard = "tensorboard"
@@ -61,6 +68,8 @@ class TrackerName(Enum):
 
 
 class TrackerMode(Enum):
+    """wandb only."""
+
     auto = "auto"  # online with a key, else offline
     online = "online"
     offline = "offline"
@@ -68,6 +77,8 @@ class TrackerMode(Enum):
 
 @dataclass
 class ModelConfig:
+    """The start model."""
+
     name: str = MISSING
     path: str | None = None  # hub name, or a folder with config.json and safetensors
     revision: str | None = None  # hub revision; null: the newest
@@ -78,7 +89,9 @@ class ModelConfig:
     attn_implementation: str | None = None  # transformers' name of an attention; null: its choice
     trust_remote_code: bool = False
     lora: dict[str, Any] = field(default_factory=dict)  # fields of peft.LoraConfig; empty: train every weight
-    init: dict[str, Any] = field(default_factory=dict)  # instead of path: transformers config fields of a randomly initialised model
+    init: dict[str, Any] = field(
+        default_factory=dict
+    )  # instead of path: transformers config fields of a randomly initialised model
     init_seed: int = 0  # apart from `seed`, so that seeds of one study share their start model
     fit: str | None = None  # "module:function" that fits a freshly initialised model; the result is cached
 
@@ -101,6 +114,8 @@ class SourceConfig:
 
 @dataclass
 class DatasetConfig(SourceConfig):
+    """The preference pairs: one source, or a mix of several."""
+
     name: str = MISSING
     mix: dict[str, SourceConfig] = field(default_factory=dict)  # several sources, instead of one
     eval_fraction: float = 0.05  # of the prompts, chosen by hash; for sources without held-out pairs
@@ -113,6 +128,8 @@ class DatasetConfig(SourceConfig):
 
 @dataclass
 class ClusterConfig:
+    """What a run runs on."""
+
     device: Device = Device.auto
     precision: Precision = Precision.auto
     cpu_threads: int | None = None  # torch threads; null: torch's choice
@@ -120,6 +137,8 @@ class ClusterConfig:
 
 @dataclass
 class TrackerConfig:
+    """Who is told."""
+
     name: TrackerName = TrackerName.none
     mode: TrackerMode = TrackerMode.auto
     project: str = "align"
@@ -130,6 +149,8 @@ class TrackerConfig:
 
 @dataclass
 class TrainConfig:
+    """How pairs become steps."""
+
     pairs_per_step: int = 128  # the global batch; micro-batches, accumulation and world size cannot change it
     tokens_per_micro_batch: int = 16384  # padded tokens that one device holds at once
     max_length: int = 2048  # tokens of prompt and response
@@ -156,6 +177,8 @@ class EvaluationConfig:
 
 @dataclass
 class RunConfig:
+    """A whole run."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     objective: dict[str, Any] = field(default_factory=dict)  # name and hyperparameters; objectives.build checks them
@@ -207,14 +230,18 @@ def check(cfg: RunConfig) -> None:
         )
     if (cfg.model.path is None) == (not cfg.model.init):
         raise UserError(
-            "a model needs model.path (a hub name or a folder) or model.init (config fields), and not both: "
+            "give model.path (a hub name or a folder) or model.init (config fields), and not both; "
             "for a model of yours type model=local model.path=<folder or hub name>"
         )
     for key, source in {"dataset": dataset, **{f"dataset.mix.{n}": s for n, s in dataset.mix.items()}}.items():
-        given = [n for n in ("path", "rows") if getattr(source, n)] + (["mix"] if source is dataset and dataset.mix else [])
+        given = [n for n in ("path", "rows") if getattr(source, n)] + (
+            ["mix"] if source is dataset and dataset.mix else []
+        )
         if len(given) != 1:
             example = f"{key}.path=pairs.jsonl"
-            raise UserError(f"{key} needs one of path, rows or mix, and has {' and '.join(given) or 'none'}: e.g. {example}")
+            raise UserError(
+                f"{key} needs one of path, rows or mix, and has {' and '.join(given) or 'none'}: e.g. {example}"
+            )
 
 
 def _check_no_extra(node: Any, prefix: str) -> None:
@@ -222,9 +249,17 @@ def _check_no_extra(node: Any, prefix: str) -> None:
     known = [field.name for field in fields(node)]
     for name, value in vars(node).items():
         if name not in known:
-            raise UserError(f"unknown key {prefix}{name}; {prefix.rstrip('.') or 'the top level'} has {', '.join(known)}")
+            raise UserError(
+                f"unknown key {prefix}{name}{closest(name, known, prefix)}; {prefix.rstrip('.') or 'the top level'} has {', '.join(known)}"
+            )
         if is_dataclass(value):
             _check_no_extra(value, f"{prefix}{name}.")
+
+
+def closest(word: str, names: list[str], prefix: str = "") -> str:
+    """ " (did you mean ...?)", where one of the names is close to the word."""
+    close = difflib.get_close_matches(word, names, n=1)
+    return f" (did you mean {prefix}{close[0]}?)" if close else ""
 
 
 def resolve(reference: str, key: str) -> Callable[..., Any]:

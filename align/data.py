@@ -47,7 +47,7 @@ _HINT = "expected chosen and rejected, and prompt where they do not hold it; dat
 Message = Mapping[str, Any]
 
 
-class BadRow(Exception):
+class BadRow(Exception):  # noqa: N818 - read in `except BadRow`, a noun says more
     """A row that cannot be trained on; the message is the reason it is counted under."""
 
 
@@ -135,7 +135,9 @@ def _load_splits(cfg: DatasetConfig, start: Start, cache: Path) -> dict[str, Row
         rows = [row for row in part["train"].rows if _prompt_hash(row) not in held]
         part["train"] = replace(part["train"], rows=rows)
     weights = {name: source.weight for name, source in cfg.mix.items()}
-    return {split: _mix({name: part[split] for name, part in parts.items()}, weights) for split in ("train", "held_out")}
+    return {
+        split: _mix({name: part[split] for name, part in parts.items()}, weights) for split in ("train", "held_out")
+    }
 
 
 def _mix(parts: dict[str, Rows], weights: dict[str, float]) -> Rows:
@@ -197,7 +199,9 @@ def _read(key: str, path: str, split: str, source: SourceConfig) -> Rows:
     try:
         stored = datasets.load_from_disk(str(file))
     except (OSError, ValueError) as error:
-        raise UserError(f"{key}={path} is a folder, but not one written by save_to_disk: {error} (or give a file in it)") from error
+        raise UserError(
+            f"{key}={path} is a folder, but not one written by save_to_disk: {error} (or give a file in it)"
+        ) from error
     if isinstance(stored, datasets.DatasetDict):
         if split not in stored:
             raise UserError(f"{key}={path} has no split {split!r}; it has {', '.join(map(str, stored))}")
@@ -275,7 +279,9 @@ def _renamed(rows: Rows, source: SourceConfig, key: str) -> Rows:
         }
         for number, row in enumerate(bar, 1)
     ]
-    return Rows(rows=made, fingerprint=fingerprint(rows.fingerprint, source.columns, source.wrap_plain), where=rows.where)
+    return Rows(
+        rows=made, fingerprint=fingerprint(rows.fingerprint, source.columns, source.wrap_plain), where=rows.where
+    )
 
 
 def _content_fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -512,7 +518,9 @@ def _prepare_split(
                     bad.append((pair["number"], str(error)))
             if bad and strict:
                 number, reason = bad[0]
-                raise UserError(f"{rows.where}, row {number}: {reason} (dataset.strict=false drops and counts such rows)")
+                raise UserError(
+                    f"{rows.where}, row {number}: {reason} (dataset.strict=false drops and counts such rows)"
+                )
             dropped.update(reason for _, reason in bad)
             bar.update(len(chunk))
             if limit is not None and len(made) >= limit:
@@ -522,7 +530,12 @@ def _prepare_split(
         reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.most_common())
         raise UserError(f"{rows.where}: none of {len(rows.rows)} rows can be used ({reasons})")
     cut = [pair["cut_tokens"] for pair in made]
-    counts = {"pairs": len(made), "dropped": dict(dropped), "cut_pairs": sum(c > 0 for c in cut), "cut_tokens": sum(cut)}
+    counts = {
+        "pairs": len(made),
+        "dropped": dict(dropped),
+        "cut_pairs": sum(c > 0 for c in cut),
+        "cut_tokens": sum(cut),
+    }
     for pair in made:
         del pair["number"]
     return datasets.Dataset.from_list(made), counts
@@ -586,4 +599,6 @@ def check_bos(pairs: Pairs, tokenizer: PreTrainedTokenizerBase) -> None:
         counts = {ids.count(bos) for ids in split["prompt_ids"]}
         inside = any(bos in ids for side in ("chosen_ids", "rejected_ids") for ids in split[side])
         if len(counts) > 1 or counts - {0, 1} or inside:
-            raise UserError(f"prompts hold {sorted(counts)} BOS tokens and responses {'some' if inside else 'none'}: expected one and none")
+            raise UserError(
+                f"prompts hold {sorted(counts)} BOS tokens and responses {'some' if inside else 'none'}: expected one and none"
+            )

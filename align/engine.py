@@ -43,7 +43,10 @@ def collate(rows: Sequence[tuple[list[int], list[int]]], pad_token_id: int) -> B
     width = max(len(prompt) + len(response) for prompt, response in rows)
     input_ids = torch.full((len(rows), width), pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
-    predicted_at, target, row, column = [], [], [], []
+    predicted_at: list[int] = []
+    target: list[int] = []
+    row: list[int] = []
+    column: list[int] = []
     for i, (prompt, response) in enumerate(rows):
         input_ids[i, : len(prompt) + len(response)] = torch.tensor([*prompt, *response])
         attention_mask[i, : len(prompt) + len(response)] = 1
@@ -67,7 +70,7 @@ def attach(model: nn.Module) -> None:
 
     Its class becomes a subclass of itself: weights, names, saving and generation stay as they are.
     """
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     if not isinstance(inner, _Scoring):
         cls = type(inner)
         inner.__class__ = type(cls.__name__, (_Scoring, cls), {"__module__": cls.__module__})
@@ -115,7 +118,11 @@ class _Scoring:
         chunks = []
         for at in range(0, len(hidden), rows):
             args = (hidden[at : at + rows], target[at : at + rows], names)
-            chunks.append(checkpoint(self._score_chunk, *args, use_reentrant=False) if torch.is_grad_enabled() else self._score_chunk(*args))
+            chunks.append(
+                checkpoint(self._score_chunk, *args, use_reentrant=False)
+                if torch.is_grad_enabled()
+                else self._score_chunk(*args)
+            )
         return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
 
     def _score_chunk(self, hidden: Tensor, target: Tensor, names: tuple[str, ...]) -> tuple[Tensor, ...]:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -39,7 +40,7 @@ def compare_with_start(
 
     The judge is given the last user turn of each conversation (or the plain prompt) and an answer. Both policies are `engine.attach`ed and on the device. The responses are written to `samples_file`.
     """
-    options = {
+    options: dict[str, Any] = {
         "samples": cfg.samples_per_prompt,
         "temperature": cfg.temperature,
         "top_p": cfg.top_p,
@@ -48,7 +49,9 @@ def compare_with_start(
     }
     questions = [c if isinstance(c, str) else c[-1]["content"] for c in conversations]
     ids = [prompt_ids(conversation, start.tokenizer) for conversation in conversations]
-    drawn = {name: sampler(model, start)(ids, **options) for name, model in (("start", start_policy), ("policy", policy))}
+    drawn = {
+        name: sampler(model, start)(ids, **options) for name, model in (("start", start_policy), ("policy", policy))
+    }
     scores = {
         name: [[judge(question, s.text) for s in own] for question, own in zip(questions, samples, strict=True)]
         for name, samples in drawn.items()
@@ -65,7 +68,10 @@ def compare_with_start(
             "win_rate": win_rate(scores[name], scores["start"]),
             "judge_score": fmean(score for own in scores[name] for score in own),
             "sample_length": fmean(len(s.response_ids) for s in flat),
-            "kl_policy_start": fmean(a - b for a, b in zip(*(_logps(m, flat, where, budget, pad) for m in (model, start_policy)), strict=True)),
+            "kl_policy_start": fmean(
+                a - b
+                for a, b in zip(*(_logps(m, flat, where, budget, pad) for m in (model, start_policy)), strict=True)
+            ),
         }
     return metrics["start"], metrics["policy"]
 

@@ -40,7 +40,9 @@ def place(cfg: ClusterConfig) -> Place:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
     has_bf16 = on_gpu and torch.cuda.is_bf16_supported()
     if cfg.precision is Precision.bf16 and not has_bf16:
-        raise UserError(f"cluster.precision=bf16 needs a GPU that has it; this run is on {device.type}: use fp32 or auto")
+        raise UserError(
+            f"cluster.precision=bf16 needs a GPU that has it; this run is on {device.type}: use fp32 or auto"
+        )
     if cfg.cpu_threads is not None:
         torch.set_num_threads(cfg.cpu_threads)
     return Place(device=device, bf16=has_bf16 and cfg.precision is not Precision.fp32, rank=rank, world=world)

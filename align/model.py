@@ -42,7 +42,9 @@ def prepare_start(cfg: ModelConfig, cache: Path) -> Start:
     if cfg.tokenizer is None:
         raise UserError("model.init needs model.tokenizer: a folder, a hub name, or module:function")
     is_function = ":" in cfg.tokenizer and not Path(cfg.tokenizer).exists()
-    tokenizer = resolve(cfg.tokenizer, "model.tokenizer")() if is_function else _load_tokenizer(cfg, cfg.tokenizer, None)
+    tokenizer = (
+        resolve(cfg.tokenizer, "model.tokenizer")() if is_function else _load_tokenizer(cfg, cfg.tokenizer, None)
+    )
     key = fingerprint(cfg.init, cfg.init_seed, cfg.fit, tokenizer_fingerprint(tokenizer), transformers.__version__)
     folder = cache / "models" / f"{cfg.name}-{key}"
 
@@ -86,11 +88,15 @@ def load_policy(cfg: ModelConfig, start: Start, seed: int) -> PreTrainedModel:
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         attention = cfg.attn_implementation is not None and "attn_implementation" in str(error)
         if attention:
-            raise UserError(f"model.attn_implementation={cfg.attn_implementation}: {' '.join(str(error).split())}") from error
+            raise UserError(
+                f"model.attn_implementation={cfg.attn_implementation}: {' '.join(str(error).split())}"
+            ) from error
         raise UserError(_cannot_load("model.path", start.path, error)) from error
     if loading["missing_keys"]:
         some = ", ".join(sorted(loading["missing_keys"])[:3])
-        raise UserError(f"model.path={start.path} lacks {len(loading['missing_keys'])} weights ({some} ...): they would be random")
+        raise UserError(
+            f"model.path={start.path} lacks {len(loading['missing_keys'])} weights ({some} ...): they would be random"
+        )
     if len(start.tokenizer) > model.get_input_embeddings().num_embeddings:
         raise UserError(
             f"the tokenizer has {len(start.tokenizer)} tokens and model {start.path} embeds only "
@@ -117,9 +123,11 @@ def _with_adapter(model: PreTrainedModel, fields: dict[str, Any], seed: int) -> 
     transformers.set_seed(seed)
     try:
         adapter = peft.LoraConfig(task_type="CAUSAL_LM", **fields)
-        return peft.get_peft_model(model, adapter)  # type: ignore[return-value]
+        return peft.get_peft_model(model, adapter)
     except (TypeError, ValueError) as error:
-        raise UserError(f"model.lora: {str(error).removeprefix('LoraConfig.__init__() ')}; fields are peft.LoraConfig's") from error
+        raise UserError(
+            f"model.lora: {str(error).removeprefix('LoraConfig.__init__() ')}; fields are peft.LoraConfig's"
+        ) from error
 
 
 def _load_tokenizer(cfg: ModelConfig, path: str, revision: str | None) -> PreTrainedTokenizerBase:
@@ -137,7 +145,9 @@ def _load_tokenizer(cfg: ModelConfig, path: str, revision: str | None) -> PreTra
         file = Path(cfg.chat_template).expanduser()
         is_template = "{" in cfg.chat_template
         if not is_template and not file.is_file():
-            raise UserError(f"model.chat_template={cfg.chat_template} is neither a Jinja template nor a file that holds one")
+            raise UserError(
+                f"model.chat_template={cfg.chat_template} is neither a Jinja template nor a file that holds one"
+            )
         tokenizer.chat_template = cfg.chat_template if is_template else file.read_text()
     return tokenizer
 

@@ -24,7 +24,9 @@ def check_batch(cfg: RunConfig, pairs: int, world: int) -> None:
         fits = size + world - size % world
         raise UserError(f"train.pairs_per_step={size} cannot be divided among {world} processes; {fits} can")
     if pairs < size:
-        raise UserError(f"train.pairs_per_step={size} is more than the {pairs} training pairs: give more data or train.pairs_per_step={pairs}")
+        raise UserError(
+            f"train.pairs_per_step={size} is more than the {pairs} training pairs: give more data or train.pairs_per_step={pairs}"
+        )
 
 
 def total_steps(cfg: RunConfig, pairs: int, world: int) -> int:
@@ -38,7 +40,12 @@ def describe(cfg: RunConfig, start: Start, pairs: Pairs, objective: Objective, w
     """The plan of a run, as it is printed and saved."""
     train, lengths = cfg.train, pair_lengths(pairs.train)
     sampler = StepSampler(
-        lengths, pairs_per_step=train.pairs_per_step, world=where.world, rank=where.rank, budget=train.tokens_per_micro_batch, seed=cfg.seed
+        lengths,
+        pairs_per_step=train.pairs_per_step,
+        world=where.world,
+        rank=where.rank,
+        budget=train.tokens_per_micro_batch,
+        seed=cfg.seed,
     )
     shares = [share for _, share in zip(range(50), sampler, strict=False)]
     micro = [len(share) for share in shares]
@@ -65,19 +72,28 @@ _COLUMNS = {"prompt": "prompt_ids", "chosen": "chosen_ids", "rejected": "rejecte
 
 def _tokens(pairs: Pairs, indices: tuple[int, ...]) -> int:
     rows = pairs.train[list(indices)]
-    return sum(2 * len(p) + len(c) + len(r) for p, c, r in zip(*(rows[name] for name in _COLUMNS.values()), strict=True))
+    return sum(
+        2 * len(p) + len(c) + len(r) for p, c, r in zip(*(rows[name] for name in _COLUMNS.values()), strict=True)
+    )
 
 
 def _counts(pairs: Pairs, split: str) -> str:
     counts = pairs.counts[split]
     dropped = ", ".join(f"{count} {reason}" for reason, count in counts["dropped"].items())
-    cut = f"; {counts['cut_pairs']} pairs cut, {counts['cut_tokens']} response tokens lost" if counts["cut_pairs"] else "; none cut"
+    cut = (
+        f"; {counts['cut_pairs']} pairs cut, {counts['cut_tokens']} response tokens lost"
+        if counts["cut_pairs"]
+        else "; none cut"
+    )
     return f"{counts['pairs']} pairs{cut}; dropped: {dropped or 'none'}"
 
 
 def _quantiles(pairs: Pairs, column: str) -> str:
     lengths = sorted(len(ids) for ids in pairs.train[column])
-    at = {name: lengths[min(len(lengths) - 1, int(q * len(lengths)))] for name, q in (("half", 0.5), ("90%", 0.9), ("99%", 0.99))}
+    at = {
+        name: lengths[min(len(lengths) - 1, int(q * len(lengths)))]
+        for name, q in (("half", 0.5), ("90%", 0.9), ("99%", 0.99))
+    }
     return ", ".join(f"{name} at most {value}" for name, value in at.items()) + f", longest {lengths[-1]} tokens"
 
 
@@ -118,7 +134,14 @@ def first_loss(objective: Objective, pairs: Pairs) -> str:
         for side, length in sizes.items():
             logp = length * per_token[side]
             # log_sum_sq and log_max lie between logp and 0 for a likely response: any value shows a dependence
-            values = {"logp": logp, "ref_logp": logp, "length": length, "log_sum_sq": logp / 2, "log_max": logp / 3, "win_prob": columns[side]}
+            values = {
+                "logp": logp,
+                "ref_logp": logp,
+                "length": length,
+                "log_sum_sq": logp / 2,
+                "log_max": logp / 3,
+                "win_prob": columns[side],
+            }
             made[side] = Response(**{name: values[name] for name in objective.needs})
         return float(objective(made["chosen"], made["rejected"]).loss.mean())
 

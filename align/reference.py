@@ -51,7 +51,9 @@ def reference_logps(
         description = f"reference log-probabilities, {name}"
         with evaluating(policy), tqdm(total=len(pairs), desc=description, unit="pair", disable=len(groups) < 8) as bar:
             for group in groups:
-                batch = {k: v.to(where.device) for k, v in collate_pairs(pairs.select(group).to_list(), pad_token_id).items()}
+                batch = {
+                    k: v.to(where.device) for k, v in collate_pairs(pairs.select(group).to_list(), pad_token_id).items()
+                }
                 with where.autocast():
                     logp = response_statistics(policy, batch, ())["logp"]
                 logps[group] = logp.view(2, -1).T.cpu()

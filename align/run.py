@@ -6,7 +6,6 @@ config.yaml, plan.txt, first_pair.txt, metrics.jsonl, results.json, samples.json
 
 import inspect
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -71,7 +70,9 @@ def check(cfg: RunConfig) -> Objective:
         raise UserError(str(error)) from error
 
 
-def check_data(cfg: RunConfig, objective: Objective, start: model.Start, pairs: data.Pairs, where: launch.Place) -> None:
+def check_data(
+    cfg: RunConfig, objective: Objective, start: model.Start, pairs: data.Pairs, where: launch.Place
+) -> None:
     """What the objective and the batch ask of the data."""
     data.check_bos(pairs, start.tokenizer)
     plan.check_batch(cfg, len(pairs.train), where.world)
@@ -88,7 +89,13 @@ class _Prepared:
     """A run whose data and start model are ready."""
 
     def __init__(
-        self, cfg: RunConfig, objective: Objective, start: model.Start, pairs: data.Pairs, where: launch.Place, cache: Path
+        self,
+        cfg: RunConfig,
+        objective: Objective,
+        start: model.Start,
+        pairs: data.Pairs,
+        where: launch.Place,
+        cache: Path,
     ) -> None:
         self.cfg, self.objective, self.start, self.pairs = cfg, objective, start, pairs
         self.where, self.cache = where, cache
@@ -101,7 +108,9 @@ class _Prepared:
         results_file = self.dir / "results.json"
         self._recognise()
         if results_file.exists():
-            self._say(f"This run is complete: {self.dir}. To train it anew, delete that folder or give another run_dir=")
+            self._say(
+                f"This run is complete: {self.dir}. To train it anew, delete that folder or give another run_dir="
+            )
         else:
             made = arguments.training_arguments(self.cfg, self.dir / "checkpoints", self.where)
             policy = self._policy()
@@ -132,7 +141,9 @@ class _Prepared:
             raise UserError(f"run_dir: {known} is damaged; delete {self.dir} or give another run_dir=") from error
         differs = _differences(before, json.loads(json.dumps(self.identity, default=str)))
         if differs:
-            raise UserError(f"{self.dir} holds another run ({'; '.join(differs[:4])}); give another run_dir= or delete it")
+            raise UserError(
+                f"{self.dir} holds another run ({'; '.join(differs[:4])}); give another run_dir= or delete it"
+            )
 
     def _open_folder(self, plan_text: str) -> None:
         """Create the run folder, and write down what runs. Files are rank 0's."""
@@ -146,7 +157,7 @@ class _Prepared:
             (self.dir / "first_pair.txt").write_text(pair + "\n")
             unfinished = self.dir / "identity.unfinished"
             unfinished.write_text(json.dumps(self.identity, indent=2, default=str))
-            os.replace(unfinished, self.dir / "identity.json")
+            unfinished.replace(self.dir / "identity.json")
         except OSError as error:
             raise UserError(f"run_dir: cannot write {self.dir} ({error.strerror}); give another run_dir=") from error
         print(f"{plan_text}\n{pair}\nrun folder  {self.dir}")
@@ -193,7 +204,7 @@ class _Prepared:
         """The policy at step 0, on its device, checked against its own logits."""
         policy = model.load_policy(self.cfg.model, self.start, self.cfg.seed)
         engine.attach(policy)
-        policy.to(self.where.device)  # type: ignore[arg-type]
+        policy.to(self.where.device)
         first = self.pairs.train[0]
         rows = [(first["prompt_ids"][-32:], first["chosen_ids"][:32])]
         batch = engine.collate(rows, int(self.start.tokenizer.pad_token_id))
@@ -249,10 +260,10 @@ class _Prepared:
         rows = card.table(results["start"], results["trained"])
         (unfinished / "README.md").write_text(card.model_card(cfg, self.config, self.start, self.pairs, rows))
         shutil.rmtree(self.dir / "model", ignore_errors=True)  # of a run that was killed before its results
-        os.replace(unfinished, self.dir / "model")
+        unfinished.replace(self.dir / "model")
         partial = results_file.with_suffix(".unfinished")
         partial.write_text(json.dumps(results, indent=2))
-        os.replace(partial, results_file)
+        partial.replace(results_file)
 
 
 class _Report:
@@ -260,7 +271,11 @@ class _Report:
 
     def __init__(self, file: Path, tracker: tracking.Tracker, steps: int, resumed_at: int) -> None:
         self._file, self._tracker = file, tracker
-        kept = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= resumed_at] if file.exists() else []
+        kept = (
+            [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= resumed_at]
+            if file.exists()
+            else []
+        )
         self._lines = [line for line in kept if resumed_at or "train/loss" in line]
         file.write_text("".join(f"{line}\n" for line in self._lines))
         self._bar = tqdm(total=steps, initial=resumed_at, desc="training", unit="step", disable=None)
@@ -305,7 +320,13 @@ def plain(cfg: RunConfig) -> dict[str, Any]:
 def _identity(config_: dict[str, Any], objective: Objective, pairs: data.Pairs) -> dict[str, Any]:
     """What decides the result of a run: its settings, its pairs, and the code of its objective."""
     indifferent = {"tracker", "cluster", "run_dir", "cache_dir", "plan"}
-    bookkeeping = {"tokens_per_micro_batch", "log_every_steps", "eval_every_steps", "save_every_steps", "keep_checkpoints"}
+    bookkeeping = {
+        "tokens_per_micro_batch",
+        "log_every_steps",
+        "eval_every_steps",
+        "save_every_steps",
+        "keep_checkpoints",
+    }
     settings = {name: value for name, value in config_.items() if name not in indifferent}
     settings["train"] = {name: value for name, value in settings["train"].items() if name not in bookkeeping}
     code, inner = {}, [objective]
@@ -316,7 +337,7 @@ def _identity(config_: dict[str, Any], objective: Objective, pairs: data.Pairs) 
 
 
 def _differences(before: Any, now: Any, key: str = "") -> list[str]:
-    """"key: was -> is" for every value that differs."""
+    """ "key: was -> is" for every value that differs."""
     if isinstance(before, dict) and isinstance(now, dict):
         return [
             difference

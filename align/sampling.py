@@ -23,8 +23,17 @@ class Sample:
 
 
 class Sampler(Protocol):
+    """Draws responses of a policy."""
+
     def __call__(
-        self, prompts: list[list[int]], *, samples: int, temperature: float, top_p: float, max_new_tokens: int, seed: int
+        self,
+        prompts: list[list[int]],
+        *,
+        samples: int,
+        temperature: float,
+        top_p: float,
+        max_new_tokens: int,
+        seed: int,
     ) -> list[list[Sample]]:
         """`samples` responses to each prompt, given as token ids (`prompt_ids`)."""
 

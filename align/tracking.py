@@ -8,7 +8,7 @@ import importlib.util
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +30,21 @@ class Tracker(ABC):
 
 
 class NoTracker(Tracker):
+    """Nobody is told."""
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
     def finish(self, results: Mapping[str, float], failed: bool) -> None: ...
 
 
 class WandbTracker(Tracker):
+    """Weights & Biases, online or on disk."""
+
     def __init__(self, cfg: RunConfig, run_dir: Path, config: dict[str, Any], labels: dict[str, Any]) -> None:
         import wandb
 
         tracker = cfg.tracker
-        mode = os.environ.get("WANDB_MODE") or tracker.mode.name
+        mode: Any = os.environ.get("WANDB_MODE") or tracker.mode.name
         if mode == "auto":
             mode = "online" if _has_wandb_key() else "offline"
         (run_dir / "wandb").mkdir(exist_ok=True)
@@ -57,11 +61,16 @@ class WandbTracker(Tracker):
         try:
             self._run = wandb.init(mode=mode, **options)
         except Exception as error:  # no network, a wrong key, a server error: the run matters more
-            print(f"align: wandb cannot go online ({' '.join(str(error).split())[:120]}); writing to disk", file=sys.stderr)
+            print(
+                f"align: wandb cannot go online ({' '.join(str(error).split())[:120]}); writing to disk",
+                file=sys.stderr,
+            )
             mode = "offline"
             self._run = wandb.init(mode=mode, **options)
         if mode == "offline":
-            print(f"align: wandb runs offline; to upload later: wandb sync {Path(self._run.dir).parent}", file=sys.stderr)
+            print(
+                f"align: wandb runs offline; to upload later: wandb sync {Path(self._run.dir).parent}", file=sys.stderr
+            )
         for prefix in ("train", "eval", "result"):
             self._run.define_metric(f"{prefix}/*", step_metric="train/global_step")
 
@@ -74,6 +83,8 @@ class WandbTracker(Tracker):
 
 
 class TrackioTracker(Tracker):
+    """trackio: a local dashboard without an account."""
+
     def __init__(self, cfg: RunConfig, run_dir: Path, config: dict[str, Any], labels: dict[str, Any]) -> None:
         import trackio
 
@@ -90,6 +101,8 @@ class TrackioTracker(Tracker):
 
 
 class TensorboardTracker(Tracker):
+    """Event files under the run folder."""
+
     def __init__(self, cfg: RunConfig, run_dir: Path, config: dict[str, Any], labels: dict[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -106,7 +119,7 @@ class TensorboardTracker(Tracker):
         self._writer.close()
 
 
-_TRACKERS = {
+_TRACKERS: dict[TrackerName, Callable[[RunConfig, Path, dict[str, Any], dict[str, Any]], Tracker]] = {
     TrackerName.wandb: WandbTracker,
     TrackerName.trackio: TrackioTracker,
     TrackerName.tensorboard: TensorboardTracker,
@@ -130,9 +143,13 @@ def start(cfg: RunConfig, run_dir: Path, config: dict[str, Any], rank: int) -> T
 def check(cfg: RunConfig) -> None:
     """Refuse a tracker whose package is absent, before the run does any work."""
     if cfg.tracker.name is not TrackerName.none and importlib.util.find_spec(cfg.tracker.name.value) is None:
-        raise UserError(f"tracker={cfg.tracker.name.value} needs a package: pip install 'align[{cfg.tracker.name.value}]'")
+        raise UserError(
+            f"tracker={cfg.tracker.name.value} needs a package: pip install 'align[{cfg.tracker.name.value}]'"
+        )
     if cfg.tracker.mode is TrackerMode.online and cfg.tracker.name is TrackerName.wandb and not _has_wandb_key():
-        raise UserError("tracker.mode=online needs a wandb key: set WANDB_API_KEY, run `wandb login`, or use tracker.mode=offline")
+        raise UserError(
+            "tracker.mode=online needs a wandb key: set WANDB_API_KEY, run `wandb login`, or use tracker.mode=offline"
+        )
 
 
 def _has_wandb_key() -> bool:
@@ -146,4 +163,3 @@ def _has_wandb_key() -> bool:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
-

@@ -96,7 +96,9 @@ class PairTrainer(Trainer):
         pairs_per_step: int,
         micro_batch_tokens: int,
     ) -> None:
-        super().__init__(policy, arguments, train_dataset=train_pairs, eval_dataset=held_out, processing_class=tokenizer)
+        super().__init__(
+            policy, arguments, train_dataset=train_pairs, eval_dataset=held_out, processing_class=tokenizer
+        )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.objective, self.where = objective, where
@@ -119,12 +121,14 @@ class PairTrainer(Trainer):
             budget=self.micro_batch_tokens,
             seed=self.args.seed,
         )
-        return _Steps(self.train_dataset, batch_sampler=sampler, collate_fn=list)  # type: ignore[arg-type]
+        return _Steps(self.train_dataset, batch_sampler=sampler, collate_fn=list)
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
+        """Pairs of an epoch."""
         return len(dataloader.dataset)  # type: ignore[arg-type]
 
     def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted."""
         return 0  # the Trainer's estimate does not know our batches
 
     # A step --------------------------------------------------------------------------------------------------------
@@ -154,7 +158,9 @@ class PairTrainer(Trainer):
     def _pair_loss(self, model: nn.Module, batch: Batch) -> tuple[PairLoss, dict[str, Tensor]]:
         """The objective's verdict on a micro-batch, and the metrics of each of its pairs, `[b]` and detached."""
         with self.where.autocast():
-            statistics = response_statistics(model, batch, (self.objective.needs & COMPUTED) - {"logp", "length"} | {"entropy"})
+            statistics = response_statistics(
+                model, batch, (self.objective.needs & COMPUTED) - {"logp", "length"} | {"entropy"}
+            )
         entropy = statistics.pop("entropy")
         for column in ("ref_logp", "win_prob"):
             if column in batch:
@@ -163,7 +169,7 @@ class PairTrainer(Trainer):
         needed = [Response(**{name: side[name] for name in self.objective.needs}) for side in sides]
         result = self.objective(*needed)
         with torch.no_grad():
-            metrics = pair_metrics(result, *(Response(**side) for side in sides), "ref_logp" in batch)
+            metrics = pair_metrics(result, Response(**sides[0]), Response(**sides[1]), "ref_logp" in batch)
             metrics["entropy"] = (entropy / statistics["length"]).view(2, -1).mean(0)
             metrics["truncated"] = batch["truncated"]
         return result, metrics
@@ -254,7 +260,8 @@ class PairTrainer(Trainer):
         data = self.eval_dataset
         assert isinstance(data, PairData)
         groups = sorted(set(data.columns["group"]) - {""})
-        sums, kept = self._sums, {}
+        sums = self._sums
+        kept: dict[int, float] = {}
         began = time.perf_counter()
         self._sums = {}
         with evaluating(self.model):

@@ -16,7 +16,7 @@ from torch import Tensor
 STATISTICS = ("logp", "length", "ref_logp", "log_sum_sq", "log_max", "win_prob")
 
 
-class MissingStatistic(LookupError):
+class MissingStatistic(LookupError):  # noqa: N818 - what is missing is not in error
     """An objective read a statistic that it does not declare in `needs`."""
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 from objectives.base import Objective
 
 _REGISTRY: dict[str, type[Objective]] = {}
+_CODE = "objective_code_"  # of module names: files outside any package
 _T = TypeVar("_T", bound=type[Objective])
 
 
@@ -30,7 +31,9 @@ def register(name: str) -> Callable[[_T], _T]:
 
     def add(cls: _T) -> _T:
         known = _REGISTRY.get(name)
-        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        same = known is not None and (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__)
+        from_files = known is not None and known.__module__.startswith(_CODE) and cls.__module__.startswith(_CODE)
+        if known is not None and not same and not from_files:  # of two files the one that is named last counts
             raise ValueError(f"objective {name!r} is already registered by {known.__module__}.{known.__qualname__}")
         _REGISTRY[name] = cls
         return cls
@@ -50,7 +53,7 @@ def load_file(path: str) -> None:
     file = Path(path).expanduser()
     if not file.is_file():
         raise ValueError(f"code: there is no Python file {path}; the path is taken from the working folder")
-    name = f"objective_code_{file.resolve()}"
+    name = f"{_CODE}{file.resolve()}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise ValueError(f"code: {path} is not a Python file")

@@ -18,6 +18,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(autouse=True)
+def objectives_as_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is gone after it."""
+    from objectives import registry
+
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+
+
 @dataclass(frozen=True)
 class Result:
     """What a command said and how it ended."""
@@ -148,5 +156,6 @@ def quick(model: Path, pairs: Path, *more: str) -> list[str]:
         "train.pairs_per_step=8",
         "train.gradient_checkpointing=false",
         "optimizer.max_steps=2",
+        "optimizer.learning_rate=1e-3",
         *more,
     ]

@@ -115,7 +115,7 @@ KEYS = [
     bad("bool", "train.gradient_checkpointing=perhaps", says=("train.gradient_checkpointing", "'perhaps'", "bool")),
     bad("enum", "train.truncation=left", says=("train.truncation", "'left'", "papers, drop")),
     bad("section as a value", "train=8", says=("train", "TrainConfig")),
-    bad("word without =", "word", says=("'word'", "EQUAL")),
+    bad("word without =", "word", says=("'word'", "key=value")),
     bad(
         "value that is cut off",
         "objective.beta=[",
@@ -354,7 +354,7 @@ MODELS = [
     bad(
         "both path and init", *TINY, "model.path=./model", alone=True, says=("model.path", "or model.init", "not both")
     ),
-    bad("no folder", "model.path=./nope", says=("model.path=./nope", "config.json, safetensors")),
+    bad("no folder", "model.path=./nope", says=("model.path=./nope", "does not exist")),
     bad("hub model", "model.path=nobody/nothing", says=("model.path=nobody/nothing", "hub", "HF_TOKEN")),
     bad("hub tokenizer", "model.tokenizer=nobody/nothing", says=("model.tokenizer=nobody/nothing", "hub", "HF_TOKEN")),
     bad(
@@ -434,7 +434,9 @@ MODELS = [
 
 RUNS = [
     bad(
-        "prompt as long as all", "train.max_prompt_length=256", says=("train.max_prompt_length (256)", "below train.ma")
+        "prompt as long as all",
+        "train.max_prompt_length=2048",
+        says=("train.max_prompt_length (2048)", "below train.ma"),
     ),
     bad("no pairs in a step", "train.pairs_per_step=0", says=("train.pairs_per_step must be above 0",)),
     bad(

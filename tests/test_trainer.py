@@ -55,10 +55,16 @@ def first_gradients(align, monkeypatch, folder, model, pairs, *more) -> dict[str
 
 
 @pytest.mark.parametrize("objective", ["dpo", "simpo", "sppo", "wpo"])
-def test_one_micro_batch_of_eight_pairs_equals_eight_of_one(align, monkeypatch, tmp_path, tiny_gemma2, pairs_file, objective):
+def test_one_micro_batch_of_eight_pairs_equals_eight_of_one(
+    align, monkeypatch, tmp_path, tiny_gemma2, pairs_file, objective
+):
     words = [f"objective={objective}", "optimizer.max_steps=1"]
-    whole = first_gradients(align, monkeypatch, tmp_path / "a", tiny_gemma2, pairs_file, *words, "train.tokens_per_micro_batch=100000")
-    split = first_gradients(align, monkeypatch, tmp_path / "b", tiny_gemma2, pairs_file, *words, "train.tokens_per_micro_batch=1")
+    whole = first_gradients(
+        align, monkeypatch, tmp_path / "a", tiny_gemma2, pairs_file, *words, "train.tokens_per_micro_batch=100000"
+    )
+    split = first_gradients(
+        align, monkeypatch, tmp_path / "b", tiny_gemma2, pairs_file, *words, "train.tokens_per_micro_batch=1"
+    )
     assert (whole.pop("micro_batches"), split.pop("micro_batches")) == (1, 8)
     scale = max(gradient.norm() for gradient in whole.values())
     for name, gradient in whole.items():
@@ -67,7 +73,8 @@ def test_one_micro_batch_of_eight_pairs_equals_eight_of_one(align, monkeypatch, 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(align, tmp_path, tiny_llama, pairs_file):
     a, b, c = (
-        train(align, tmp_path / name, tiny_llama, pairs_file, f"seed={seed}") for name, seed in (("a", 1), ("b", 1), ("c", 2))
+        train(align, tmp_path / name, tiny_llama, pairs_file, f"seed={seed}")
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
     )
     assert timeless(metrics(a)) == timeless(metrics(b))
     assert all(torch.equal(value, weights(b)[name]) for name, value in weights(a).items())
@@ -85,12 +92,21 @@ def test_the_first_loss_of_dpo_is_ln_2_and_its_log_ratios_are_0(align, tmp_path,
 def test_every_objective_reports_the_same_metrics(align, tmp_path, tiny_llama, pairs_file):
     names = {}
     for objective in ("dpo", "sppo", "wpo", "simpo", "ipo", "plus_sft"):
-        folder = train(align, tmp_path / objective, tiny_llama, pairs_file, f"objective={objective}", "optimizer.max_steps=1")
+        folder = train(
+            align, tmp_path / objective, tiny_llama, pairs_file, f"objective={objective}", "optimizer.max_steps=1"
+        )
         names[objective] = {name for name in metrics(folder)[0] if "/objective/" not in name}
-    of_reference = {"train/log_ratio/chosen", "train/log_ratio/rejected", "train/accuracy/log_ratio", "train/kl_start_policy"}
+    of_reference = {
+        "train/log_ratio/chosen",
+        "train/log_ratio/rejected",
+        "train/accuracy/log_ratio",
+        "train/kl_start_policy",
+    }
     assert names["dpo"] == names["sppo"] == names["wpo"] == names["ipo"]
     assert names["simpo"] == names["plus_sft"] == names["dpo"] - of_reference
-    wanted = "loss rewards/chosen rewards/rejected rewards/margins rewards/accuracies mean_logp/chosen accuracy/mean_logp"
+    wanted = (
+        "loss rewards/chosen rewards/rejected rewards/margins rewards/accuracies mean_logp/chosen accuracy/mean_logp"
+    )
     wanted += " length/chosen entropy grad_norm pairs_per_second tokens_per_second truncated learning_rate"
     assert {f"train/{name}" for name in wanted.split()} <= names["dpo"]
 
@@ -105,7 +121,9 @@ def test_wpo_reports_its_weights_and_sppo_its_scaled_loss(align, tmp_path, tiny_
     assert sppo["train/objective/scaled_loss"] == pytest.approx(1e-4 * sppo["train/loss"])  # beta^2 = 1e-4
 
 
-def test_a_non_finite_loss_stops_the_run_names_the_pairs_and_leaves_the_checkpoint(align, tmp_path, tiny_llama, pairs_file):
+def test_a_non_finite_loss_stops_the_run_names_the_pairs_and_leaves_the_checkpoint(
+    align, tmp_path, tiny_llama, pairs_file
+):
     code = tmp_path / "sudden.py"
     code.write_text(
         "from dataclasses import dataclass\n"
@@ -121,7 +139,12 @@ def test_a_non_finite_loss_stops_the_run_names_the_pairs_and_leaves_the_checkpoi
         "        return PairLoss(loss, chosen.logp.detach(), rejected.logp.detach(), {})\n"
     )
     folder = tmp_path / "run"
-    words = ["++objective.code=" + str(code), "++objective.name=sudden", "~objective.beta", "~objective.label_smoothing"]
+    words = [
+        "++objective.code=" + str(code),
+        "++objective.name=sudden",
+        "~objective.beta",
+        "~objective.label_smoothing",
+    ]
     more = [*words, "train.save_every_steps=2", "optimizer.max_steps=5", f"run_dir={folder}"]
     result = align(*quick(tiny_llama, pairs_file, *more))
     assert result.status == 1
@@ -132,7 +155,9 @@ def test_a_non_finite_loss_stops_the_run_names_the_pairs_and_leaves_the_checkpoi
 
 def test_a_reference_that_is_not_the_start_policy_is_refused(align, monkeypatch, tmp_path, tiny_llama, pairs_file):
     original = run_module.reference.reference_logps
-    monkeypatch.setattr(run_module.reference, "reference_logps", lambda *args, **kwargs: original(*args, **kwargs) - 3.0)
+    monkeypatch.setattr(
+        run_module.reference, "reference_logps", lambda *args, **kwargs: original(*args, **kwargs) - 3.0
+    )
     result = align(*quick(tiny_llama, pairs_file, f"run_dir={tmp_path / 'run'}"))
     assert result.status == 1 and "the reference is not the start policy" in result.err
 
@@ -152,7 +177,9 @@ def test_a_trainable_weight_without_a_gradient_is_refused(align, monkeypatch, tm
 
 def test_held_out_means_are_exact_whatever_the_micro_batches(align, tmp_path, tiny_llama):
     pairs_file = write_jsonl(tmp_path / "train.jsonl", [pair_row(i, group="even") for i in range(40)])
-    held = write_jsonl(tmp_path / "held.jsonl", [pair_row(i, group="even" if i % 2 == 0 else "odd") for i in range(50, 57)])
+    held = write_jsonl(
+        tmp_path / "held.jsonl", [pair_row(i, group="even" if i % 2 == 0 else "odd") for i in range(50, 57)]
+    )
     words = [f"dataset.eval_path={held}", "dataset.group_by=group", "optimizer.max_steps=1"]
     a = train(align, tmp_path / "a", tiny_llama, pairs_file, *words, "train.tokens_per_micro_batch=1")
     b = train(align, tmp_path / "b", tiny_llama, pairs_file, *words, "train.tokens_per_micro_batch=100000")
@@ -169,7 +196,9 @@ def command(folder: Path, model: Path, pairs: Path, *more: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
-def test_a_run_that_is_killed_and_typed_again_equals_one_that_was_not(tmp_path, tiny_gemma2, pairs_file, own_cache, stop):
+def test_a_run_that_is_killed_and_typed_again_equals_one_that_was_not(
+    tmp_path, tiny_gemma2, pairs_file, own_cache, stop
+):
     words = ["objective=wpo", "optimizer.max_steps=12", "train.save_every_steps=2", "train.eval_every_steps=3"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ALIGN_CACHE": str(own_cache)}
 
@@ -201,7 +230,12 @@ def test_a_run_that_is_killed_and_typed_again_equals_one_that_was_not(tmp_path, 
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_one_process_equals_two(tmp_path, tiny_llama, pairs_file, own_cache):
-    words = ["objective=wpo", "optimizer.max_steps=3", "train.tokens_per_micro_batch=150", "optimizer.learning_rate=1e-3"]
+    words = [
+        "objective=wpo",
+        "optimizer.max_steps=3",
+        "train.tokens_per_micro_batch=150",
+        "optimizer.learning_rate=1e-3",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ALIGN_CACHE": str(own_cache), "OMP_NUM_THREADS": "1"}
     for name, launcher in (
         ("one", [sys.executable]),
@@ -215,6 +249,8 @@ def test_one_process_equals_two(tmp_path, tiny_llama, pairs_file, own_cache):
         for name in a:
             if not name.endswith("_per_second"):
                 assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-5), name
-    assert metrics(tmp_path / "one", "eval/loss")[-1] == pytest.approx(metrics(tmp_path / "two", "eval/loss")[-1], rel=1e-4, abs=1e-5)
+    assert metrics(tmp_path / "one", "eval/loss")[-1] == pytest.approx(
+        metrics(tmp_path / "two", "eval/loss")[-1], rel=1e-4, abs=1e-5
+    )
     for name, value in weights(tmp_path / "one").items():
         torch.testing.assert_close(weights(tmp_path / "two")[name], value, rtol=1e-4, atol=1e-6)

@@ -37,7 +37,9 @@ def _batch(pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> 
     """Token ids and labels `[b, L]`; the prompt and the padding are not labelled."""
     rows = []
     for prompt, answer in pairs:
-        asked = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True)
+        asked = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
+        )
         response = tokenizer(answer + "<end_of_turn>", add_special_tokens=False).input_ids
         rows.append((asked["input_ids"], response))
     width = max(len(asked) + len(response) for asked, response in rows)

@@ -132,7 +132,9 @@ def rows(split: str, start: Start, cache: Path) -> list[dict[str, Any]]:
     folder = build_once(cache / "playground" / f"{split}-{key}", build)
     pairs = [json.loads(line) for line in (folder / "rows.jsonl").open()]
     if not pairs:
-        raise UserError(f"{start.path} answers the built-in task with worthless or equal samples: use model=tiny, or dataset=local")
+        raise UserError(
+            f"{start.path} answers the built-in task with worthless or equal samples: use model=tiny, or dataset=local"
+        )
     return pairs
 
 

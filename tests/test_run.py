@@ -1,0 +1,338 @@
+"""A run as its user meets it: its folder, its second time, other trackers, an objective of one's own."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, pair_row, quick, write_jsonl
+from omegaconf import OmegaConf
+
+from align import run as run_module
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return tmp_path / "run"
+
+
+def test_a_run_folder_holds_what_a_person_needs(align, tiny_gemma2, pairs_file, folder):
+    result = align(*quick(tiny_gemma2, pairs_file, f"run_dir={folder}", "objective=wpo", "seed=5"))
+    assert result.status == 0, result.err
+    for name in ("plan.txt", "first_pair.txt", "metrics.jsonl", "results.json", "model/README.md", "model/config.json"):
+        assert (folder / name).stat().st_size > 0, name
+    config = OmegaConf.load(folder / "config.yaml")
+    assert (config.seed, config.objective.base, config.train.truncation) == (5, "dpo", "papers")
+    results = json.loads((folder / "results.json").read_text())
+    assert results["start"]["accuracy/log_ratio"] == 0.5  # every pair ties with itself, and a tie is half
+    card = (folder / "model" / "README.md").read_text()
+    for said in (
+        "wpo",
+        "`beta=0.01`",
+        str(tiny_gemma2),
+        "fingerprint `",
+        "seed 5",
+        "held-out accuracy",
+        '"alignment": "sampled"',
+    ):
+        assert said in card, said
+    assert "held-out accuracy by log_ratio" in result.out
+
+
+def test_the_trained_model_loads_as_a_pipeline_with_its_chat_template(
+    align, tiny_gemma2, pairs_file, folder, tokenizer
+):
+    from transformers import pipeline
+
+    assert align(*quick(tiny_gemma2, pairs_file, f"run_dir={folder}")).status == 0
+    generate = pipeline("text-generation", model=str(folder / "model"), device="cpu")
+    said = generate([{"role": "user", "content": "please name 2 animals"}], max_new_tokens=3, do_sample=False)
+    assert said[0]["generated_text"][-1]["role"] == "assistant"
+    assert generate.tokenizer.chat_template == tokenizer.chat_template
+
+
+def test_a_second_run_over_the_same_data_and_start_model_does_no_reference_forward(
+    align, monkeypatch, tiny_llama, pairs_file, tmp_path
+):
+    assert align(*quick(tiny_llama, pairs_file, f"run_dir={tmp_path / 'a'}")).status == 0
+
+    def refuse(*args):
+        raise AssertionError("a forward for a reference that is cached")
+
+    monkeypatch.setattr(run_module.reference, "response_statistics", refuse)
+    for words in (("objective.beta=0.05",), ("objective=sppo",), ("objective=wpo", "seed=3")):
+        result = align(*quick(tiny_llama, pairs_file, *words))
+        assert result.status == 0, result.err
+
+
+def test_a_reference_free_objective_computes_no_reference_for_its_training_pairs(
+    align, monkeypatch, tiny_llama, pairs_file, folder
+):
+    made = []
+    original = run_module.reference.reference_logps
+    monkeypatch.setattr(
+        run_module.reference, "reference_logps", lambda *a, **k: made.append(k["name"]) or original(*a, **k)
+    )
+    assert align(*quick(tiny_llama, pairs_file, f"run_dir={folder}", "objective=simpo")).status == 0
+    assert made == ["held_out"]
+
+
+def test_the_same_command_again_trains_nothing_and_shows_the_table(align, monkeypatch, tiny_llama, pairs_file):
+    first = align(*quick(tiny_llama, pairs_file))
+    monkeypatch.setattr(run_module.model, "load_policy", None)  # calling it would fail
+    again = align(*quick(tiny_llama, pairs_file))
+    assert again.status == 0 and "This run is complete" in again.out
+    assert first.out.splitlines()[-5:] == again.out.splitlines()[-5:]
+
+
+def test_another_value_is_another_folder_and_bookkeeping_is_not(align, tiny_llama, pairs_file, tmp_path):
+    for words in ((), ("objective.beta=0.2",), ("train.log_every_steps=2",), ("seed=7",)):
+        assert align(*quick(tiny_llama, pairs_file, *words)).status == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 3
+
+
+def test_a_changed_objective_file_is_another_run(align, tiny_llama, pairs_file, tmp_path):
+    words = own_objective(tmp_path)
+    assert align(*words, *quick(tiny_llama, pairs_file)).status == 0
+    code = tmp_path / "my_objective.py"
+    code.write_text(code.read_text().replace("- logsigmoid", "-1.0 * logsigmoid"))
+    assert align(*words, *quick(tiny_llama, pairs_file)).status == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def own_objective(tmp_path: Path) -> list[str]:
+    """One Python file and one YAML, as the README shows; the words that use them."""
+    (tmp_path / "objective").mkdir()
+    (tmp_path / "objective" / "mine.yaml").write_text("name: mine\ncode: my_objective.py\nbeta: 2.0\n")
+    (tmp_path / "my_objective.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from torch.nn.functional import logsigmoid\n"
+        "from objectives import Objective, PairLoss, Response, register\n"
+        "@register('mine')\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Mine(Objective):\n"
+        "    beta: float = 1.0\n"
+        "    @property\n"
+        "    def needs(self):\n"
+        "        return frozenset({'logp', 'length'})\n"
+        "    def __call__(self, chosen: Response, rejected: Response) -> PairLoss:\n"
+        "        reward_w, reward_l = self.beta * chosen.mean_logp, self.beta * rejected.mean_logp\n"
+        "        loss = - logsigmoid(reward_w - reward_l)\n"
+        "        return PairLoss(loss, reward_w.detach(), reward_l.detach(), {'margin_squared': (reward_w - reward_l).detach() ** 2})\n"
+    )
+    return [f"--config-dir={tmp_path}", "objective=mine"]
+
+
+def test_an_objective_in_one_file_and_one_yaml_outside_the_project_trains(
+    align, tiny_llama, pairs_file, tmp_path, folder
+):
+    result = align(*own_objective(tmp_path), *quick(tiny_llama, pairs_file, "objective.beta=3.0", f"run_dir={folder}"))
+    assert result.status == 0, result.err
+    first = json.loads((folder / "metrics.jsonl").read_text().splitlines()[1])
+    assert first["train/objective/margin_squared"] == pytest.approx(first["train/objective/margin_squared"])
+    assert first["train/rewards/chosen"] == pytest.approx(3 * first["train/mean_logp/chosen"], rel=1e-5)
+    wrong = align(*own_words(tmp_path), *quick(tiny_llama, pairs_file, "objective.btea=3.0"))
+    assert wrong.status == 1 and "unknown key objective.btea; mine takes objective.beta" in wrong.err
+
+
+def own_words(tmp_path: Path) -> list[str]:
+    return [f"--config-dir={tmp_path}", "objective=mine"]
+
+
+def test_lora_trains_the_adapter_only_and_its_reference_is_the_start_model(align, tiny_llama, pairs_file, folder):
+    pytest.importorskip("peft")
+    lora = "model.lora={r: 4, target_modules: all-linear}"
+    result = align(*quick(tiny_llama, pairs_file, f"run_dir={folder}", lora))
+    assert result.status == 0, result.err
+    first = json.loads((folder / "metrics.jsonl").read_text().splitlines()[1])
+    assert first["train/loss"] == pytest.approx(0.6931472, abs=1e-5)  # ln 2: the adapter starts as nothing
+    assert (folder / "model" / "adapter_model.safetensors").exists()
+    assert not (folder / "model" / "model.safetensors").exists()
+
+
+def test_a_plan_says_what_would_run_and_starts_nothing(align, monkeypatch, tiny_llama, pairs_file, tmp_path):
+    monkeypatch.setattr(run_module.model, "load_policy", None)
+    result = align(
+        *quick(tiny_llama, pairs_file, "plan=true", "optimizer.num_train_epochs=2", "optimizer.max_steps=-1")
+    )
+    assert result.status == 0, result.err
+    # 40 pairs, of which 5% of the prompts are held out: 38; 4 full steps of 8 and one of 6 an epoch, two epochs.
+    assert "38 pairs" in result.out and "10 of 8 pairs (5 an epoch)" in result.out
+    assert "0.693147" in result.out  # ln 2
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "objective, first",
+    [
+        ("dpo", "0.693147"),  # ln 2
+        ("ipo", "25"),  # (1 / (2 * 0.1))^2
+        ("simpo", "depends on"),
+        ("wpo", "depends on"),
+    ],
+)
+def test_a_plan_knows_the_first_loss_where_it_can_be_known(align, tiny_llama, pairs_file, objective, first):
+    result = align(*quick(tiny_llama, pairs_file, "plan=true", f"objective={objective}"))
+    assert f"first loss  {first}" in result.out
+
+
+def test_a_value_far_outside_the_published_range_warns_and_says_why(align, tiny_llama, pairs_file):
+    def plan(*words):
+        assert align(*quick(tiny_llama, pairs_file, "plan=true", *words)).status == 0
+
+    with pytest.warns(
+        UserWarning, match="objective.beta=0.1 is far outside simpo's published 2 to 10: beta multiplies"
+    ):
+        plan("objective=simpo", "objective.beta=0.1")
+    with pytest.warns(UserWarning, match="optimizer.learning_rate=2e-05 is far above the published"):
+        plan("model.parameters=9000000000", "optimizer.learning_rate=2e-5")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan("objective.beta=0.05")
+
+
+def test_every_job_of_a_sweep_is_a_run_of_its_own_and_a_failing_one_does_not_stop_the_others(
+    align, tiny_llama, pairs_file, tmp_path
+):
+    words = ["-m", "objective=dpo,simpo", "objective.beta=0.05,-1,2"]
+    result = align(*words, *quick(tiny_llama, pairs_file, "hydra.sweep.dir=sweep"))
+    assert result.status == 1 and "objective.beta must be above 0" in result.err
+    assert len(list((tmp_path / "runs").glob("*/results.json"))) == 4
+
+
+def read_offline(run_dir: Path) -> list[dict]:
+    """Records of the offline wandb runs under a folder: config, history, summary, run. LevelDB log framing, protobuf."""
+    import struct
+
+    from wandb.proto import wandb_internal_pb2 as protocol
+
+    runs = []
+    for file in sorted(run_dir.glob("wandb/**/run-*.wandb")):
+        raw, position, part = file.read_bytes(), 7, b""
+        made = {"config": {}, "history": [], "summary": {}, "exit": None}
+        while position + 7 <= len(raw):
+            left = 32768 - position % 32768
+            if left < 7:
+                position += left
+                continue
+            _, size, kind = struct.unpack("<IHB", raw[position : position + 7])
+            part += raw[position + 7 : position + 7 + size]
+            position += 7 + size
+            if kind not in (1, 4):
+                continue
+            record, part = protocol.Record.FromString(part), b""
+            match record.WhichOneof("record_type"):
+                case "run":
+                    made["run"] = record.run
+                    made["config"] |= {i.key: json.loads(i.value_json) for i in record.run.config.update}
+                case "history":
+                    items = record.history.item
+                    made["history"].append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items})
+                case "summary":
+                    items = record.summary.update
+                    made["summary"] |= {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items}
+                case "exit":
+                    made["exit"] = record.exit.exit_code
+        runs.append(made)
+    return runs
+
+
+@pytest.mark.slow
+def test_wandb_without_a_key_runs_offline_and_loses_nothing(tmp_path, tiny_llama, pairs_file, own_cache):
+    environment = {name: value for name, value in os.environ.items() if name not in ("WANDB_API_KEY", "WANDB_MODE")}
+    environment |= {"PYTHONPATH": str(ROOT), "ALIGN_CACHE": str(own_cache), "HOME": str(tmp_path)}
+    words = ["-m", "objective=dpo,simpo", "tracker=wandb", "tracker.group=both", *quick(tiny_llama, pairs_file)]
+    done = subprocess.run(
+        [sys.executable, "-m", "align", *words],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr.count("to upload later: wandb sync") == 2
+    for objective in ("dpo", "simpo"):
+        (folder,) = (tmp_path / "runs").glob(f"local-local-{objective}-*")
+        (offline,) = read_offline(folder)
+        assert (offline["run"].project, offline["run"].run_group, offline["run"].job_type) == ("align", "both", "train")
+        assert set(offline["run"].tags) == {objective, "local"}
+        assert offline["config"]["objective"]["name"] == objective
+        assert [row["train/global_step"] for row in offline["history"] if "train/loss" in row] == [1, 2]
+        assert offline["summary"]["result/accuracy/mean_logp"] >= 0
+        assert offline["exit"] == 0
+
+
+@pytest.mark.slow
+def test_wandb_with_a_key_and_no_network_falls_back_to_disk(tmp_path, tiny_llama, pairs_file, own_cache):
+    environment = {name: value for name, value in os.environ.items() if name != "WANDB_MODE"}
+    environment |= {
+        "WANDB_API_KEY": "0" * 40,
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+        "PYTHONPATH": str(ROOT),
+        "ALIGN_CACHE": str(own_cache),
+    }
+    words = ["tracker=wandb", *quick(tiny_llama, pairs_file)]
+    done = subprocess.run(
+        [sys.executable, "-m", "align", *words],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "wandb cannot go online" in done.stderr and "0" * 40 not in done.stderr + done.stdout
+    (folder,) = (tmp_path / "runs").iterdir()
+    (offline,) = [run for run in read_offline(folder) if run["history"]]
+    assert offline["exit"] == 0
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "trackio"])
+def test_the_local_trackers_take_a_run(align, monkeypatch, tiny_llama, pairs_file, folder, tmp_path, tracker):
+    pytest.importorskip(tracker)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    result = align(*quick(tiny_llama, pairs_file, f"run_dir={folder}"), tracker=tracker)
+    assert result.status == 0, result.err
+    if tracker == "tensorboard":
+        assert list((folder / "tensorboard").glob("events.*"))
+
+
+def test_a_judge_adds_win_rates_lengths_and_kl(align, tiny_llama, pairs_file, folder, tmp_path):
+    (tmp_path / "my_judge.py").write_text("def short(prompt, answer):\n    return 1 / (1 + len(answer))\n")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        words = ["dataset.judge=my_judge:short", "evaluation.prompts=2", "evaluation.max_new_tokens=8"]
+        result = align(*quick(tiny_llama, pairs_file, f"run_dir={folder}", *words))
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert result.status == 0, result.err
+    results = json.loads((folder / "results.json").read_text())
+    assert results["start"]["win_rate"] == 0.5 and results["start"]["kl_policy_start"] == 0
+    assert 0 <= results["trained"]["win_rate"] <= 1 and results["trained"]["sample_length"] <= 8
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 2 and len(samples[0]["policy"]) == 4
+
+
+def test_two_processes_do_not_train_in_one_folder(align, tiny_llama, pairs_file, folder):
+    from filelock import FileLock
+
+    folder.mkdir()
+    with FileLock(folder / ".lock-0"):
+        result = align(*quick(tiny_llama, pairs_file, f"run_dir={folder}"))
+    assert result.status == 1 and "another process is training in" in result.err
+
+
+def test_rows_too_few_for_the_global_batch_are_refused_with_what_to_type(align, tiny_llama, tmp_path):
+    few = write_jsonl(tmp_path / "few.jsonl", [pair_row(i) for i in range(6)])
+    result = align(*quick(tiny_llama, few))
+    assert result.status == 1 and "train.pairs_per_step=5" in result.err
+
+
+def test_nothing_of_a_run_is_left_in_the_process(align, tiny_llama, pairs_file):
+    assert align(*quick(tiny_llama, pairs_file)).status == 0
+    assert not torch.distributed.is_initialized()
