@@ -284,7 +284,6 @@ class PairTrainer(Trainer):
         named = {f"{metric_key_prefix}/{name}": value for name, value in means.items()}
         if self.on_metrics is not None:
             self.on_metrics(self.state.global_step, named)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
         return named
 
     def _all_ranks(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
