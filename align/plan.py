@@ -7,10 +7,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from align.batching import StepSampler, steps_per_epoch
 from align.config import ModelConfig, RunConfig, UserError
-from align.data import Pairs
+from align.data import Pairs, pair_lengths, token_counts
 from align.launch import Place
 from align.model import Start
-from align.trainer import pair_lengths
 from objectives import Objective, Response
 
 _STATE_BYTES = {"adamw": 8, "adam": 8, "rmsprop": 4, "adagrad": 4, "lion": 4, "sgd": 0}  # per trained weight, float32
@@ -89,7 +88,7 @@ def _counts(pairs: Pairs, split: str) -> str:
 
 
 def _quantiles(pairs: Pairs, column: str) -> str:
-    lengths = sorted(len(ids) for ids in pairs.train[column])
+    lengths = sorted(token_counts(pairs.train, column))
     at = {
         name: lengths[min(len(lengths) - 1, int(q * len(lengths)))]
         for name, q in (("half", 0.5), ("90%", 0.9), ("99%", 0.99))
@@ -127,7 +126,7 @@ def _shape(cfg: ModelConfig, start: Start) -> tuple[AutoConfig, int]:
 def first_loss(objective: Objective, pairs: Pairs) -> str:
     """The mean loss at step 0, where the policy is the reference, if it does not depend on the policy's own logp."""
     columns = {side: torch.tensor(pairs.train[f"{side}_win_prob"][:]) for side in ("chosen", "rejected")}
-    sizes = {side: torch.tensor([float(len(ids)) for ids in pairs.train[f"{side}_ids"]]) for side in columns}
+    sizes = {side: torch.tensor(token_counts(pairs.train, f"{side}_ids")).float() for side in columns}
 
     def loss(per_token: dict[str, float]) -> float:
         made = {}

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, TrainingArguments
 import objectives
 from align import arguments, card, config, data, engine, evaluate, launch, model, plan, reference, tracking
 from align.config import RunConfig, UserError
-from align.trainer import PairData, PairTrainer, pair_lengths
+from align.trainer import PairData, PairTrainer
 from objectives import Objective
 
 
@@ -168,7 +168,10 @@ class _Prepared:
         checkpoint = last_checkpoint(dir_ / "checkpoints")
         tracker = tracking.start(cfg, dir_, self.config, where.rank)
         steps = plan.total_steps(cfg, len(self.pairs.train), where.world)
-        report = _Report(dir_ / "metrics.jsonl", tracker, steps, _step_of(checkpoint)) if where.rank == 0 else None
+        report: _Report | None = None
+        if where.rank == 0:
+            every = cfg.train.eval_every_steps
+            report = _Report(dir_ / "metrics.jsonl", tracker, steps, _step_of(checkpoint), every)
         trainer.on_metrics = report
         failed = True
         results: dict[str, Any] = {}
@@ -219,7 +222,7 @@ class _Prepared:
             column = None
             if wanted:
                 column = reference.reference_logps(
-                    policy, weights, pairs, self.pairs.fingerprint, pair_lengths(pairs), self.where,
+                    policy, weights, pairs, self.pairs.fingerprint, data.pair_lengths(pairs), self.where,
                     budget=cfg.train.tokens_per_micro_batch, pad_token_id=pad, cache=self.cache, name=name,
                 )  # fmt: skip
             return PairData(pairs, column, pad)
@@ -267,17 +270,20 @@ class _Prepared:
 
 
 class _Report:
-    """Metrics of rank 0 as they come: a line of metrics.jsonl, the tracker, the progress bar."""
+    """Metrics of rank 0 as they come: a line of metrics.jsonl, the tracker, the progress bar.
 
-    def __init__(self, file: Path, tracker: tracking.Tracker, steps: int, resumed_at: int) -> None:
+    A run that goes on drops the lines behind its checkpoint, so that the file is that of an uninterrupted run.
+    """
+
+    def __init__(
+        self, file: Path, tracker: tracking.Tracker, steps: int, resumed_at: int, eval_every: int | None
+    ) -> None:
         self._file, self._tracker = file, tracker
-        kept = (
-            [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= resumed_at]
-            if file.exists()
-            else []
-        )
-        self._lines = [line for line in kept if resumed_at or "train/loss" in line]
-        file.write_text("".join(f"{line}\n" for line in self._lines))
+        lines = file.read_text().splitlines() if file.exists() and resumed_at else []
+        before = [line for line in lines if json.loads(line)["step"] < resumed_at]
+        at = [line for line in lines if json.loads(line)["step"] == resumed_at]
+        evaluated = eval_every is not None and resumed_at % eval_every == 0  # before it was saved, behind its metrics
+        file.write_text("".join(f"{line}\n" for line in before + at[: 1 + evaluated]))
         self._bar = tqdm(total=steps, initial=resumed_at, desc="training", unit="step", disable=None)
 
     def __call__(self, step: int, metrics: dict[str, float]) -> None:

@@ -19,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from align.batching import MicroBatch, StepSampler, plan_micro_batches
 from align.config import UserError
+from align.data import pair_lengths
 from align.engine import COMPUTED, Batch, collate_pairs, evaluating, response_statistics
 from align.launch import Place
 from objectives import Objective, PairLoss, Response
@@ -36,32 +37,23 @@ class PairData(Dataset[Batch]):
     """
 
     def __init__(self, pairs: datasets.Dataset, ref_logp: Tensor | None, pad_token_id: int) -> None:
-        self.columns = {name: pairs[name][:] for name in pairs.column_names}
-        self.ref_logp, self.pad_token_id = ref_logp, pad_token_id
+        self.pairs, self.ref_logp, self.pad_token_id = pairs, ref_logp, pad_token_id
         self.lengths = pair_lengths(pairs)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, micro_batch: MicroBatch) -> Batch:
-        ids = ("prompt_ids", "chosen_ids", "rejected_ids")
-        pairs = [{name: self.columns[name][i] for name in ids} for i in micro_batch.pairs]
         index = list(micro_batch.pairs)
-        batch = collate_pairs(pairs, self.pad_token_id)
+        rows = self.pairs.select(index).to_list()
+        batch = collate_pairs(rows, self.pad_token_id)
         batch["pair"] = torch.tensor(index)
         batch["pairs_in_step"] = torch.tensor(micro_batch.pairs_in_step)
-        batch["truncated"] = torch.tensor([float(self.columns["cut_tokens"][i] > 0) for i in index])
-        sides = [[self.columns[f"{side}_win_prob"][i] for i in index] for side in ("chosen", "rejected")]
-        batch["win_prob"] = torch.tensor([*sides[0], *sides[1]])
+        batch["truncated"] = torch.tensor([float(row["cut_tokens"] > 0) for row in rows])
+        batch["win_prob"] = torch.tensor([row[f"{side}_win_prob"] for side in ("chosen", "rejected") for row in rows])
         if self.ref_logp is not None:
             batch["ref_logp"] = self.ref_logp[index].T.flatten()
         return batch
-
-
-def pair_lengths(pairs: datasets.Dataset) -> list[int]:
-    """Tokens of prompt + longer response, per pair: the width a padded row needs."""
-    columns = (pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"])
-    return [len(p) + max(len(c), len(r)) for p, c, r in zip(*columns, strict=True)]
 
 
 class _Steps(DataLoader[Any]):
@@ -227,7 +219,7 @@ class PairTrainer(Trainer):
         if not (losses.isfinite().all() & torch.as_tensor(norm, device=losses.device).isfinite()):
             data = self.train_dataset
             assert isinstance(data, PairData)
-            bad = [data.columns["row_id"][i] for pairs, loss in self._losses for i in pairs[~loss.isfinite()].tolist()]
+            bad = [data.pairs[i]["row_id"] for pairs, loss in self._losses for i in pairs[~loss.isfinite()].tolist()]
             what = f"the loss is not finite for pairs {', '.join(bad[:8])}" if bad else "the gradient is not finite"
             raise UserError(
                 f"step {self.state.global_step + 1}: {what}. The weights were not changed; "
@@ -259,7 +251,7 @@ class PairTrainer(Trainer):
         """
         data = self.eval_dataset
         assert isinstance(data, PairData)
-        groups = sorted(set(data.columns["group"]) - {""})
+        groups = list(data.pairs["group"])
         sums = self._sums
         kept: dict[int, float] = {}
         began = time.perf_counter()
@@ -278,8 +270,8 @@ class PairTrainer(Trainer):
         right = self.accelerator.reduce(right, "sum")
         means, _, _ = self._means(self._all_ranks(self._sums))
         self._sums, self._window_began = sums, self._window_began + time.perf_counter() - began
-        for group in groups:
-            members = [i for i, name in enumerate(data.columns["group"]) if name == group]
+        for group in sorted(set(groups) - {""}):
+            members = [i for i, name in enumerate(groups) if name == group]
             means[f"accuracy/{group}"] = right[members].mean().item()
         named = {f"{metric_key_prefix}/{name}": value for name, value in means.items()}
         if self.on_metrics is not None:
