@@ -22,7 +22,7 @@ _ROWS = {
     "win_rate": "win rate against the start model",
     "judge_score": "judge's score",
     "sample_length": "length of an answer, tokens",
-    "kl_policy_start": "KL(policy || start), nats per answer",
+    "kl_policy_start": "KL(policy, start), nats per answer",
 }
 
 

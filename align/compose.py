@@ -1,7 +1,7 @@
 """Hydra, set up for align: where the YAML lies, which recipe a command picks, and errors in one line.
 
-Three things Hydra does not do by itself. The recipe `experiments/recipe/<model>_<objective>.yaml` is chosen by the
-two words of the command, and may choose the dataset (an interpolated defaults list may not). Keys of open nodes, such
+Three things Hydra does not do by itself. The recipe `experiments/recipe/<model>_<objective>.yaml`, else `<model>.yaml`, is
+chosen by the two words of the command, and may choose the dataset (an interpolated defaults list may not). Keys of open nodes, such
 as `objective`, need no `+`: what is allowed there is checked where it is known. And an error is one line that names
 the key and what is allowed.
 """
@@ -56,9 +56,10 @@ class Loader(ConfigLoaderImpl):
         overrides = [re.sub(rf"^({groups})=(\d.*)$", r"\1='\2'", override) for override in overrides]
         overrides = [re.sub(_OPEN, r"++\1", override) for override in overrides]
         chosen = _default_choices() | dict(o.split("=", 1) for o in overrides if "=" in o)
-        recipe = f"{chosen['model']}_{chosen['objective']}"
-        if chosen["recipe"] is None and self.repository.config_exists(f"recipe/{recipe}"):
-            overrides = [f"recipe={recipe}", *overrides]
+        recipes = (f"{chosen['model']}_{chosen['objective']}", chosen["model"])
+        found = next((name for name in recipes if self.repository.config_exists(f"recipe/{name}")), None)
+        if chosen["recipe"] is None and found is not None:
+            overrides = [f"recipe={found}", *overrides]
         try:
             return super().load_configuration(config_name, overrides, *args, **kwargs)
         except ValueError as error:  # Hydra's own word on `model=3`

@@ -238,7 +238,7 @@ def check(cfg: RunConfig) -> None:
             ["mix"] if source is dataset and dataset.mix else []
         )
         if len(given) != 1:
-            example = f"{key}.path=pairs.jsonl"
+            example = f"{'dataset=local ' if source is dataset else ''}{key}.path=pairs.jsonl"
             raise UserError(
                 f"{key} needs one of path, rows or mix, and has {' and '.join(given) or 'none'}: e.g. {example}"
             )

@@ -117,7 +117,7 @@ def _with_adapter(model: PreTrainedModel, fields: dict[str, Any], seed: int) -> 
     try:
         import peft
     except ImportError as error:
-        raise UserError("model.lora needs peft: pip install 'align[peft]'") from error
+        raise UserError("model.lora needs peft: pip install peft") from error
     if fields.get("lora_dropout"):
         raise UserError("model.lora.lora_dropout must be 0: with dropout the log-ratio to the start model is noise")
     transformers.set_seed(seed)

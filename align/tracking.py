@@ -144,7 +144,7 @@ def check(cfg: RunConfig) -> None:
     """Refuse a tracker whose package is absent, before the run does any work."""
     if cfg.tracker.name is not TrackerName.none and importlib.util.find_spec(cfg.tracker.name.value) is None:
         raise UserError(
-            f"tracker={cfg.tracker.name.value} needs a package: pip install 'align[{cfg.tracker.name.value}]'"
+            f"tracker={cfg.tracker.name.value} needs a package: pip install {cfg.tracker.name.value}"
         )
     if cfg.tracker.mode is TrackerMode.online and cfg.tracker.name is TrackerName.wandb and not _has_wandb_key():
         raise UserError(

@@ -238,7 +238,7 @@ class PairTrainer(Trainer):
         self._sums, self._window_began = {}, time.perf_counter()
         own = {"pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds, "epoch": self.state.epoch}
         named = {f"train/{k}": v for k, v in {**means, **logs, "loss": means["loss"], **own}.items()}
-        super().log(named, start_time)
+        super().log(dict(named), start_time)  # which adds a key of its own
         if self.on_metrics is not None:
             self.on_metrics(self.state.global_step, named)
 
