@@ -47,6 +47,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise, so that the line below can say it shorter
     warnings.formatwarning = _warning_line
     compose.install()
+    sys.path.insert(0, "")  # "module:function" of the working folder, for the console script as for python -m
     try:
         _job()
     except (UserError, HydraException, OmegaConfBaseException) as error:

@@ -82,14 +82,14 @@ def check_optimizer(optimizer: dict[str, Any]) -> None:
             raise UserError(f"optimizer.{name} must be 0 or more, not {optimizer[name]}")
 
 
-def high_learning_rate(optimizer: dict[str, Any], parameters: int | None, lora: bool) -> str | None:
+def high_learning_rate(optimizer: dict[str, Any], parameters: int) -> str | None:
     """A warning, if this learning rate is one that large models do not survive."""
     rate = optimizer.get("learning_rate", 5e-5)
-    if parameters is None or parameters < _BIG or rate <= _HIGH_LEARNING_RATE or lora:
+    if parameters < _BIG or rate <= _HIGH_LEARNING_RATE:
         return None
     return (
         f"optimizer.learning_rate={rate:g} is far above the published 3e-7 to 1e-6 for a model of "
-        f"{parameters / 1e9:.1f}B weights: from 1e-5 on such models collapse to repetition"
+        f"{parameters / 1e9:.1f}B weights: from 1e-5 on such models collapse to repetition (an adapter bears more)"
     )
 
 

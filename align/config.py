@@ -223,6 +223,11 @@ def check(cfg: RunConfig) -> None:
         raise UserError(f"evaluation.top_p must lie in (0, 1], not {cfg.evaluation.top_p}")
     if not 0 < dataset.eval_fraction < 1:
         raise UserError(f"dataset.eval_fraction must lie in (0, 1), not {dataset.eval_fraction}")
+    if train.save_every_steps % train.log_every_steps:
+        raise UserError(
+            f"train.save_every_steps ({train.save_every_steps}) must be a multiple of train.log_every_steps "
+            f"({train.log_every_steps}): a run that goes on would average other steps than one that was not stopped"
+        )
     if train.max_prompt_length >= train.max_length:
         raise UserError(
             f"train.max_prompt_length ({train.max_prompt_length}) must be below train.max_length "

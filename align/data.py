@@ -28,11 +28,11 @@ from align.config import (
     UserError,
     fingerprint,
 )
-from align.model import Start, end_of_turn, merge_system_message, tokenizer_fingerprint
+from align.model import Start, end_of_turn, merge_system_message, tokenizer_fingerprint, with_one_bos
 from align.rows import BadRow, Message, Rows, load_splits, read_number, read_pair
 
 _CHUNK = 1000  # rows tokenised at once: the tokenizer's threads share a chunk
-_VERSION = 1  # of what is written to the cache: raise it when preparing changes
+_VERSION = 2  # of what is written to the cache: raise it when preparing changes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Pairs:
 
     Columns: `row_id` text; `conversation` the prompt as JSON (messages, or a plain text); `prompt_ids`, `chosen_ids`,
     `rejected_ids` token ids; `chosen_win_prob` and `rejected_win_prob` (NaN where the source has none); `cut_tokens`
-    response tokens lost to truncation; `group`.
+    and `cut_prompt_tokens`, response and prompt tokens lost to truncation; `group`.
     """
 
     train: datasets.Dataset
@@ -161,8 +161,6 @@ def tokenise(texts: list[Text], tokenizer: PreTrainedTokenizerBase) -> Iterator[
     Both sides share the prompt's ids, which are those the policy is given when it generates. A response is what
     follows them; where a token straddles the boundary the response is tokenised by itself.
     """
-    bos = tokenizer.bos_token_id
-    adds_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
 
     def encode(batch: list[str]) -> list[list[int]]:
         return tokenizer(batch, add_special_tokens=False).input_ids
@@ -176,11 +174,7 @@ def tokenise(texts: list[Text], tokenizer: PreTrainedTokenizerBase) -> Iterator[
             straddles = encoded[i][: len(prompt)] != prompt
             response = encode([getattr(text, side)[len(text.prompt) :]])[0] if straddles else encoded[i][len(prompt) :]
             responses.append(response)
-        if bos is not None and (adds_bos or prompt[:1] == [bos]):
-            while prompt[:1] == [bos]:
-                prompt = prompt[1:]
-            prompt = [bos, *prompt]
-        yield prompt, responses[0], responses[1]
+        yield with_one_bos(prompt, tokenizer), responses[0], responses[1]
 
 
 def truncate(
@@ -255,6 +249,7 @@ def _prepare_split(
         "dropped": dict(dropped),
         "cut_pairs": sum(c > 0 for c in cut),
         "cut_tokens": sum(cut),
+        "cut_prompts": sum(pair["cut_prompt_tokens"] > 0 for pair in made),
     }
     for pair in made:
         del pair["number"]
@@ -289,8 +284,13 @@ def _finish(encoded: tuple[list[int], list[int], list[int]], rules: Rules) -> di
     prompt, chosen, rejected = truncate(*encoded, rules)
     if chosen == rejected:
         raise BadRow("chosen and rejected are the same after truncation")
-    cut = sum(len(ids) for ids in encoded[1:]) - len(chosen) - len(rejected)
-    return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, "cut_tokens": cut}
+    return {
+        "prompt_ids": prompt,
+        "chosen_ids": chosen,
+        "rejected_ids": rejected,
+        "cut_tokens": sum(len(ids) for ids in encoded[1:]) - len(chosen) - len(rejected),
+        "cut_prompt_tokens": len(encoded[0]) - len(prompt),
+    }
 
 
 # Looking -----------------------------------------------------------------------------------------------------------

@@ -24,9 +24,13 @@ from align.config import ModelConfig, SystemMessage, UserError, fingerprint, res
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Where a run starts: `path` for `from_pretrained`, and the tokenizer with the run's chat template."""
+    """Where a run starts: `path` for `from_pretrained`, and the tokenizer with the run's chat template.
+
+    `fingerprint` changes with a local folder's weights or configuration, or with a hub model's revision.
+    """
 
     path: str
+    fingerprint: str
     tokenizer: PreTrainedTokenizerBase
 
 
@@ -38,7 +42,7 @@ def prepare_start(cfg: ModelConfig, cache: Path) -> Start:
     """
     if cfg.path is not None:
         tokenizer = _load_tokenizer(cfg, cfg.tokenizer or cfg.path, cfg.revision if cfg.tokenizer is None else None)
-        return Start(path=cfg.path, tokenizer=tokenizer)
+        return Start(path=cfg.path, fingerprint=_start_fingerprint(cfg, tokenizer), tokenizer=tokenizer)
     if cfg.tokenizer is None:
         raise UserError("model.init needs model.tokenizer: a folder, a hub name, or module:function")
     is_function = ":" in cfg.tokenizer and not Path(cfg.tokenizer).exists()
@@ -55,7 +59,20 @@ def prepare_start(cfg: ModelConfig, cache: Path) -> Start:
         model.save_pretrained(into)
         tokenizer.save_pretrained(into)
 
-    return Start(path=str(build_once(folder, build)), tokenizer=tokenizer)
+    return Start(path=str(build_once(folder, build)), fingerprint=key, tokenizer=tokenizer)
+
+
+def _start_fingerprint(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    folder = Path(str(cfg.path)).expanduser()
+    if not folder.is_dir():
+        return fingerprint(cfg.path, cfg.revision, tokenizer.init_kwargs.get("_commit_hash"))
+    digest = xxhash.xxh3_128()
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]):
+        digest.update(file.name.encode())
+        with file.open("rb") as content:
+            while block := content.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def _initialise(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -173,6 +190,16 @@ def merge_system_message(messages: list[dict[str, str]], policy: SystemMessage) 
     return [first, *messages[2:]]
 
 
+def with_one_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Prompt ids with one BOS in front where the template writes one or the tokenizer would add one; else none."""
+    bos = tokenizer.bos_token_id
+    if bos is None or not (ids[:1] == [bos] or tokenizer("a").input_ids[:1] == [bos]):
+        return ids
+    while ids[:1] == [bos]:
+        ids = ids[1:]
+    return [bos, *ids]
+
+
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """The strings that the tokenizer reads as one special token each."""
     return {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -218,9 +245,11 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return fingerprint(backend, tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token)
 
 
-def weights_fingerprint(model: nn.Module) -> str:
-    """Changes when any weight does, adapters included: the key of everything computed from these weights."""
+def policy_fingerprint(model: PreTrainedModel) -> str:
+    """Changes when any weight does, adapters included, or how they are used: the key of what a policy computes."""
     digest = xxhash.xxh3_128()
+    how = f"{model.config.to_json_string()} {model.config._attn_implementation} {transformers.__version__}"
+    digest.update(how.encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

@@ -79,12 +79,12 @@ def _tokens(pairs: Pairs, indices: tuple[int, ...]) -> int:
 def _counts(pairs: Pairs, split: str) -> str:
     counts = pairs.counts[split]
     dropped = ", ".join(f"{count} {reason}" for reason, count in counts["dropped"].items())
-    cut = (
-        f"; {counts['cut_pairs']} pairs cut, {counts['cut_tokens']} response tokens lost"
-        if counts["cut_pairs"]
-        else "; none cut"
+    responses = (
+        f"{counts['cut_pairs']} with responses cut, {counts['cut_tokens']} tokens lost" if counts["cut_pairs"] else ""
     )
-    return f"{counts['pairs']} pairs{cut}; dropped: {dropped or 'none'}"
+    prompts = f"{counts['cut_prompts']} with prompts cut" if counts["cut_prompts"] else ""
+    cut = ", ".join(part for part in (responses, prompts) if part) or "none cut"
+    return f"{counts['pairs']} pairs; {cut}; dropped: {dropped or 'none'}"
 
 
 def _quantiles(pairs: Pairs, column: str) -> str:
@@ -98,13 +98,13 @@ def _quantiles(pairs: Pairs, column: str) -> str:
 
 def _memory(cfg: RunConfig, start: Start, lengths: list[int]) -> str:
     """An estimate for one process that holds everything: weights, gradients, optimizer, activations."""
-    shape, total = _shape(cfg.model, start)
+    config, total = shape(cfg.model, start)
     trained = total // 100 if cfg.model.lora else total  # an adapter is about a hundredth
     name = str(cfg.optimizer.get("optim", "adamw_torch"))
     state = next((size for family, size in _STATE_BYTES.items() if name.startswith(family)), 8)
     longest = min(max(lengths) * 2, cfg.train.tokens_per_micro_batch * 2)
     tokens = max(cfg.train.tokens_per_micro_batch, longest)
-    layers, hidden = shape.num_hidden_layers, shape.hidden_size
+    layers, hidden = config.num_hidden_layers, config.hidden_size
     live = 1 if cfg.train.gradient_checkpointing else layers
     activations = tokens * hidden * (_LAYER_BYTES * live + (4 * layers if cfg.train.gradient_checkpointing else 0))
     parts = {"weights": 4 * total, "gradients": 4 * trained, name: state * trained, "activations about": activations}
@@ -112,7 +112,7 @@ def _memory(cfg: RunConfig, start: Start, lengths: list[int]) -> str:
     return f"{sum(parts.values()) / 2**30:.2f} GiB a process: {text} ({total / 1e6:,.1f}M weights in float32)"
 
 
-def _shape(cfg: ModelConfig, start: Start) -> tuple[AutoConfig, int]:
+def shape(cfg: ModelConfig, start: Start) -> tuple[AutoConfig, int]:
     """The model's configuration, and how many weights it has, without loading any."""
     try:
         config = AutoConfig.from_pretrained(start.path, revision=cfg.revision, trust_remote_code=cfg.trust_remote_code)

@@ -66,12 +66,16 @@ def _mix(parts: dict[str, Rows], weights: dict[str, float]) -> Rows:
     Rows are taken evenly over each part, and carry the part's name in the column `source`.
     """
     total = min(len(part.rows) / weights[name] for name, part in parts.items())
-    mixed: list[Mapping[str, Any]] = []
+    placed: list[
+        tuple[float, Mapping[str, Any]]
+    ] = []  # each part spread evenly, so that any beginning keeps the shares
     for name, part in parts.items():
         count = min(len(part.rows), round(total * weights[name]))
         taken = [part.rows[i * len(part.rows) // count] for i in range(count)]
-        mixed += [{"source": name, **row, "_number": f"{row['_number']} of {name}"} for row in taken]
-    key = fingerprint({name: (part.fingerprint, weights[name]) for name, part in parts.items()})
+        marked = ({"source": name, **row, "_number": f"{row['_number']} of {name}"} for row in taken)
+        placed += [((i + 0.5) / count, row) for i, row in enumerate(marked)]
+    mixed = [row for _, row in sorted(placed, key=lambda at: at[0])]
+    key = fingerprint(list(parts), {name: (part.fingerprint, weights[name]) for name, part in parts.items()})
     return Rows(rows=mixed, fingerprint=key, where="the mix")
 
 
@@ -232,9 +236,10 @@ def read_pair(row: Mapping[str, Any]) -> tuple[list[Message] | str, str, str]:
         BadRow: the row cannot be trained on.
     """
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
+    if not chosen or not rejected:
+        raise BadRow("empty response")
     if isinstance(chosen, list) and isinstance(rejected, list):
-        given = list(prompt) if isinstance(prompt, list) else []
-        contexts, answers = zip(*(_split_answer([*given, *side]) for side in (chosen, rejected)), strict=True)
+        contexts, answers = zip(*(_split_answer(_whole(prompt, side)) for side in (chosen, rejected)), strict=True)
         if contexts[0] != contexts[1]:
             raise BadRow("the prompts of chosen and rejected differ")
         if not contexts[0]:
@@ -242,10 +247,7 @@ def read_pair(row: Mapping[str, Any]) -> tuple[list[Message] | str, str, str]:
         pair: tuple[list[Message] | str, str, str] = contexts[0], answers[0], answers[1]
     elif isinstance(chosen, str) and isinstance(rejected, str):
         if prompt is None:
-            from trl import extract_prompt  # TRL's rule for an implicit plain prompt: the common beginning
-
-            split = extract_prompt({"chosen": chosen, "rejected": rejected})
-            prompt, chosen, rejected = split["prompt"], split["chosen"], split["rejected"]
+            prompt, chosen, rejected = _split_common(chosen, rejected)
         if isinstance(prompt, list) or row.get("wrap_plain"):
             turn = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
             pair = [_message(message) for message in turn], chosen, rejected
@@ -262,6 +264,27 @@ def read_pair(row: Mapping[str, Any]) -> tuple[list[Message] | str, str, str]:
     if pair[1] == pair[2]:
         raise BadRow("chosen and rejected are the same")
     return pair
+
+
+def _whole(prompt: Any, side: list[Any]) -> list[Any]:
+    """The conversation that a prompt and one side make: a side may repeat its prompt, and a prompt may be a text."""
+    if isinstance(prompt, list):
+        return side if side[: len(prompt)] == prompt else [*prompt, *side]
+    alone = isinstance(side[0], Mapping) and side[0].get("role") == "assistant"
+    return [{"role": "user", "content": prompt}, *side] if alone and isinstance(prompt, str) and prompt else side
+
+
+def _split_common(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """An implicit plain prompt: the common beginning, up to the last place where a word ends on both sides."""
+    at = next(
+        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
+    )
+    while (
+        at and not (chosen[at : at + 1].isspace() and rejected[at : at + 1].isspace()) and not chosen[at - 1].isspace()
+    ):
+        at -= 1
+    at = len(chosen[:at].rstrip())  # the space belongs to the response, as tokenizers have it
+    return chosen[:at], chosen[at:], rejected[at:]
 
 
 def _split_answer(messages: list[Any]) -> tuple[list[Message], str]:

@@ -6,6 +6,7 @@ config.yaml, plan.txt, first_pair.txt, metrics.jsonl, results.json, samples.json
 
 import inspect
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -44,6 +45,9 @@ def run(cfg: RunConfig) -> float | None:
     start = model.prepare_start(cfg.model, cache)
     pairs = data.prepare(cfg.dataset, cfg.train, cfg.model.system_message, start, cache)
     check_data(cfg, objective, start, pairs, where)
+    _, parameters = plan.shape(cfg.model, start)
+    if warning := arguments.high_learning_rate(cfg.optimizer, cfg.model.parameters or parameters):
+        warnings.warn(warning, UserWarning, stacklevel=2)
     text = plan.describe(cfg, start, pairs, objective, where)
     if cfg.plan:
         print(text)
@@ -59,8 +63,6 @@ def check(cfg: RunConfig) -> Objective:
     tracking.check(cfg)
     if cfg.dataset.judge is not None:
         config.resolve(cfg.dataset.judge, "dataset.judge")
-    if warning := arguments.high_learning_rate(cfg.optimizer, cfg.model.parameters, bool(cfg.model.lora)):
-        warnings.warn(warning, UserWarning, stacklevel=2)
     values = dict(cfg.objective)
     try:
         if code := values.pop("code", None):
@@ -76,12 +78,14 @@ def check_data(
     """What the objective and the batch ask of the data."""
     data.check_bos(pairs, start.tokenizer)
     plan.check_batch(cfg, len(pairs.train), where.world)
-    for split in (pairs.train, pairs.held_out):
-        has_win_prob = all(p == p for side in ("chosen", "rejected") for p in split[f"{side}_win_prob"])
-        if "win_prob" in objective.needs and not has_win_prob:
+    for name, split in (("training", pairs.train), ("held-out", pairs.held_out)):
+        sides = zip(split["chosen_win_prob"], split["rejected_win_prob"], strict=True)
+        without = sum(math.isnan(chosen) or math.isnan(rejected) for chosen, rejected in sides)
+        if "win_prob" in objective.needs and without:
             raise UserError(
-                f"{cfg.objective['name']} needs win_prob, which dataset {cfg.dataset.name} lacks: give its rows chosen_win_prob and "
-                "rejected_win_prob (dataset.columns renames), or for sppo take the labels as certain with objective.target=hard"
+                f"{cfg.objective['name']} needs win_prob, which {without} of {len(split)} {name} pairs of dataset "
+                f"{cfg.dataset.name} lack: give rows chosen_win_prob and rejected_win_prob (dataset.columns renames), or "
+                "for sppo take the labels as certain with objective.target=hard"
             )
 
 
@@ -100,7 +104,7 @@ class _Prepared:
         self.cfg, self.objective, self.start, self.pairs = cfg, objective, start, pairs
         self.where, self.cache = where, cache
         self.config = plain(cfg)
-        self.identity = _identity(self.config, objective, pairs)
+        self.identity = _identity(self.config, objective, start, pairs, where)
         names = f"{cfg.model.name}-{cfg.dataset.name}-{cfg.objective['name']}"
         self.dir = Path(cfg.run_dir or f"runs/{names}-{config.fingerprint(self.identity)[:6]}").expanduser()
 
@@ -114,9 +118,9 @@ class _Prepared:
         else:
             made = arguments.training_arguments(self.cfg, self.dir / "checkpoints", self.where)
             policy = self._policy()
-            self._open_folder(plan_text)
             try:
-                with FileLock(self.dir / f".lock-{self.where.rank}", timeout=0):
+                with self._lock():
+                    self._open_folder(plan_text)
                     self._train(policy, made, results_file)
             except Timeout as error:
                 raise UserError(f"another process is training in {self.dir}; give another run_dir=") from error
@@ -145,12 +149,19 @@ class _Prepared:
                 f"{self.dir} holds another run ({'; '.join(differs[:4])}); give another run_dir= or delete it"
             )
 
-    def _open_folder(self, plan_text: str) -> None:
-        """Create the run folder, and write down what runs. Files are rank 0's."""
+    def _lock(self) -> FileLock:
+        """The lock of the run folder, which is created."""
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            if self.where.rank != 0:
-                return
+        except OSError as error:
+            raise UserError(f"run_dir: cannot write {self.dir} ({error.strerror}); give another run_dir=") from error
+        return FileLock(self.dir / f".lock-{self.where.rank}", timeout=0)
+
+    def _open_folder(self, plan_text: str) -> None:
+        """Write down what runs. Files are rank 0's."""
+        if self.where.rank != 0:
+            return
+        try:
             pair = data.show_pair(self.pairs.train[0], self.start.tokenizer)
             OmegaConf.save(OmegaConf.create(self.config), self.dir / "config.yaml")
             (self.dir / "plan.txt").write_text(plan_text + "\n")
@@ -178,7 +189,10 @@ class _Prepared:
         try:
             trainer.check_step_zero()
             at_start = self._measure_start(trainer, checkpoint)
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if checkpoint is not None and _step_of(checkpoint) >= steps:
+                trainer.load_trained(checkpoint)
+            else:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             measured = {"start": at_start, "trained": trainer.evaluate()}
             results = {side: {k.removeprefix("eval/"): v for k, v in m.items()} for side, m in measured.items()}
             if where.rank == 0:
@@ -216,7 +230,7 @@ class _Prepared:
 
     def _trainer(self, policy: PreTrainedModel, made: TrainingArguments) -> PairTrainer:
         cfg, pad = self.cfg, int(self.start.tokenizer.pad_token_id)
-        weights = model.weights_fingerprint(policy)
+        weights = model.policy_fingerprint(policy)
 
         def with_reference(pairs: datasets.Dataset, name: str, wanted: bool) -> PairData:
             column = None
@@ -243,30 +257,39 @@ class _Prepared:
         )
 
     def _finish(self, trainer: PairTrainer, results: dict[str, Any], results_file: Path) -> None:
-        """Win rate where there is a judge; then the model, its card and the results, which mark the run complete."""
-        cfg = self.cfg
+        """The model first; then the win rate where there is a judge, the card, and the results: these mark the end."""
         policy = trainer.accelerator.unwrap_model(trainer.model)
-        if cfg.dataset.judge is not None:
-            start_policy = self._policy()
-            asked = list(dict.fromkeys(self.pairs.held_out["conversation"]))[: cfg.evaluation.prompts]
-            before, after = evaluate.compare_with_start(
-                policy, start_policy, self.start, [json.loads(c) for c in asked], config.resolve(cfg.dataset.judge, "dataset.judge"),
-                cfg.evaluation, self.where, seed=cfg.seed, budget=cfg.train.tokens_per_micro_batch,
-                samples_file=self.dir / "samples.jsonl",
-            )  # fmt: skip
-            results["start"] |= before
-            results["trained"] |= after
-        unfinished = self.dir / "model.unfinished"
+        folder, unfinished = self.dir / "model", self.dir / "model.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         policy.save_pretrained(unfinished)
         self.start.tokenizer.save_pretrained(unfinished)
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before its results
+        unfinished.replace(folder)
+        if self.cfg.dataset.judge is not None:
+            for side, metrics in zip(("start", "trained"), self._judged(policy), strict=True):
+                results[side] |= metrics
         rows = card.table(results["start"], results["trained"])
-        (unfinished / "README.md").write_text(card.model_card(cfg, self.config, self.start, self.pairs, rows))
-        shutil.rmtree(self.dir / "model", ignore_errors=True)  # of a run that was killed before its results
-        unfinished.replace(self.dir / "model")
+        (folder / "README.md").write_text(card.model_card(self.cfg, self.config, self.start, self.pairs, rows))
         partial = results_file.with_suffix(".unfinished")
         partial.write_text(json.dumps(results, indent=2))
         partial.replace(results_file)
+
+    def _judged(self, policy: PreTrainedModel) -> tuple[dict[str, float], dict[str, float]]:
+        """Metrics by the dataset's judge, of the start policy and of the trained one."""
+        cfg = self.cfg
+        asked = list(dict.fromkeys(self.pairs.held_out["conversation"]))[: cfg.evaluation.prompts]
+        return evaluate.compare_with_start(
+            policy,
+            self._policy(),
+            self.start,
+            [json.loads(conversation) for conversation in asked],
+            config.resolve(str(cfg.dataset.judge), "dataset.judge"),
+            cfg.evaluation,
+            self.where,
+            seed=cfg.seed,
+            budget=cfg.train.tokens_per_micro_batch,
+            samples_file=self.dir / "samples.jsonl",
+        )
 
 
 class _Report:
@@ -279,7 +302,11 @@ class _Report:
         self, file: Path, tracker: tracking.Tracker, steps: int, resumed_at: int, eval_every: int | None
     ) -> None:
         self._file, self._tracker = file, tracker
-        lines = file.read_text().splitlines() if file.exists() and resumed_at else []
+        lines = (
+            [line for line in file.read_text().splitlines() if line.endswith("}")]
+            if file.exists() and resumed_at
+            else []
+        )
         before = [line for line in lines if json.loads(line)["step"] < resumed_at]
         at = [line for line in lines if json.loads(line)["step"] == resumed_at]
         evaluated = eval_every is not None and resumed_at % eval_every == 0  # before it was saved, behind its metrics
@@ -323,8 +350,10 @@ def plain(cfg: RunConfig) -> dict[str, Any]:
     return made
 
 
-def _identity(config_: dict[str, Any], objective: Objective, pairs: data.Pairs) -> dict[str, Any]:
-    """What decides the result of a run: its settings, its pairs, and the code of its objective."""
+def _identity(
+    config_: dict[str, Any], objective: Objective, start: model.Start, pairs: data.Pairs, where: launch.Place
+) -> dict[str, Any]:
+    """What decides the result of a run: its settings, start model, pairs, precision, and the code of its objective."""
     indifferent = {"tracker", "cluster", "run_dir", "cache_dir", "plan"}
     bookkeeping = {
         "tokens_per_micro_batch",
@@ -339,7 +368,8 @@ def _identity(config_: dict[str, Any], objective: Objective, pairs: data.Pairs) 
     for part in inner:
         code[type(part).__qualname__] = config.file_fingerprint(Path(inspect.getfile(type(part))))
         inner += [value for value in vars(part).values() if isinstance(value, Objective)]
-    return {**settings, "pairs": pairs.fingerprint, "objective_code": code}
+    computed = {"device": where.device.type, "bf16": where.bf16}
+    return {**settings, **computed, "start": start.fingerprint, "pairs": pairs.fingerprint, "objective_code": code}
 
 
 def _differences(before: Any, now: Any, key: str = "") -> list[str]:

@@ -5,12 +5,12 @@ same text. Left out until self-play needs it: several devices, shards, servers.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from align.model import Start, stop_token_ids
+from align.model import Start, stop_token_ids, with_one_bos
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +40,10 @@ class Sampler(Protocol):
 
 def prompt_ids(prompt: list[dict[str, str]] | str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token ids a policy is given: a conversation through the chat template, a plain text with its BOS."""
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt).input_ids)
-    encoded = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
-    return list(encoded["input_ids"])
+    text: Any = prompt
+    if not isinstance(prompt, str):
+        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    return with_one_bos(tokenizer(text, add_special_tokens=False).input_ids, tokenizer)
 
 
 def load_sampler(start: Start, revision: str | None = None, trust_remote_code: bool = False) -> Sampler:

@@ -6,6 +6,7 @@ A tracker never costs a run: without a key or a network wandb writes to disk, an
 
 import importlib.util
 import os
+import secrets
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -44,10 +45,12 @@ class WandbTracker(Tracker):
         import wandb
 
         tracker = cfg.tracker
-        mode: Any = os.environ.get("WANDB_MODE") or tracker.mode.name
-        if mode == "auto":
-            mode = "online" if _has_wandb_key() else "offline"
+        mode: Any = _wandb_mode(cfg)
         (run_dir / "wandb").mkdir(exist_ok=True)
+        identity = run_dir / "wandb" / "run_id"  # a run that goes on is the same run there
+        if not identity.exists():
+            identity.write_text(secrets.token_hex(4))
+        self._lost = False
         settings = wandb.Settings(init_timeout=_INIT_TIMEOUT, silent=True)
         options = {
             "dir": str(run_dir),
@@ -55,6 +58,8 @@ class WandbTracker(Tracker):
             "entity": tracker.entity,
             "config": config,
             "settings": settings,
+            "id": identity.read_text(),
+            "resume": "allow",
             "reinit": "finish_previous",  # a second run in a sweep's process must not be merged into the first
             **labels,
         }
@@ -75,11 +80,21 @@ class WandbTracker(Tracker):
             self._run.define_metric(f"{prefix}/*", step_metric="train/global_step")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log({**metrics, "train/global_step": step})
+        self._guarded(lambda: self._run.log({**metrics, "train/global_step": step}))
 
     def finish(self, results: Mapping[str, float], failed: bool) -> None:
-        self._run.summary.update(dict(results))
-        self._run.finish(exit_code=int(failed))
+        self._guarded(lambda: self._run.summary.update(dict(results)))
+        self._guarded(lambda: self._run.finish(exit_code=int(failed)))
+
+    def _guarded(self, call: Callable[[], object]) -> None:
+        """A tracker that fails is said once and costs nothing more: metrics.jsonl has everything."""
+        if self._lost:
+            return
+        try:
+            call()
+        except Exception as error:
+            self._lost = True
+            print(f"align: wandb failed ({' '.join(str(error).split())[:120]}); metrics.jsonl goes on", file=sys.stderr)
 
 
 class TrackioTracker(Tracker):
@@ -143,13 +158,18 @@ def start(cfg: RunConfig, run_dir: Path, config: dict[str, Any], rank: int) -> T
 def check(cfg: RunConfig) -> None:
     """Refuse a tracker whose package is absent, before the run does any work."""
     if cfg.tracker.name is not TrackerName.none and importlib.util.find_spec(cfg.tracker.name.value) is None:
+        raise UserError(f"tracker={cfg.tracker.name.value} needs a package: pip install {cfg.tracker.name.value}")
+    if cfg.tracker.name is TrackerName.wandb and _wandb_mode(cfg) == "online" and not _has_wandb_key():
         raise UserError(
-            f"tracker={cfg.tracker.name.value} needs a package: pip install {cfg.tracker.name.value}"
+            "tracker.mode=online (or WANDB_MODE) needs a wandb key: set WANDB_API_KEY, run `wandb login`, or use "
+            "tracker.mode=offline"
         )
-    if cfg.tracker.mode is TrackerMode.online and cfg.tracker.name is TrackerName.wandb and not _has_wandb_key():
-        raise UserError(
-            "tracker.mode=online needs a wandb key: set WANDB_API_KEY, run `wandb login`, or use tracker.mode=offline"
-        )
+
+
+def _wandb_mode(cfg: RunConfig) -> str:
+    if cfg.tracker.mode is not TrackerMode.auto:
+        return cfg.tracker.mode.name
+    return os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
 
 
 def _has_wandb_key() -> bool:

@@ -8,6 +8,7 @@ loop in `training_step`: a sum of pair losses over the pairs of the global batch
 import contextlib
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
 from align.batching import MicroBatch, StepSampler, plan_micro_batches
 from align.config import UserError
@@ -49,7 +50,7 @@ class PairData(Dataset[Batch]):
         batch = collate_pairs(rows, self.pad_token_id)
         batch["pair"] = torch.tensor(index)
         batch["pairs_in_step"] = torch.tensor(micro_batch.pairs_in_step)
-        batch["truncated"] = torch.tensor([float(row["cut_tokens"] > 0) for row in rows])
+        batch["truncated"] = torch.tensor([float(row["cut_tokens"] + row["cut_prompt_tokens"] > 0) for row in rows])
         batch["win_prob"] = torch.tensor([row[f"{side}_win_prob"] for side in ("chosen", "rejected") for row in rows])
         if self.ref_logp is not None:
             batch["ref_logp"] = self.ref_logp[index].T.flatten()
@@ -114,6 +115,11 @@ class PairTrainer(Trainer):
             seed=self.args.seed,
         )
         return _Steps(self.train_dataset, batch_sampler=sampler, collate_fn=list)
+
+    def load_trained(self, checkpoint: Path) -> None:
+        """Take the weights of a run that was stopped behind its last step: `train` would add a step to them."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
         """Pairs of an epoch."""
@@ -222,8 +228,8 @@ class PairTrainer(Trainer):
             bad = [data.pairs[i]["row_id"] for pairs, loss in self._losses for i in pairs[~loss.isfinite()].tolist()]
             what = f"the loss is not finite for pairs {', '.join(bad[:8])}" if bad else "the gradient is not finite"
             raise UserError(
-                f"step {self.state.global_step + 1}: {what}. The weights were not changed; "
-                f"the last good checkpoint is kept under {self.args.output_dir}"
+                f"step {self.state.global_step + 1}: {what}. The weights of this step were not changed; "
+                f"checkpoints, every {self.args.save_steps:g} steps (train.save_every_steps), are kept under {self.args.output_dir}"
             )
         return norm
 

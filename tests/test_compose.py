@@ -66,7 +66,7 @@ def test_the_order_of_the_words_does_not_matter(composed):
 )
 def test_a_recipe_can_be_switched_off(composed, off):
     cfg = one(composed("objective=wpo", "model=gemma2_9b", off))
-    assert cfg.objective["beta"] == 0.01  # conf/objective/wpo.yaml
+    assert cfg.objective["base"]["beta"] == 0.01  # conf/objective/wpo.yaml
     assert cfg.dataset.name == "gemma2_ultrafeedback_armorm"  # conf/model/gemma2_9b.yaml
     assert (cfg.optimizer["learning_rate"], cfg.optimizer["num_train_epochs"], cfg.seed) == (
         5e-7,

@@ -34,7 +34,11 @@ def prepare(tokenizer, cache, *, merge=False, dataset=None, **train):
     policy = SystemMessage.merge if merge else SystemMessage.template
     dataset = {"name": "test", **(dataset or {})}
     return data.prepare(
-        DatasetConfig(**dataset), TrainConfig(**train), policy, Start(path="", tokenizer=tokenizer), cache
+        DatasetConfig(**dataset),
+        TrainConfig(**train),
+        policy,
+        Start(path="", fingerprint="start", tokenizer=tokenizer),
+        cache,
     )
 
 
@@ -176,6 +180,7 @@ def test_a_template_without_a_system_role_refuses_a_system_message_that_is_not_m
         "dropped": {"the chat template refuses it: no role system": 1},
         "cut_pairs": 0,
         "cut_tokens": 0,
+        "cut_prompts": 0,
     }
 
 
@@ -302,7 +307,7 @@ def test_what_truncation_did_is_counted(made):
     tokenizer = word_tokenizer(adds_bos=True)
     short = {"prompt": "a", "chosen": " b", "rejected": " c"}
     counts = made([LONG, short], tokenizer, max_length=8, max_prompt_length=5).counts["train"]
-    assert counts == {"pairs": 2, "dropped": {}, "cut_pairs": 1, "cut_tokens": 2}
+    assert counts == {"pairs": 2, "dropped": {}, "cut_pairs": 1, "cut_tokens": 2, "cut_prompts": 1}
 
 
 def test_drop_leaves_long_pairs_out_and_counts_them(made):
@@ -640,8 +645,10 @@ def test_all_real_pairs_are_prepared(real):
     tokenizer, rows, make = real
     pairs = make(merge=True)
     # 1,476 and 176 rows by the set's README. 17 and 3 hold more than 2,048 of this small vocabulary's tokens.
-    assert pairs.counts["train"] == {"pairs": 1476, "dropped": {}, "cut_pairs": 17, "cut_tokens": 12807}
-    assert pairs.counts["held_out"] == {"pairs": 176, "dropped": {}, "cut_pairs": 3, "cut_tokens": 2362}
+    cut = {"cut_pairs": 17, "cut_tokens": 12807, "cut_prompts": 7}
+    assert pairs.counts["train"] == {"pairs": 1476, "dropped": {}, **cut}
+    held_out = pairs.counts["held_out"]
+    assert (held_out["pairs"], held_out["cut_pairs"], held_out["cut_tokens"]) == (176, 3, 2362)
     assert not asked(pairs.train) & asked(pairs.held_out)
     data.check_bos(pairs, tokenizer)
     for row, pair in zip(rows, pairs.train, strict=True):
@@ -656,3 +663,44 @@ def test_real_system_messages_are_refused_by_gemmas_template_unless_merged(real)
     reason = "the chat template refuses it: System role not supported"
     assert counts["train"]["dropped"] == {reason: 56}  # 62 rows have one by the set's README:
     assert counts["held_out"]["dropped"] == {reason: 6}  # 56 + 6
+
+
+@pytest.mark.parametrize(
+    "chosen, rejected, expected",
+    [
+        ("Q: hi A: yes", "Q: hi A: no", ("Q: hi A:", " yes", " no")),
+        ("Q: hi A: yes", "Q: hi A: yes sir", ("Q: hi A:", " yes", " yes sir")),  # never in the middle of a word
+        ("Q: hi\nA: b", "Q: hi\nA: c", ("Q: hi\nA:", " b", " c")),
+    ],
+)
+def test_an_implicit_plain_prompt_ends_where_a_word_does(chosen, rejected, expected):
+    assert data.read_pair({"chosen": chosen, "rejected": rejected}) == expected
+
+
+def test_an_empty_side_is_a_bad_row_in_every_format():
+    for row in (
+        {"chosen": "", "rejected": "abc"},
+        {"chosen": [], "rejected": [bot("a")]},
+        {"chosen": None, "rejected": "a"},
+    ):
+        with pytest.raises(data.BadRow, match="empty response"):
+            data.read_pair(row)
+
+
+def test_a_side_may_repeat_its_prompt_and_a_text_prompt_may_have_an_answer_turn():
+    expected = ([user("q")], "a", "b")
+    repeated = {"prompt": [user("q")], "chosen": [user("q"), bot("a")], "rejected": [user("q"), bot("b")]}
+    assert data.read_pair(repeated) == expected
+    assert data.read_pair({"prompt": "q", "chosen": [bot("a")], "rejected": [bot("b")]}) == expected
+
+
+def test_the_beginning_of_a_mix_keeps_its_shares():
+    from align import rows
+
+    def part(name, count):
+        made = [{"id": f"{name}{i}", "_number": i} for i in range(count)]
+        return rows.Rows(rows=made, fingerprint=name, where=name)
+
+    mixed = rows._mix({"a": part("a", 90), "b": part("b", 30)}, {"a": 2.0, "b": 1.0}).rows
+    assert len(mixed) == 90  # 30 of b are the scarcest: 60 of a go with them
+    assert [sum(row["source"] == "b" for row in mixed[:n]) for n in (9, 30, 90)] == [3, 10, 30]

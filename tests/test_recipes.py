@@ -67,7 +67,7 @@ def simpo(beta: float, ratio: float) -> dict[str, Any]:
 
 
 DPO = {"name": "dpo", "beta": 0.01, "label_smoothing": 0.0}
-WPO = {"name": "wpo", "base": "dpo", "alignment": "sampled", "beta": 0.01}
+WPO = {"name": "wpo", "base": {"name": "dpo", "beta": 0.01}, "alignment": "sampled"}
 SIMPO_REPO = "princeton-nlp/SimPO training_configs/"
 SIMPO_README = "princeton-nlp/SimPO README.md, hyperparameters of the DPO baselines"
 
@@ -233,7 +233,7 @@ def test_cfg_job_prints_the_wpo_recipe(align):
     shown = yaml.load(result.out, yaml.BaseLoader)  # as text, as a reader sees it
     assert shown["model"]["path"] == "google/gemma-2-9b-it"
     assert shown["dataset"]["path"] == "wzhouad/gemma-2-ultrafeedback-hybrid"
-    assert shown["objective"] == {"name": "wpo", "base": "dpo", "alignment": "sampled", "beta": "0.01"}
+    assert shown["objective"] == {"name": "wpo", "base": {"name": "dpo", "beta": "0.01"}, "alignment": "sampled"}
     assert shown["optimizer"] == {
         "learning_rate": "1.0e-06",
         "optim": "adamw_torch",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, pair_row, quick, write_jsonl
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 
 from align import run as run_module
 
@@ -26,13 +28,13 @@ def test_a_run_folder_holds_what_a_person_needs(align, tiny_gemma2, pairs_file, 
     for name in ("plan.txt", "first_pair.txt", "metrics.jsonl", "results.json", "model/README.md", "model/config.json"):
         assert (folder / name).stat().st_size > 0, name
     config = OmegaConf.load(folder / "config.yaml")
-    assert (config.seed, config.objective.base, config.train.truncation) == (5, "dpo", "papers")
+    assert (config.seed, config.objective.base.name, config.train.truncation) == (5, "dpo", "papers")
     results = json.loads((folder / "results.json").read_text())
     assert results["start"]["accuracy/log_ratio"] == 0.5  # every pair ties with itself, and a tie is half
     card = (folder / "model" / "README.md").read_text()
     for said in (
         "wpo",
-        "`beta=0.01`",
+        "'beta': 0.01",
         str(tiny_gemma2),
         "fingerprint `",
         "seed 5",
@@ -93,6 +95,38 @@ def test_another_value_is_another_folder_and_bookkeeping_is_not(align, tiny_llam
     for words in ((), ("objective.beta=0.2",), ("train.log_every_steps=2",), ("seed=7",)):
         assert align(*quick(tiny_llama, pairs_file, *words)).status == 0
     assert len(list((tmp_path / "runs").iterdir())) == 3
+
+
+def test_a_start_model_that_changed_in_its_folder_is_another_run(align, tiny_llama, pairs_file, tmp_path):
+    own = shutil.copytree(tiny_llama, tmp_path / "own")
+    assert align(*quick(own, pairs_file)).status == 0
+    weights = {name: value * 1.01 for name, value in load_file(own / "model.safetensors").items()}
+    save_file(weights, own / "model.safetensors", metadata={"format": "pt"})
+    assert align(*quick(own, pairs_file)).status == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_a_judge_that_fails_costs_no_model_and_the_next_try_trains_nothing(
+    align, tiny_llama, pairs_file, folder, tmp_path
+):
+    (tmp_path / "bad_judge.py").write_text(
+        "fails = [True]\ndef judge(prompt, answer):\n    assert not fails[0]\n    return 1.0\n"
+    )
+    words = [
+        *quick(tiny_llama, pairs_file, f"run_dir={folder}"),
+        "dataset.judge=bad_judge:judge",
+        "evaluation.max_new_tokens=4",
+    ]
+    with pytest.raises(AssertionError):
+        align(*words)
+    assert (folder / "model" / "model.safetensors").exists() and not (folder / "results.json").exists()
+    sys.modules["bad_judge"].fails[0] = False
+    again = align(*words)
+    assert again.status == 0 and "going on from" in again.out and (folder / "results.json").exists()
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 2, 2]  # at the start, two steps, after the last
+    before, after = (load_file(folder / at / "model.safetensors") for at in ("checkpoints/checkpoint-2", "model"))
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
 def test_a_changed_objective_file_is_another_run(align, tiny_llama, pairs_file, tmp_path):
@@ -304,12 +338,8 @@ def test_the_local_trackers_take_a_run(align, monkeypatch, tiny_llama, pairs_fil
 
 def test_a_judge_adds_win_rates_lengths_and_kl(align, tiny_llama, pairs_file, folder, tmp_path):
     (tmp_path / "my_judge.py").write_text("def short(prompt, answer):\n    return 1 / (1 + len(answer))\n")
-    sys.path.insert(0, str(tmp_path))
-    try:
-        words = ["dataset.judge=my_judge:short", "evaluation.prompts=2", "evaluation.max_new_tokens=8"]
-        result = align(*quick(tiny_llama, pairs_file, f"run_dir={folder}", *words))
-    finally:
-        sys.path.remove(str(tmp_path))
+    words = ["dataset.judge=my_judge:short", "evaluation.prompts=2", "evaluation.max_new_tokens=8"]
+    result = align(*quick(tiny_llama, pairs_file, f"run_dir={folder}", *words))
     assert result.status == 0, result.err
     results = json.loads((folder / "results.json").read_text())
     assert results["start"]["win_rate"] == 0.5 and results["start"]["kl_policy_start"] == 0

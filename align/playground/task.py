@@ -128,7 +128,7 @@ def rows(split: str, start: Start, cache: Path) -> list[dict[str, Any]]:
         with (into / "rows.jsonl").open("w") as file:
             file.writelines(json.dumps(pair) + "\n" for pair in pairs)
 
-    key = fingerprint(start.path, file_fingerprint(Path(__file__)))
+    key = fingerprint(start.fingerprint, file_fingerprint(Path(__file__)))
     folder = build_once(cache / "playground" / f"{split}-{key}", build)
     pairs = [json.loads(line) for line in (folder / "rows.jsonl").open()]
     if not pairs:
