@@ -52,7 +52,7 @@ class WandbTracker(Tracker):
             identity.write_text(secrets.token_hex(4))
         self._lost = False
         settings = wandb.Settings(init_timeout=_INIT_TIMEOUT, silent=True)
-        options = {
+        options: dict[str, Any] = {
             "dir": str(run_dir),
             "project": tracker.project,
             "entity": tracker.entity,
@@ -71,6 +71,8 @@ class WandbTracker(Tracker):
                 file=sys.stderr,
             )
             mode = "offline"
+            options["id"] = secrets.token_hex(4)  # the first one counts as in use
+            identity.write_text(options["id"])
             self._run = wandb.init(mode=mode, **options)
         if mode == "offline":
             print(
