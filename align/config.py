@@ -15,7 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING
+MISSING: Any = "???"  # what OmegaConf takes for a value that must be given
 
 
 class UserError(ValueError):
@@ -41,6 +41,14 @@ class SystemMessage(Enum):
 
     template = "template"  # as a system turn; the template must know that role
     merge = "merge"  # in front of the first user turn, for templates without a system role (Gemma)
+
+
+class Layout(Enum):
+    """How prompts and responses are fed (align/engine/layout.py); each serves more models and feeds more than the one above."""
+
+    shared = "shared"  # one row without padding, a prompt once per pair
+    packed = "packed"  # one row without padding, a prompt with each response
+    padded = "padded"  # a row per response
 
 
 class Device(Enum):
@@ -136,6 +144,15 @@ class ClusterConfig:
 
 
 @dataclass
+class EngineConfig:
+    """How a policy is fed: decides speed and memory, and results only as far as rounding goes."""
+
+    layout: Layout = Layout.shared  # a model that cannot run it takes the next, and says so
+    tokens_per_micro_batch: int | str = "auto"  # that a device holds at once; auto: by free memory, 4096 on a CPU
+    gradient_checkpointing: bool = False  # true: activations are computed twice and not kept
+
+
+@dataclass
 class TrackerConfig:
     """Who is told."""
 
@@ -152,12 +169,10 @@ class TrainConfig:
     """How pairs become steps."""
 
     pairs_per_step: int = 128  # the global batch; micro-batches, accumulation and world size cannot change it
-    tokens_per_micro_batch: int = 16384  # padded tokens that one device holds at once
     max_length: int = 2048  # tokens of prompt and response
     max_prompt_length: int = 1800  # tokens
     response_mask: ResponseMask = ResponseMask.completion
     truncation: Truncation = Truncation.papers
-    gradient_checkpointing: bool = True
     log_every_steps: int = 1
     eval_every_steps: int | None = None  # null: only before the first step and after the last
     save_every_steps: int = 100
@@ -183,6 +198,7 @@ class RunConfig:
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     objective: dict[str, Any] = field(default_factory=dict)  # name and hyperparameters; objectives.build checks them
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: dict[str, Any] = field(default_factory=dict)  # fields of transformers.TrainingArguments, their names
@@ -199,7 +215,6 @@ def check(cfg: RunConfig) -> None:
     train, dataset = cfg.train, cfg.dataset
     positive = {
         "train.pairs_per_step": train.pairs_per_step,
-        "train.tokens_per_micro_batch": train.tokens_per_micro_batch,
         "train.max_length": train.max_length,
         "train.max_prompt_length": train.max_prompt_length,
         "train.log_every_steps": train.log_every_steps,
@@ -215,6 +230,10 @@ def check(cfg: RunConfig) -> None:
         "evaluation.temperature": cfg.evaluation.temperature,
         "evaluation.max_new_tokens": cfg.evaluation.max_new_tokens,
     }
+    if isinstance(budget := cfg.engine.tokens_per_micro_batch, int):
+        positive["engine.tokens_per_micro_batch"] = budget
+    elif budget != "auto":
+        raise UserError(f"engine.tokens_per_micro_batch must be a whole number of tokens or auto, not {budget!r}")
     positive |= {f"dataset.mix.{name}.weight": source.weight for name, source in dataset.mix.items()}
     for key, value in positive.items():
         if value is not None and value <= 0:

@@ -303,10 +303,15 @@ def token_counts(pairs: datasets.Dataset, column: str) -> list[int]:
     return counts
 
 
-def pair_lengths(pairs: datasets.Dataset) -> list[int]:
-    """Tokens of prompt + longer response, per pair: the width a padded row needs."""
+def pair_lengths(pairs: datasets.Dataset) -> list[tuple[int, ...]]:
+    """(prompt, chosen, rejected) tokens of each pair."""
     columns = (token_counts(pairs, f"{name}_ids") for name in ("prompt", "chosen", "rejected"))
-    return [prompt + max(chosen, rejected) for prompt, chosen, rejected in zip(*columns, strict=True)]
+    return list(zip(*columns, strict=True))
+
+
+def as_group(pair: Mapping[str, Any]) -> tuple[list[int], list[list[int]]]:
+    """A prepared pair's prompt and its two responses, chosen first, as the engine takes them."""
+    return pair["prompt_ids"], [pair["chosen_ids"], pair["rejected_ids"]]
 
 
 def show_pair(pair: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:

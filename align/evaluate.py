@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from align.batching import plan_micro_batches
-from align.config import EvaluationConfig
+from align.config import EvaluationConfig, Layout
 from align.engine import collate, evaluating, response_statistics
 from align.launch import Place
 from align.model import Start
@@ -33,12 +33,13 @@ def compare_with_start(
     where: Place,
     *,
     seed: int,
+    layout: Layout,
     budget: int,
     samples_file: Path,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Metrics of the start policy and of the trained one: win rate, judge's score, length in tokens, KL in nats.
 
-    The judge is given the last user turn of each conversation (or the plain prompt) and an answer. Both policies are `engine.attach`ed and on the device. The responses are written to `samples_file`.
+    The judge is given the last user turn of each conversation (or the plain prompt) and an answer. Both policies are `engine.attach`ed in `layout` and on the device. The responses are written to `samples_file`.
     """
     options: dict[str, Any] = {
         "samples": cfg.samples_per_prompt,
@@ -70,7 +71,9 @@ def compare_with_start(
             "sample_length": fmean(len(s.response_ids) for s in flat),
             "kl_policy_start": fmean(
                 a - b
-                for a, b in zip(*(_logps(m, flat, where, budget, pad) for m in (model, start_policy)), strict=True)
+                for a, b in zip(
+                    *(_logps(m, drawn[name], where, layout, budget, pad) for m in (model, start_policy)), strict=True
+                )
             ),
         }
     return metrics["start"], metrics["policy"]
@@ -83,14 +86,17 @@ def win_rate(ours: list[list[float]], theirs: list[list[float]]) -> float:
     )
 
 
-def _logps(model: PreTrainedModel, samples: list[Sample], where: Place, budget: int, pad_token_id: int) -> list[float]:
-    """log pi of each sample, in nats."""
-    logps = [0.0] * len(samples)
-    lengths = [len(s.prompt_ids) + len(s.response_ids) for s in samples]
+def _logps(
+    model: PreTrainedModel, samples: list[list[Sample]], where: Place, layout: Layout, budget: int, pad_token_id: int
+) -> list[float]:
+    """log pi of each sample, in nats; `samples` are those of each prompt, and the result is in their order."""
+    logps: list[list[float]] = [[] for _ in samples]
+    groups = [(own[0].prompt_ids, [s.response_ids for s in own]) for own in samples]
+    lengths = [(len(prompt), *map(len, responses)) for prompt, responses in groups]
     with evaluating(model), where.autocast():
-        for group in plan_micro_batches(lengths, 2 * budget):
-            rows = [(samples[i].prompt_ids, samples[i].response_ids) for i in group]
-            batch = {name: tensor.to(where.device) for name, tensor in collate(rows, pad_token_id).items()}
-            for i, logp in zip(group, response_statistics(model, batch, ())["logp"].tolist(), strict=True):
-                logps[i] = logp
-    return logps
+        for some in plan_micro_batches(lengths, layout, 2 * budget):
+            batch = collate([groups[i] for i in some], layout, pad_token_id).to(where.device)
+            values = iter(response_statistics(model, batch, ())["logp"].tolist())
+            for i in some:
+                logps[i] = [next(values) for _ in samples[i]]
+    return [logp for own in logps for logp in own]

@@ -28,6 +28,14 @@ class Place:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
+    def least(self, number: int) -> int:
+        """The smallest of all processes' numbers, once they are connected."""
+        if self.world == 1:
+            return number
+        smallest = torch.tensor(number, device=self.device)
+        torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
+        return int(smallest.item())
+
 
 def place(cfg: ClusterConfig) -> Place:
     """Find this process's place, and set the threads of a CPU run.

@@ -125,7 +125,7 @@ def load_policy(cfg: ModelConfig, start: Start, seed: int) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if hasattr(module, "attention_dropout"):
+        if isinstance(getattr(module, "attention_dropout", None), float):  # in some models it is an nn.Dropout
             module.attention_dropout = 0.0
     return model
 

@@ -5,9 +5,10 @@ from statistics import fmean
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from align.batching import StepSampler, steps_per_epoch
-from align.config import ModelConfig, RunConfig, UserError
+from align.batching import StepSampler, fed_tokens, steps_per_epoch
+from align.config import Layout, ModelConfig, RunConfig, UserError
 from align.data import Pairs, pair_lengths, token_counts
+from align.engine import CPU_TOKENS
 from align.launch import Place
 from align.model import Start
 from objectives import Objective, Response
@@ -38,18 +39,24 @@ def total_steps(cfg: RunConfig, pairs: int, world: int) -> int:
 def describe(cfg: RunConfig, start: Start, pairs: Pairs, objective: Objective, where: Place) -> str:
     """The plan of a run, as it is printed and saved."""
     train, lengths = cfg.train, pair_lengths(pairs.train)
+    wanted, layout = cfg.engine.tokens_per_micro_batch, cfg.engine.layout
+    budget = wanted if isinstance(wanted, int) else CPU_TOKENS
     sampler = StepSampler(
         lengths,
+        layout,
         pairs_per_step=train.pairs_per_step,
         world=where.world,
         rank=where.rank,
-        budget=train.tokens_per_micro_batch,
+        budget=budget,
         seed=cfg.seed,
     )
     shares = [share for _, share in zip(range(50), sampler, strict=False)]
     micro = [len(share) for share in shares]
-    fed = [sum(2 * len(m.pairs) * max(lengths[i] for i in m.pairs) for m in share) for share in shares]
-    useful = [sum(_tokens(pairs, m.pairs) for m in share) for share in shares]
+    fed, least, padded = (
+        sum(fed_tokens([lengths[i] for i in m.pairs], kind) for share in shares for m in share)
+        for kind in (layout, Layout.shared, Layout.padded)
+    )
+    by_memory = ", by free memory when it starts" if wanted == "auto" and where.device.type == "cuda" else ""
     lines = [
         f"objective   {objective}",
         f"model       {cfg.model.name}: {start.path}" + (f", LoRA {cfg.model.lora}" if cfg.model.lora else ""),
@@ -58,22 +65,16 @@ def describe(cfg: RunConfig, start: Start, pairs: Pairs, objective: Objective, w
         *(f"lengths     {name}: {_quantiles(pairs, column)}" for name, column in _COLUMNS.items()),
         f"steps       {total_steps(cfg, len(lengths), where.world)} of {train.pairs_per_step} pairs "
         f"({len(sampler)} an epoch), on {where.world} {where.device.type} process(es), {'bf16' if where.bf16 else 'fp32'}",
-        f"a step      {fmean(micro):.1f} micro-batches a process (at most {max(micro)}) of up to {train.tokens_per_micro_batch} tokens; "
-        f"padding {1 - sum(useful) / sum(fed):.0%} of what is fed",
-        f"memory      {_memory(cfg, start, lengths)}",
+        f"a step      {fmean(micro):.1f} micro-batches a process (at most {max(micro)}) of up to {budget} tokens{by_memory}",
+        f"layout      {layout.name}: {fed / sum(len(m.pairs) for share in shares for m in share):,.0f} tokens a pair are fed, "
+        f"{fed / least - 1:.0%} more than needed; padded it would be {padded / least - 1:.0%}",
+        f"memory      {_memory(cfg, start, max(budget, *(fed_tokens([pair], layout) for pair in lengths)))}",
         f"first loss  {first_loss(objective, pairs)}",
     ]
     return "\n".join(lines)
 
 
 _COLUMNS = {"prompt": "prompt_ids", "chosen": "chosen_ids", "rejected": "rejected_ids"}
-
-
-def _tokens(pairs: Pairs, indices: tuple[int, ...]) -> int:
-    rows = pairs.train[list(indices)]
-    return sum(
-        2 * len(p) + len(c) + len(r) for p, c, r in zip(*(rows[name] for name in _COLUMNS.values()), strict=True)
-    )
 
 
 def _counts(pairs: Pairs, split: str) -> str:
@@ -96,17 +97,16 @@ def _quantiles(pairs: Pairs, column: str) -> str:
     return ", ".join(f"{name} at most {value}" for name, value in at.items()) + f", longest {lengths[-1]} tokens"
 
 
-def _memory(cfg: RunConfig, start: Start, lengths: list[int]) -> str:
+def _memory(cfg: RunConfig, start: Start, tokens: int) -> str:
     """An estimate for one process that holds everything: weights, gradients, optimizer, activations."""
     config, total = shape(cfg.model, start)
     trained = total // 100 if cfg.model.lora else total  # an adapter is about a hundredth
     name = str(cfg.optimizer.get("optim", "adamw_torch"))
     state = next((size for family, size in _STATE_BYTES.items() if name.startswith(family)), 8)
-    longest = min(max(lengths) * 2, cfg.train.tokens_per_micro_batch * 2)
-    tokens = max(cfg.train.tokens_per_micro_batch, longest)
     layers, hidden = config.num_hidden_layers, config.hidden_size
-    live = 1 if cfg.train.gradient_checkpointing else layers
-    activations = tokens * hidden * (_LAYER_BYTES * live + (4 * layers if cfg.train.gradient_checkpointing else 0))
+    checkpointing = cfg.engine.gradient_checkpointing
+    live = 1 if checkpointing else layers
+    activations = tokens * hidden * (_LAYER_BYTES * live + (4 * layers if checkpointing else 0))
     parts = {"weights": 4 * total, "gradients": 4 * trained, name: state * trained, "activations about": activations}
     text = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in parts.items())
     return f"{sum(parts.values()) / 2**30:.2f} GiB a process: {text} ({total / 1e6:,.1f}M weights in float32)"

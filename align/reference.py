@@ -3,23 +3,29 @@
 Training then holds one model, and a sweep over beta and gamma pays for the reference once. The reference is the
 policy as it is at step 0, adapter included, so a log-ratio starts at exactly what the engine's rounding leaves.
 The key covers the weights themselves, the pairs (data, tokenizer, template, truncation, mask) and the precision.
+
+The pass runs over pairs in order of length, in shards of a file each. Whoever needs the column (a rank, another run of
+the sweep, a run that was killed and goes on) computes the shards that no one has, so it is shared out by itself.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from align.batching import plan_micro_batches
-from align.cache import build_once
-from align.config import fingerprint
-from align.engine import collate_pairs, evaluating, response_statistics
+from align.batching import Lengths, fed_tokens, plan_micro_batches
+from align.config import Layout, UserError, fingerprint
+from align.data import as_group
+from align.engine import collate, evaluating, response_statistics
 from align.launch import Place
 
+_SHARD_PAIRS = 256  # what a killed pass loses at most
 _FORWARD_ONLY = 4  # a pass without gradients takes that many times the tokens of a training micro-batch
 
 
@@ -28,9 +34,10 @@ def reference_logps(
     weights: str,
     pairs: datasets.Dataset,
     pairs_fingerprint: str,
-    lengths: list[int],
+    lengths: Sequence[Lengths],
     where: Place,
     *,
+    layout: Layout,
     budget: int,
     pad_token_id: int,
     cache: Path,
@@ -39,25 +46,51 @@ def reference_logps(
     """`[N, 2]` float32 nats: ref_logp of the chosen and of the rejected response of each pair. Cached.
 
     Args:
-        policy: `engine.attach`ed, at step 0, on its device; `weights` is its fingerprint.
-        lengths: tokens of prompt + longer response, per pair; `budget` is a training micro-batch's.
+        policy: `engine.attach`ed in `layout`, at step 0, on its device; `weights` is its fingerprint.
+        lengths: `(prompt, chosen, rejected)` tokens of each pair; `budget` is a training micro-batch's.
         name: of the split, for the progress bar and the file.
+
+    Raises:
+        UserError: the cache cannot be written.
     """
     folder = cache / "reference" / fingerprint(weights, pairs_fingerprint, name, where.bf16)
+    by_length = sorted(range(len(pairs)), key=lambda i: (-fed_tokens([lengths[i]], Layout.shared), i))
+    shards = [by_length[at : at + _SHARD_PAIRS] for at in range(0, len(pairs), _SHARD_PAIRS)]
+    files = [folder / f"{number:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
 
-    def build(into: Path) -> None:
-        logps = torch.empty(len(pairs), 2)
-        groups = plan_micro_batches(lengths, _FORWARD_ONLY * budget)
-        description = f"reference log-probabilities, {name}"
-        with evaluating(policy), tqdm(total=len(pairs), desc=description, unit="pair", disable=len(groups) < 8) as bar:
-            for group in groups:
-                batch = {
-                    k: v.to(where.device) for k, v in collate_pairs(pairs.select(group).to_list(), pad_token_id).items()
-                }
-                with where.autocast():
-                    logp = response_statistics(policy, batch, ())["logp"]
-                logps[group] = logp.view(2, -1).T.cpu()
-                bar.update(len(group))
-        save_file({"logp": logps}, str(into / "logp.safetensors"))
+    def compute(shard: list[int]) -> Tensor:
+        logps = torch.empty(len(shard), 2)
+        with evaluating(policy), where.autocast():
+            for group in plan_micro_batches([lengths[i] for i in shard], layout, _FORWARD_ONLY * budget):
+                rows = pairs.select([shard[i] for i in group]).to_list()
+                batch = collate([as_group(row) for row in rows], layout, pad_token_id).to(where.device)
+                logps[group] = response_statistics(policy, batch, ())["logp"].view(-1, 2).cpu()
+        return logps
 
-    return load_file(str(build_once(folder, build) / "logp.safetensors"))["logp"]
+    def make(number: int, wait: bool) -> None:
+        """Compute a shard, unless someone has or, where we are not to `wait`, someone is about it."""
+        try:
+            with FileLock(f"{files[number]}.lock", timeout=-1 if wait else 0):
+                if not files[number].exists():
+                    unfinished = files[number].with_suffix(".unfinished")
+                    save_file({"logp": compute(shards[number])}, str(unfinished))
+                    unfinished.replace(files[number])
+        except Timeout:
+            pass
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        missing = [number for number, file in enumerate(files) if not file.exists()]
+        missing = missing[where.rank :: where.world] + missing  # one's own share, then what others have not done
+        passes = [(number, wait) for wait in (False, True) for number in missing]
+        for number, wait in tqdm(
+            passes, f"reference log-probabilities, {name}", unit="shard", disable=len(missing) < 8
+        ):
+            if not files[number].exists():
+                make(number, wait)
+    except OSError as error:
+        raise UserError(f"cache_dir: cannot write {folder} ({error}); set cache_dir= or ALIGN_CACHE") from error
+    logps = torch.empty(len(pairs), 2)
+    for file, shard in zip(files, shards, strict=True):
+        logps[shard] = load_file(str(file))["logp"]
+    return logps

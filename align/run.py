@@ -103,6 +103,7 @@ class _Prepared:
     ) -> None:
         self.cfg, self.objective, self.start, self.pairs = cfg, objective, start, pairs
         self.where, self.cache = where, cache
+        self.layout = cfg.engine.layout  # until a model is found that cannot run it
         self.config = plain(cfg)
         self.identity = _identity(self.config, objective, start, pairs, where)
         names = f"{cfg.model.name}-{cfg.dataset.name}-{cfg.objective['name']}"
@@ -220,16 +221,31 @@ class _Prepared:
     def _policy(self) -> PreTrainedModel:
         """The policy at step 0, on its device, checked against its own logits."""
         policy = model.load_policy(self.cfg.model, self.start, self.cfg.seed)
-        engine.attach(policy)
         policy.to(self.where.device)
-        first = self.pairs.train[0]
-        rows = [(first["prompt_ids"][-32:], first["chosen_ids"][:32])]
-        batch = engine.collate(rows, int(self.start.tokenizer.pad_token_id))
-        engine.check_against_logits(policy, {name: tensor.to(self.where.device) for name, tensor in batch.items()})
+        some = [data.as_group(pair) for pair in self.pairs.train.select(range(min(2, len(self.pairs.train))))]
+        groups = [(prompt[-32:], [chosen[:32], rejected[:24]]) for prompt, (chosen, rejected) in some]
+        engine_ = self.cfg.engine
+        with self.where.autocast():
+            self.layout, why = engine.settle(policy, groups, engine_.layout, self.cfg.model.attn_implementation)
+        if why:
+            self._say(why)
         return policy
+
+    def _tokens_per_micro_batch(self, policy: PreTrainedModel) -> int:
+        """The setting, or what fits every process's device."""
+        wanted = self.cfg.engine.tokens_per_micro_batch
+        if isinstance(wanted, int):
+            return wanted
+        lengths = data.pair_lengths(self.pairs.train)
+        longest = sorted(range(len(lengths)), key=lambda i: -sum(lengths[i]))[:8]
+        groups = [data.as_group(self.pairs.train[i]) for i in longest]
+        needs = sorted(self.objective.needs & engine.COMPUTED - {"logp", "length"})
+        fits = engine.token_budget(policy, groups, self.layout, needs, self.where)
+        return self.where.least(fits)
 
     def _trainer(self, policy: PreTrainedModel, made: TrainingArguments) -> PairTrainer:
         cfg, pad = self.cfg, int(self.start.tokenizer.pad_token_id)
+        self.budget = self._tokens_per_micro_batch(policy)
         weights = model.policy_fingerprint(policy)
 
         def with_reference(pairs: datasets.Dataset, name: str, wanted: bool) -> PairData:
@@ -237,9 +253,9 @@ class _Prepared:
             if wanted:
                 column = reference.reference_logps(
                     policy, weights, pairs, self.pairs.fingerprint, data.pair_lengths(pairs), self.where,
-                    budget=cfg.train.tokens_per_micro_batch, pad_token_id=pad, cache=self.cache, name=name,
+                    layout=self.layout, budget=self.budget, pad_token_id=pad, cache=self.cache, name=name,
                 )  # fmt: skip
-            return PairData(pairs, column, pad)
+            return PairData(pairs, column, self.layout, pad)
 
         # Held-out pairs always get the column: they are few, and what is comparable across objectives needs it.
         held_out = with_reference(self.pairs.held_out, "held_out", wanted=True)
@@ -253,7 +269,7 @@ class _Prepared:
             self.start.tokenizer,
             self.where,
             pairs_per_step=cfg.train.pairs_per_step,
-            micro_batch_tokens=cfg.train.tokens_per_micro_batch,
+            micro_batch_tokens=self.budget,
         )
 
     def _finish(self, trainer: PairTrainer, results: dict[str, Any], results_file: Path) -> None:
@@ -287,7 +303,8 @@ class _Prepared:
             cfg.evaluation,
             self.where,
             seed=cfg.seed,
-            budget=cfg.train.tokens_per_micro_batch,
+            layout=self.layout,
+            budget=self.budget,
             samples_file=self.dir / "samples.jsonl",
         )
 
@@ -354,9 +371,8 @@ def _identity(
     config_: dict[str, Any], objective: Objective, start: model.Start, pairs: data.Pairs, where: launch.Place
 ) -> dict[str, Any]:
     """What decides the result of a run: its settings, start model, pairs, precision, and the code of its objective."""
-    indifferent = {"tracker", "cluster", "run_dir", "cache_dir", "plan"}
+    indifferent = {"tracker", "cluster", "engine", "run_dir", "cache_dir", "plan"}
     bookkeeping = {
-        "tokens_per_micro_batch",
         "log_every_steps",
         "eval_every_steps",
         "save_every_steps",

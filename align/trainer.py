@@ -19,41 +19,50 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
 from align.batching import MicroBatch, StepSampler, plan_micro_batches
-from align.config import UserError
-from align.data import pair_lengths
-from align.engine import COMPUTED, Batch, collate_pairs, evaluating, response_statistics
+from align.config import Layout, UserError
+from align.data import as_group, pair_lengths
+from align.engine import COMPUTED, collate, evaluating, response_statistics
 from align.launch import Place
 from objectives import Objective, PairLoss, Response
+
+PairBatch = dict[
+    str, Any
+]  # `responses`, the engine's batch; `pair`, `pairs_in_step`, and columns of the pairs, [b] or [b, 2]
 
 #: Largest mean |log_ratio| per token at step 0, in nats: what rounding leaves, and a wrong reference exceeds.
 _STEP_ZERO_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 
 
-class PairData(Dataset[Batch]):
+class PairData(Dataset[PairBatch]):
     """Prepared pairs and their reference column, collated a micro-batch at a time.
 
     Args:
         pairs: from `data.prepare`.
         ref_logp: `[N, 2]` nats from `reference.reference_logps`; None where no one reads it.
+        layout: that the policy is attached in.
     """
 
-    def __init__(self, pairs: datasets.Dataset, ref_logp: Tensor | None, pad_token_id: int) -> None:
-        self.pairs, self.ref_logp, self.pad_token_id = pairs, ref_logp, pad_token_id
+    def __init__(self, pairs: datasets.Dataset, ref_logp: Tensor | None, layout: Layout, pad_token_id: int) -> None:
+        self.pairs, self.ref_logp, self.layout, self.pad_token_id = pairs, ref_logp, layout, pad_token_id
         self.lengths = pair_lengths(pairs)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, micro_batch: MicroBatch) -> Batch:
+    def __getitem__(self, micro_batch: MicroBatch) -> PairBatch:
         index = list(micro_batch.pairs)
         rows = self.pairs.select(index).to_list()
-        batch = collate_pairs(rows, self.pad_token_id)
-        batch["pair"] = torch.tensor(index)
-        batch["pairs_in_step"] = torch.tensor(micro_batch.pairs_in_step)
-        batch["truncated"] = torch.tensor([float(row["cut_tokens"] + row["cut_prompt_tokens"] > 0) for row in rows])
-        batch["win_prob"] = torch.tensor([row[f"{side}_win_prob"] for side in ("chosen", "rejected") for row in rows])
+        responses = collate([as_group(row) for row in rows], self.layout, self.pad_token_id)
+        batch: PairBatch = {
+            "responses": responses,
+            "pair": torch.tensor(index),
+            "pairs_in_step": torch.tensor(micro_batch.pairs_in_step),
+            "tokens": torch.tensor(float(responses.fed_tokens)),
+            "truncated": torch.tensor([float(row["cut_tokens"] + row["cut_prompt_tokens"] > 0) for row in rows]),
+            "win_prob": torch.tensor([[row["chosen_win_prob"], row["rejected_win_prob"]] for row in rows]),
+        }
         if self.ref_logp is not None:
-            batch["ref_logp"] = self.ref_logp[index].T.flatten()
+            batch["ref_logp"] = self.ref_logp[index]
         return batch
 
 
@@ -71,7 +80,7 @@ class PairTrainer(Trainer):
     Args:
         policy: `engine.attach`ed, at step 0.
         train_pairs, held_out: pairs with the reference column if the objective needs one.
-        micro_batch_tokens: padded tokens that one device holds at once.
+        micro_batch_tokens: what one device holds at once, padding included.
 
     `on_metrics`, where it is set, is called with (step, metrics) for every logged step and evaluation.
     """
@@ -108,6 +117,7 @@ class PairTrainer(Trainer):
         assert isinstance(self.train_dataset, PairData)
         sampler = StepSampler(
             self.train_dataset.lengths,
+            self.train_dataset.layout,
             pairs_per_step=self.pairs_per_step,
             world=self.where.world,
             rank=self.where.rank,
@@ -140,7 +150,7 @@ class PairTrainer(Trainer):
         self._losses = []
         total = torch.zeros((), device=self.where.device)
         for i, batch in enumerate(inputs):
-            batch = self._prepare_inputs(batch)
+            batch = self._on_device(batch)
             last = i == len(inputs) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model=model):
                 result, metrics = self._pair_loss(model, batch)
@@ -153,28 +163,30 @@ class PairTrainer(Trainer):
             self._check_gradients(model)
         return total
 
-    def _pair_loss(self, model: nn.Module, batch: Batch) -> tuple[PairLoss, dict[str, Tensor]]:
+    def _on_device(self, batch: PairBatch) -> PairBatch:
+        return {name: value.to(self.where.device) for name, value in batch.items()}
+
+    def _pair_loss(self, model: nn.Module, batch: PairBatch) -> tuple[PairLoss, dict[str, Tensor]]:
         """The objective's verdict on a micro-batch, and the metrics of each of its pairs, `[b]` and detached."""
         with self.where.autocast():
             statistics = response_statistics(
-                model, batch, (self.objective.needs & COMPUTED) - {"logp", "length"} | {"entropy"}
+                model, batch["responses"], (self.objective.needs & COMPUTED) - {"logp", "length"} | {"entropy"}
             )
-        entropy = statistics.pop("entropy")
-        for column in ("ref_logp", "win_prob"):
-            if column in batch:
-                statistics[column] = batch[column]
-        sides = [{name: values.chunk(2)[side] for name, values in statistics.items()} for side in (0, 1)]
+        by_pair = {name: values.view(-1, 2) for name, values in statistics.items()}  # [b, 2], chosen first
+        by_pair |= {name: batch[name] for name in ("ref_logp", "win_prob") if name in batch}
+        entropy = by_pair.pop("entropy")
+        sides = [{name: values[:, side] for name, values in by_pair.items()} for side in (0, 1)]
         needed = [Response(**{name: side[name] for name in self.objective.needs}) for side in sides]
         result = self.objective(*needed)
         with torch.no_grad():
             metrics = pair_metrics(result, Response(**sides[0]), Response(**sides[1]), "ref_logp" in batch)
-            metrics["entropy"] = (entropy / statistics["length"]).view(2, -1).mean(0)
+            metrics["entropy"] = (entropy / by_pair["length"]).mean(1)
             metrics["truncated"] = batch["truncated"]
         return result, metrics
 
-    def _add(self, metrics: Mapping[str, Tensor], batch: Batch) -> None:
+    def _add(self, metrics: Mapping[str, Tensor], batch: PairBatch) -> None:
         """Add a micro-batch to the sums of the window, without a sync."""
-        counts = {"pairs": torch.ones_like(batch["truncated"]), "tokens": batch["attention_mask"].sum().float()}
+        counts = {"pairs": torch.ones_like(batch["truncated"]), "tokens": batch["tokens"]}
         for name, values in {**metrics, **counts}.items():
             self._sums[name] = self._sums.get(name, 0.0) + values.double().sum()
 
@@ -200,12 +212,12 @@ class PairTrainer(Trainer):
         assert isinstance(data, PairData)
         if data.ref_logp is None:
             return
-        some = plan_micro_batches(data.lengths[:32], self.micro_batch_tokens)[0][:8]
-        batch = self._prepare_inputs(data[MicroBatch(tuple(some), len(some))])
+        some = plan_micro_batches(data.lengths[:32], data.layout, self.micro_batch_tokens)[0][:8]
+        batch = self._on_device(data[MicroBatch(tuple(some), len(some))])
         self.model.train()
         with torch.no_grad(), self.where.autocast():
-            statistics = response_statistics(self.model, batch, ())
-        worst = ((statistics["logp"] - batch["ref_logp"]).abs() / statistics["length"]).mean().item()
+            statistics = response_statistics(self.model, batch["responses"], ())
+        worst = ((statistics["logp"] - batch["ref_logp"].flatten()).abs() / statistics["length"]).mean().item()
         tolerance = _STEP_ZERO_TOLERANCE["bf16" if self.where.bf16 else "fp32"]
         if not worst < tolerance:
             raise UserError(
@@ -263,11 +275,11 @@ class PairTrainer(Trainer):
         began = time.perf_counter()
         self._sums = {}
         with evaluating(self.model):
-            plan = plan_micro_batches(data.lengths, 2 * self.micro_batch_tokens)
+            plan = plan_micro_batches(data.lengths, data.layout, 2 * self.micro_batch_tokens)
             for i, group in enumerate(plan):
                 if i % self.where.world != self.where.rank:
                     continue
-                batch = self._prepare_inputs(data[MicroBatch(tuple(group), len(group))])
+                batch = self._on_device(data[MicroBatch(tuple(group), len(group))])
                 _, metrics = self._pair_loss(self.model, batch)
                 kept |= dict(zip(group, metrics["rewards/accuracies"].tolist(), strict=True))
                 self._add(metrics, batch)
@@ -291,7 +303,7 @@ class PairTrainer(Trainer):
         data = self.eval_dataset
         assert isinstance(data, PairData)
         with evaluating(self.model):
-            batch = self._prepare_inputs(data[MicroBatch((0,), 1)])
+            batch = self._on_device(data[MicroBatch((0,), 1)])
             _, metrics = self._pair_loss(self.model, batch)
         self._sums = {}
         self._add(metrics, batch)

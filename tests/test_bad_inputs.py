@@ -9,6 +9,10 @@ from pathlib import Path
 import datasets
 import pytest
 from conftest import pair_row, quick, save_tiny, write_jsonl
+from omegaconf import OmegaConf
+
+from align.arguments import OWNED
+from align.config import RunConfig
 
 Setup = Callable[[Path, Path], object]  # (working folder, tiny model) -> whatever
 
@@ -112,8 +116,14 @@ KEYS = [
     bad("int", "train.pairs_per_step=many", says=("train.pairs_per_step", "'many'", "Integer")),
     bad("int from a fraction", "train.pairs_per_step=8.5", says=("train.pairs_per_step", "'8.5'", "Integer")),
     bad("float", "dataset.eval_fraction=some", says=("dataset.eval_fraction", "'some'", "Float")),
-    bad("bool", "train.gradient_checkpointing=perhaps", says=("train.gradient_checkpointing", "'perhaps'", "bool")),
+    bad("bool", "engine.gradient_checkpointing=perhaps", says=("engine.gradient_checkpointing", "'perhaps'", "bool")),
     bad("enum", "train.truncation=left", says=("train.truncation", "'left'", "papers, drop")),
+    bad(
+        "key in engine",
+        "engine.layuot=packed",
+        says=("engine.layuot", "did you mean engine.layout?", "tokens_per_micro_"),
+    ),
+    bad("layout", "engine.layout=foo", says=("engine.layout", "'foo'", "shared, packed, padded")),
     bad("section as a value", "train=8", says=("train", "TrainConfig")),
     bad("word without =", "word", says=("'word'", "key=value")),
     bad(
@@ -450,6 +460,17 @@ RUNS = [
         env={"WORLD_SIZE": "3", "RANK": "0"},
         says=("train.pairs_per_step=8 cannot be divided among 3 processes", "9 can"),
     ),
+    bad(
+        "no tokens in a micro-batch",
+        "engine.tokens_per_micro_batch=0",
+        says=("engine.tokens_per_micro_batch must be above 0, not 0",),
+    ),
+    bad(
+        "words for tokens in a micro-batch",
+        "engine.tokens_per_micro_batch=many",
+        says=("engine.tokens_per_micro_batch must be a whole number of tokens or auto, not 'many'",),
+    ),
+    bad("part of a token", "engine.tokens_per_micro_batch=2.5", says=("engine.tokens_per_micro_batch", "2.5")),
     bad("bf16 on a CPU", "cluster.precision=bf16", says=("cluster.precision=bf16", "cpu", "use fp32 or auto")),
     bad("top_p", "evaluation.top_p=0", says=("evaluation.top_p must lie in (0, 1]",)),
     bad(
@@ -491,3 +512,14 @@ def test_a_bad_input_is_refused_in_one_line(case, align, tiny_llama, pairs_file,
     for fragment in case.says:
         assert fragment in lines[0]
     assert set(tmp_path.rglob("*")) == before, "a refused command leaves nothing behind"
+
+
+@pytest.mark.parametrize("theirs, ours", OWNED.items())
+def test_what_decides_a_field_that_is_not_taken_is_a_knob(theirs, ours):
+    known = OmegaConf.to_container(OmegaConf.structured(RunConfig))
+    known["objective"]["label_smoothing"] = 0.0  # DPO's
+    for key in ours.split(" and "):
+        node = known
+        for name in key.split("."):
+            assert name in node, f"{theirs} is said to be decided by {key}"
+            node = node[name]

@@ -17,7 +17,8 @@ LAYERS = [
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-OWNERS = {"wandb": "tracking", "trackio": "tracking", "peft": "model", "hydra": "compose"}
+INSIDE = {"engine": [{"layout"}, {"attention", "head"}, {"forward"}, {"budget"}, {"__init__"}]}  # packages, likewise
+OWNERS = {"wandb": "tracking", "trackio": "tracking", "peft": "model", "hydra": "compose", "flash_attn": "engine"}
 
 
 def imports(file) -> set[str]:
@@ -33,19 +34,36 @@ def imports(file) -> set[str]:
     return names
 
 
-FILES = sorted((ROOT / "align").glob("*.py"))
+ALIGN = ROOT / "align"
+FILES = sorted([*ALIGN.glob("*.py"), *(file for package in INSIDE for file in (ALIGN / package).glob("*.py"))])
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def layer(file) -> str:
+    """What a file counts as: itself, or its package."""
+    return file.stem if file.parent == ALIGN else file.parent.name
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{layer(file)}.{file.stem}")
 def test_a_file_imports_only_from_the_layers_below_it(file):
-    if file.stem == "__init__":
+    if file == ALIGN / "__init__.py":
         return
     own = {name.split(".")[1] for name in imports(file) if name.startswith("align.")}
-    assert all(LEVEL[name] < LEVEL[file.stem] for name in own), own
+    own -= set() if file.parent == ALIGN else {layer(file)}
+    assert all(LEVEL[name] < LEVEL[layer(file)] for name in own), own
     assert "playground" not in own
+
+
+@pytest.mark.parametrize("package, order", INSIDE.items())
+def test_files_of_a_package_import_down_and_others_import_the_package(package, order):
+    level = {name: number for number, names in enumerate(order) for name in names}
+    for file in FILES:
+        parts = {name.removeprefix(f"align.{package}.") for name in imports(file) if f"align.{package}." in name}
+        inside = layer(file) == package
+        assert all(level[part] < level[file.stem] for part in parts) if inside else not parts, (file, parts)
+    assert {file.stem for file in FILES if layer(file) == package} == level.keys()
 
 
 @pytest.mark.parametrize("package, owner", OWNERS.items())
 def test_one_file_owns_an_optional_or_heavy_package(package, owner):
-    users = {file.stem for file in FILES if any(name.split(".")[0] == package for name in imports(file))}
+    users = {layer(file) for file in FILES if any(name.split(".")[0] == package for name in imports(file))}
     assert users <= {owner, "__main__"} and owner in users

@@ -222,7 +222,7 @@ def test_a_recipe_has_every_published_figure(name, composed):
     }
     assert cfg.train.pairs_per_step == row.pairs_per_step
     assert (cfg.train.max_length, cfg.train.max_prompt_length) == (row.max_length, row.max_prompt_length)
-    assert cfg.train.gradient_checkpointing
+    assert cfg.engine.gradient_checkpointing
     assert cfg.seed == row.seed
     assert (cfg.cluster.device, cfg.cluster.precision) == (Device.auto, Precision.auto)  # bf16 on the GPUs
 

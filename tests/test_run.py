@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from align import run as run_module
+from align.engine import CPU_TOKENS
 
 
 @pytest.fixture
@@ -198,6 +199,8 @@ def test_a_plan_says_what_would_run_and_starts_nothing(align, monkeypatch, tiny_
     # 40 pairs, of which 5% of the prompts are held out: 38; 4 full steps of 8 and one of 6 an epoch, two epochs.
     assert "38 pairs" in result.out and "10 of 8 pairs (5 an epoch)" in result.out
     assert "0.693147" in result.out  # ln 2
+    assert f"of up to {CPU_TOKENS} tokens" in result.out  # auto, on a CPU
+    assert "layout      shared: " in result.out and ", 0% more than needed; padded it would be " in result.out
     assert not (tmp_path / "runs").exists()
 
 

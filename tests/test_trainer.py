@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, pair_row, quick, write_jsonl
+from conftest import ROOT, pair_row, quick, save_tiny, write_jsonl
 from safetensors.torch import load_file
 
 from align import run as run_module
@@ -60,15 +60,36 @@ def test_one_micro_batch_of_eight_pairs_equals_eight_of_one(
 ):
     words = [f"objective={objective}", "optimizer.max_steps=1"]
     whole = first_gradients(
-        align, monkeypatch, tmp_path / "a", tiny_gemma2, pairs_file, *words, "train.tokens_per_micro_batch=100000"
+        align, monkeypatch, tmp_path / "a", tiny_gemma2, pairs_file, *words, "engine.tokens_per_micro_batch=100000"
     )
     split = first_gradients(
-        align, monkeypatch, tmp_path / "b", tiny_gemma2, pairs_file, *words, "train.tokens_per_micro_batch=1"
+        align, monkeypatch, tmp_path / "b", tiny_gemma2, pairs_file, *words, "engine.tokens_per_micro_batch=1"
     )
     assert (whole.pop("micro_batches"), split.pop("micro_batches")) == (1, 8)
     scale = max(gradient.norm() for gradient in whole.values())
     for name, gradient in whole.items():
         assert (gradient - split[name]).norm() <= 1e-6 * scale, name
+
+
+def test_layouts_and_checkpointing_change_a_run_only_by_rounding(align, tmp_path, tiny_gemma2, pairs_file):
+    words = {"a": ["shared"], "b": ["packed", "engine.gradient_checkpointing=true"], "c": ["padded"]}
+    runs = [
+        metrics(train(align, tmp_path / name, tiny_gemma2, pairs_file, f"engine.layout={layout}", *more))
+        for name, (layout, *more) in words.items()
+    ]
+    assert len(runs[0]) == 2
+    for other in runs[1:]:
+        for ours, theirs in zip(timeless(runs[0]), timeless(other), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
+def test_a_model_that_cannot_run_the_layout_takes_another_and_says_why(align, tmp_path, tokenizer, pairs_file):
+    bloom = save_tiny(tmp_path / "bloom", tokenizer, "bloom")
+    result = align(*quick(bloom, pairs_file, f"run_dir={tmp_path / 'run'}"))
+    assert result.status == 0, result.err
+    (line,) = [line for line in result.out.splitlines() if line.startswith("engine.layout=")]
+    assert line.startswith("engine.layout=padded, not shared, for BloomForCausalLM: its attention")
+    assert metrics(tmp_path / "run")[0]["train/loss"] == pytest.approx(0.6931472, abs=1e-5)  # -log s(0)
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(align, tmp_path, tiny_llama, pairs_file):
@@ -181,8 +202,8 @@ def test_held_out_means_are_exact_whatever_the_micro_batches(align, tmp_path, ti
         tmp_path / "held.jsonl", [pair_row(i, group="even" if i % 2 == 0 else "odd") for i in range(50, 57)]
     )
     words = [f"dataset.eval_path={held}", "dataset.group_by=group", "optimizer.max_steps=1"]
-    a = train(align, tmp_path / "a", tiny_llama, pairs_file, *words, "train.tokens_per_micro_batch=1")
-    b = train(align, tmp_path / "b", tiny_llama, pairs_file, *words, "train.tokens_per_micro_batch=100000")
+    a = train(align, tmp_path / "a", tiny_llama, pairs_file, *words, "engine.tokens_per_micro_batch=1")
+    b = train(align, tmp_path / "b", tiny_llama, pairs_file, *words, "engine.tokens_per_micro_batch=100000")
     one, other = metrics(a, "eval/loss")[-1], metrics(b, "eval/loss")[-1]
     assert one == pytest.approx(other, abs=1e-5)
     # 4 of the 7 rows are even: the groups' accuracies make up the whole's.
@@ -233,7 +254,7 @@ def test_one_process_equals_two(tmp_path, tiny_llama, pairs_file, own_cache):
     words = [
         "objective=wpo",
         "optimizer.max_steps=3",
-        "train.tokens_per_micro_batch=150",
+        "engine.tokens_per_micro_batch=150",
         "optimizer.learning_rate=1e-3",
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ALIGN_CACHE": str(own_cache), "OMP_NUM_THREADS": "1"}

@@ -8,7 +8,7 @@ from conftest import pair_row
 from transformers import AutoModelForCausalLM
 
 from align import data, engine
-from align.config import ResponseMask, SystemMessage, Truncation
+from align.config import Layout, ResponseMask, SystemMessage, Truncation
 from objectives import Response, build
 
 # TRL's default for a template without the newline behind the end of a turn: there both score the same tokens.
@@ -80,15 +80,15 @@ def our_loss(models, rows, tokenizer, **objective) -> tuple[float, dict[str, tor
     texts = [data.render(data.read_pair(row), rules, data.end_of_turn(tokenizer)) for row in rows]
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     pairs = [dict(zip(names, ids, strict=True)) for ids in data.tokenise(texts, tokenizer)]
-    batch = engine.collate_pairs(pairs, int(tokenizer.pad_token_id))
+    batch = engine.collate([data.as_group(pair) for pair in pairs], Layout.shared, int(tokenizer.pad_token_id))
     made = build(objective)
     with torch.no_grad():
         statistics = []
-        for model in models:
-            engine.attach(model)
+        for model in map(copy.deepcopy, models):  # TRL calls the trunk by itself, which an attached one does not take
+            engine.attach(model, Layout.shared)
             statistics.append(engine.response_statistics(model, batch, made.needs & {"log_sum_sq"}))
     statistics[0]["ref_logp"] = statistics[1]["logp"]
-    sides = [{n: v.chunk(2)[side] for n, v in statistics[0].items() if n in made.needs} for side in (0, 1)]
+    sides = [{n: v.view(-1, 2)[:, side] for n, v in statistics[0].items() if n in made.needs} for side in (0, 1)]
     result = made(*(Response(**side) for side in sides))
     return float(result.loss.mean()), dict(result.metrics)
 

@@ -1,0 +1,18 @@
+"""Statistics of responses under a policy: packed rows, prompts shared, no logits. Start at forward.py."""
+
+from align.engine.budget import CPU_TOKENS, token_budget
+from align.engine.forward import COMPUTED, attach, evaluating, response_statistics, settle
+from align.engine.layout import Batch, Group, collate
+
+__all__ = [
+    "COMPUTED",
+    "CPU_TOKENS",
+    "Batch",
+    "Group",
+    "attach",
+    "collate",
+    "evaluating",
+    "response_statistics",
+    "settle",
+    "token_budget",
+]

@@ -1,0 +1,335 @@
+"""Attention of packed rows: a token sees its prompt and what stands before it in its own response, and nothing else.
+
+Registered with transformers' AttentionInterface under a name for each backend, so that no model is patched: every
+layer hands over queries, keys and values of the whole row, the model's own scale, soft-cap and sliding window, and the
+`segments` of the batch.
+
+    sdpa    torch's scaled_dot_product_attention for each segment; with a soft-cap our own, in blocks. Any device
+    flash   one varlen call of the flash-attn package; keys of a prompt are laid before each of its responses. CUDA
+    flex    torch's flex_attention with a block mask. CUDA
+
+Left out: dropout (policies have none), attention biases and sinks (a model with these is fed padded).
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface
+from transformers.utils import is_flash_attn_2_available
+
+from align.engine.layout import Segments
+
+_PREFIX = "align_"
+_BLOCK = 64  # queries of a block, where torch has no kernel that leaves out what is not seen
+
+#: (query [1, H, T, D], key and value [1, K, T, D], segments, scale, window, cap) -> [1, T, H, D]
+Backend = Callable[[Tensor, Tensor, Tensor, Segments, float, int | None, float | None], Tensor]
+
+
+class UnsupportedError(Exception):
+    """A model asks of attention what rows of segments do not offer."""
+
+
+def choose_backend(device: torch.device, wanted: str | None) -> str:
+    """The name of the attention implementation to set. `wanted` is `model.attn_implementation`, where it fits."""
+    if device.type != "cuda" or wanted == "sdpa":
+        return _PREFIX + "sdpa"
+    if wanted != "flex_attention" and is_flash_attn_2_available():
+        return _PREFIX + "flash"
+    return _PREFIX + "flex"
+
+
+def _registered(backend: Backend) -> Callable[..., tuple[Tensor, None]]:
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        segments: Segments | None = None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        if segments is None:
+            raise UnsupportedError("its attention is not told how the batch's row is made up")
+        unknown = [n for n in ("s_aux", "sinks", "position_bias", "head_mask") if options.get(n) is not None]
+        if unknown:
+            raise UnsupportedError(f"its attention uses {unknown[0]}")
+        segments.windows[getattr(module, "layer_idx", len(segments.windows))] = sliding_window
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave float32 behind
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        return backend(query, key, value, segments, scale, sliding_window, softcap), None
+
+    return attention
+
+
+# sdpa --------------------------------------------------------------------------------------------------------------
+
+
+def _sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scale: float,
+    window: int | None,
+    cap: float | None,
+) -> Tensor:
+    """Of each group: one call for the prompt with its first response, one for every further response."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if cap is not None:
+            return _CappedAttention.apply(q, k, v, scale, cap, window)
+        call = partial(functional.scaled_dot_product_attention, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        queries, keys = q.shape[2], k.shape[2]
+        if queries == keys and (window is None or window >= keys):
+            return call(q, k, v, is_causal=True)
+        parts = []  # in blocks, since under a mask the kernel computes what is masked too
+        for rows, columns in _blocks(queries, keys, window):
+            mask = _mask(segments, rows.stop - rows.start, columns.stop - columns.start, window, q)
+            parts.append(call(q[:, :, rows], k[:, :, columns], v[:, :, columns], attn_mask=mask))
+        return torch.cat(parts, 2)
+
+    # `split`, not slices: the backward of a slice fills a gradient of the whole row with zeros
+    sizes = [prompt + sum(responses) for prompt, responses in segments.groups]
+    out = []
+    rows = (tensor.split(sizes, 2) for tensor in (query, key, value))
+    for (prompt, (first, *others)), *row in zip(segments.groups, *rows, strict=True):
+        parts = [tensor.split([prompt + first, *others], 2) for tensor in row]
+        before = [parts[i][0][:, :, :prompt] for i in (1, 2)]
+        out.append(attend(*(part[0] for part in parts)))
+        for q, k, v in list(zip(*parts, strict=True))[1:]:
+            if q.shape[2]:
+                out.append(attend(q, torch.cat([before[0], k], 2), torch.cat([before[1], v], 2)))
+    return torch.cat([part.transpose(1, 2) for part in out], 1)
+
+
+def _mask(segments: Segments, queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:
+    """What the last `queries` of `keys` tokens see: `[queries, keys]`, added to logits."""
+    name = ("mask", queries, keys, window, like.dtype, like.device)
+    if name not in segments.cached:
+        unseen = _unseen(queries, keys, 0, window, like.device)
+        segments.cached[name] = torch.zeros_like(unseen, dtype=like.dtype).masked_fill_(unseen, -torch.inf)
+    mask = segments.cached[name]
+    assert isinstance(mask, Tensor)
+    return mask
+
+
+def _unseen(queries: int, keys: int, first_key: int, window: int | None, device: torch.device) -> Tensor:
+    """True where a key lies behind its query or before its window, `[queries, keys - first_key]`; the queries are the
+    last of the keys."""
+    query = torch.arange(keys - queries, keys, device=device)
+    distance = query[:, None] - torch.arange(first_key, keys, device=device)
+    return (distance < 0) if window is None else (distance < 0) | (distance >= window)
+
+
+class _CappedAttention(torch.autograd.Function):
+    """softmax(cap * tanh(q k^T * scale / cap)) v of the last Tq of Tk tokens, causal, in blocks of queries.
+
+    Of a block only the keys that it sees are touched, and only queries, keys and values are kept for the backward, which
+    makes a block's weights again. [1, H, Tq, D], [1, K, Tk, D] twice -> [1, H, Tq, D]
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, cap: float, window: int | None) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.options = (scale, cap, window)
+        out = torch.empty(1, q.shape[2], q.shape[1], q.shape[3], dtype=q.dtype, device=q.device).transpose(1, 2)
+        for rows, columns in _blocks(q.shape[2], k.shape[2], window):
+            weights, _ = _capped_weights(q, k, rows, columns, scale, cap, window)
+            out[:, :, rows] = _by_head(weights @ v[0, :, columns], q.shape[1])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, by_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v = ctx.saved_tensors
+        by_q, by_k, by_v = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        scale, cap, window = ctx.options
+        for rows, columns in _blocks(q.shape[2], k.shape[2], window):
+            weights, capped = _capped_weights(q, k, rows, columns, scale, cap, window)
+            by_block = _by_key_head(by_out[:, :, rows], k.shape[1])  # [K, G * n, D]
+            by_v[0, :, columns].baddbmm_(weights.transpose(1, 2), by_block)
+            by_weights = by_block @ v[0, :, columns].transpose(1, 2)
+            by_weights.sub_((by_weights * weights).sum(-1, keepdim=True)).mul_(weights)
+            by_weights.addcmul_(by_weights, capped.div_(cap).square_(), value=-1).mul_(scale)  # 1 - tanh^2
+            by_q[:, :, rows] = _by_head(by_weights @ k[0, :, columns], q.shape[1])
+            by_k[0, :, columns].baddbmm_(by_weights.transpose(1, 2), _by_key_head(q[:, :, rows], k.shape[1]))
+        return by_q, by_k, by_v, None, None, None
+
+
+def _blocks(queries: int, keys: int, window: int | None) -> list[tuple[slice, slice]]:
+    """(queries, the keys that they see) of each block."""
+    before = keys - queries
+    blocks = []
+    for top in range(0, queries, _BLOCK):
+        bottom = min(top + _BLOCK, queries)
+        left = 0 if window is None else max(0, before + top - window + 1)
+        blocks.append((slice(top, bottom), slice(left, before + bottom)))
+    return blocks
+
+
+def _capped_weights(
+    q: Tensor, k: Tensor, rows: slice, columns: slice, scale: float, cap: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """Attention weights and capped logits of a block, `[K, G * n, m]`; q is [1, K * G, Tq, D]."""
+    heads, queries = k.shape[1], rows.stop - rows.start
+    capped = _by_key_head(q[:, :, rows], heads) @ k[0, :, columns].transpose(1, 2)
+    capped = capped.mul_(scale / cap).tanh_().mul_(cap)
+    unseen = _unseen(queries, columns.stop, columns.start, window, q.device)
+    logits = capped.view(heads, -1, queries, capped.shape[-1]).masked_fill(unseen, -torch.inf)
+    return logits.softmax(-1).view_as(capped), capped
+
+
+def _by_key_head(x: Tensor, heads: int) -> Tensor:
+    """`[1, K * G, n, D]` -> `[K, G * n, D]`: queries that share keys stand together, so that keys are not repeated."""
+    return x.reshape(heads, -1, x.shape[-1])
+
+
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    """`[K, G * n, D]` -> `[1, K * G, n, D]`."""
+    return x.view(1, heads, -1, x.shape[-1])
+
+
+# flash -------------------------------------------------------------------------------------------------------------
+
+
+def _flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scale: float,
+    window: int | None,
+    cap: float | None,
+) -> Tensor:
+    """One call: of each group a sequence of prompt and first response, and one of every further response, whose keys are
+    the prompt's and its own. FlashAttention aligns its causal mask to the last key."""
+    from flash_attn import flash_attn_varlen_func
+
+    index, ends_q, ends_k, longest_q, longest_k = _varlen(segments, query.device)
+    k, v = (x[0].transpose(0, 1)[index] for x in (key, value))  # [Tk, K, D]
+    out: Tensor = flash_attn_varlen_func(
+        query[0].transpose(0, 1),
+        k,
+        v,
+        cu_seqlens_q=ends_q,
+        cu_seqlens_k=ends_k,
+        max_seqlen_q=longest_q,
+        max_seqlen_k=longest_k,
+        softmax_scale=scale,
+        causal=True,
+        window_size=(-1, -1) if window is None else (window - 1, 0),
+        softcap=cap or 0.0,
+    )
+    return out[None]
+
+
+def _varlen(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    """(place in the row of every key, ends of query sequences, ends of key sequences, longest of both)."""
+    if "varlen" not in segments.cached:
+        index: list[int] = []
+        queries, keys, at = [], [], 0
+        for prompt, (first, *others) in segments.groups:
+            start, at = at, at + prompt + first
+            index += range(start, at)
+            queries.append(prompt + first)
+            keys.append(prompt + first)
+            for response in filter(None, others):
+                index += [*range(start, start + prompt), *range(at, at + response)]
+                queries.append(response)
+                keys.append(prompt + response)
+                at += response
+        ends = [
+            functional.pad(torch.tensor(sizes).cumsum(0), (1, 0)).to(device, torch.int32) for sizes in (queries, keys)
+        ]
+        segments.cached["varlen"] = (torch.tensor(index).to(device), *ends, max(queries), max(keys))
+    return segments.cached["varlen"]  # type: ignore[return-value]
+
+
+# flex --------------------------------------------------------------------------------------------------------------
+
+
+def _flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scale: float,
+    window: int | None,
+    cap: float | None,
+) -> Tensor:
+    """One call of flex_attention, with a block mask that all layers of the same window share."""
+    attend, make_mask = _flex_functions(query.device.type)
+    name = ("flex", window)
+    if name not in segments.cached:
+        sees = _sees(segments, window, query.device)
+        tokens = query.shape[2]
+        segments.cached[name] = make_mask(sees, None, None, tokens, tokens, device=query.device)
+    out = attend(
+        query,
+        key,
+        value,
+        score_mod=None if cap is None else _soft_cap(cap),
+        block_mask=segments.cached[name],
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+@cache
+def _flex_functions(kind: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """flex_attention and create_block_mask; compiled on a GPU, where anything else would be slow."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    if kind != "cuda":
+        return flex_attention, create_block_mask
+    return torch.compile(flex_attention, dynamic=True), torch.compile(create_block_mask, dynamic=True)
+
+
+@cache
+def _soft_cap(cap: float) -> Callable[..., Tensor]:
+    """One function for each cap: a new one at every call would be compiled at every call."""
+
+    def soft_cap(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return cap * torch.tanh(score / cap)
+
+    return soft_cap
+
+
+def _sees(segments: Segments, window: int | None, device: torch.device) -> Callable[..., Tensor]:
+    """Whether the token at index `query` of the row sees the one at `key`."""
+    group, response, position = _places(segments, device)
+    reach = 2**30 if window is None else window
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        own = (response[key] == 0) | (response[key] == response[query])  # 0: the prompt
+        near = position[query] - position[key] < reach
+        return (group[query] == group[key]) & own & (query >= key) & near
+
+    return sees
+
+
+def _places(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each token of the row: its group, its response (0: the prompt), its position. `[T]` each."""
+    if "places" not in segments.cached:
+        places: tuple[list[int], list[int], list[int]] = ([], [], [])
+        for i, (prompt, responses) in enumerate(segments.groups):
+            for number, (start, size) in enumerate([(0, prompt), *((prompt, size) for size in responses)]):
+                for values, more in zip(places, ([i] * size, [number] * size, range(start, start + size)), strict=True):
+                    values += more
+        segments.cached["places"] = tuple(torch.tensor(values).to(device) for values in places)
+    return segments.cached["places"]  # type: ignore[return-value]
+
+
+for _name, _backend in {"sdpa": _sdpa, "flash": _flash, "flex": _flex}.items():
+    AttentionInterface.register(_PREFIX + _name, _registered(_backend))

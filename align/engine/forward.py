@@ -1,0 +1,188 @@
+"""The forward of a policy: a batch of groups in, statistics of each response out. Every logit exists in a tile only.
+
+The trunk runs over the batch's row; only the positions that predict a response token reach the head (head.py). Called
+as the wrapped model's own forward, with the head called as a module, so that the hooks of DDP, FSDP2 and ZeRO-3 fire.
+Objectives, data formats and what the numbers are for are unknown here.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from align.config import Layout, UserError
+from align.engine.attention import choose_backend
+from align.engine.head import Transform, attach_head
+from align.engine.layout import Batch, Group, collate
+
+#: Statistics that the engine can compute for an objective (`objectives.base.STATISTICS` has them all).
+COMPUTED = frozenset({"logp", "length", "log_sum_sq", "log_max"})
+
+#: Nats per token between the engine and the model's own logits: rounding stays below, a mistake does not.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+
+
+def attach(model: nn.Module, layout: Layout, attention: str | None = None) -> None:
+    """Teach a causal language model, bare or inside peft, to return statistics in place of logits.
+
+    Its class becomes a subclass of itself: weights, names, saving and generation stay as they are.
+
+    Args:
+        layout: of the batches to come. For rows the model's attention becomes ours, on the device it is on.
+        attention: `model.attn_implementation`, where the user chose one.
+
+    Raises:
+        UserError: an output head that is not linear.
+    """
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    try:
+        attach_head(inner.get_output_embeddings())
+    except ValueError as error:
+        raise UserError(f"{type(inner).__name__}: {error}, which align cannot score") from error
+    if not isinstance(inner, _Scoring):
+        cls = type(inner)
+        inner.__class__ = type(cls.__name__, (_Scoring, cls), {"__module__": cls.__module__})
+        inner._own_attention = inner.config.get_text_config()._attn_implementation
+    config = inner.config.get_text_config()
+    rows = layout is not Layout.padded
+    config._attn_implementation = choose_backend(inner.device, attention) if rows else inner._own_attention
+
+
+def settle(
+    model: nn.Module, groups: Sequence[Group], layout: Layout, attention: str | None = None
+) -> tuple[Layout, str | None]:
+    """`attach` in the wanted layout, or in the next that this model can run; compares each with the model's own logits.
+
+    Runs under the caller's autocast. `groups`: some tokens of real data, e.g. two groups of two responses.
+
+    Returns:
+        The layout, and one line that says why it is not the wanted one.
+
+    Raises:
+        UserError: not even padded rows give the model's own numbers: it does to its logits what align does not know.
+    """
+    why = None
+    for candidate in list(Layout)[list(Layout).index(layout) :]:
+        attach(model, candidate, attention)
+        fault = _fault(model, groups, candidate)
+        if fault is None:
+            name = type(model).__name__
+            return candidate, why and f"engine.layout={candidate.name}, not {layout.name}, for {name}: {why}"
+        why = why or fault
+    raise UserError(
+        f"{type(model).__name__}: {fault}; it transforms its logits in a way that align does not know, please open an issue"
+    )
+
+
+def response_statistics(model: nn.Module, batch: Batch, statistics: Iterable[str]) -> dict[str, Tensor]:
+    """Statistics of the R responses of a batch.
+
+    Args:
+        model: an `attach`ed policy, wrapped or not.
+        batch: from `collate`, on the model's device, in the layout that the policy is attached in.
+        statistics: any of `log_sum_sq`, `log_max`, `entropy`; `logp` and `length` always come.
+
+    Returns:
+        `[R]` float32 tensors: sums over response tokens, in nats. Only `logp` carries a gradient.
+    """
+    sums: dict[str, Tensor] = model(batch=batch, statistics=sorted(statistics))
+    return {**sums, "length": batch.length.float()}
+
+
+class _Scoring:
+    """Mixed in front of a causal language model's class by `attach`."""
+
+    _own_attention: str
+
+    def forward(self, *args: Any, batch: Batch | None = None, statistics: Sequence[str] = (), **inputs: Any) -> Any:
+        assert isinstance(self, PreTrainedModel)
+        if batch is None:
+            with self._plain_attention():
+                return super().forward(*args, **inputs)  # type: ignore[misc]
+        row = {} if batch.segments is None else {"segments": batch.segments}
+        trunk = self.model if self.base_model is self else self.base_model  # Llama-4 names another prefix
+        hidden = trunk(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            **row,
+        ).last_hidden_state
+        hidden = hidden.flatten(0, 1)[batch.predicted_at]  # [N, H]
+        names = ("logp", *statistics)
+        transform = Transform.of(self.config.get_text_config())
+        per_token = self.get_output_embeddings()(hidden, target=batch.target, names=names, transform=transform)
+        sums = {}
+        for name, values in zip(names, per_token, strict=True):
+            table = values.new_zeros(len(batch.length), batch.longest)  # summed by row: index_add is not deterministic
+            sums[name] = table.index_put((batch.response, batch.index), values).sum(1)
+        return sums
+
+    @contextlib.contextmanager
+    def _plain_attention(self) -> Iterator[None]:
+        """The model's own attention, for generation and plain logits."""
+        config = self.config.get_text_config()  # type: ignore[attr-defined]
+        ours = config._attn_implementation
+        config._attn_implementation = self._own_attention
+        try:
+            yield
+        finally:
+            config._attn_implementation = ours
+
+
+@torch.no_grad()
+def _fault(model: nn.Module, groups: Sequence[Group], layout: Layout) -> str | None:
+    """Why an attached model must not be fed in this layout; None where its numbers are the model's own."""
+    device = next(model.parameters()).device
+    batch, padded = (collate(groups, kind, pad_token_id=0).to(device) for kind in (layout, Layout.padded))
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    with evaluating(model):
+        try:
+            ours = response_statistics(model, batch, ())
+        except Exception as error:  # whatever a model's code raises when it is not fed as it expects
+            if layout is Layout.padded:
+                raise
+            return " ".join(str(error).split())[:200]
+        logits = model(input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False).logits
+    if batch.segments is not None and (reason := _wrong_windows(batch.segments.windows, config)):
+        return reason
+    logp = logits.float().log_softmax(-1).flatten(0, 1)[padded.predicted_at, padded.target]
+    theirs = torch.zeros_like(ours["logp"]).index_add(0, padded.response, logp)
+    worst = ((ours["logp"] - theirs).abs() / ours["length"]).max().item()
+    autocast = torch.is_autocast_enabled(device.type)  # some models give their logits in float32 all the same
+    dtype = torch.get_autocast_dtype(device.type) if autocast else logits.dtype
+    if worst < _TOLERANCE[dtype]:
+        return None
+    return f"the log-probabilities differ from the model's own by {worst:.3g} nats per token"
+
+
+def _wrong_windows(seen: dict[int, int | None], config: Any) -> str | None:
+    """A few tokens do not reach the end of a sliding window, so what each layer asked for is compared instead."""
+    if not seen:
+        return "its attention does not take part in transformers' registry"
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    known = {"full_attention": None, "sliding_attention": window}
+    for layer, asked in seen.items():
+        kind = kinds[layer] if kinds else "sliding_attention"
+        if kind not in known:
+            return f"its layers are {kind}"
+        if asked != known[kind]:
+            return f"layer {layer} has a window of {known[kind]} tokens that its attention is not told"
+    layers = getattr(config, "num_hidden_layers", len(seen))
+    return None if len(seen) == layers else f"{layers - len(seen)} of its layers are no attention"
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No gradient and evaluation mode, put back afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,291 @@
+"""The reference's column: right, in shards, each computed once by whoever comes first, whatever is killed meanwhile."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from conftest import ROOT
+from oracle import group, oracle, tiny
+from safetensors.torch import load_file
+
+from align import engine, reference
+from align.batching import fed_tokens
+from align.config import Layout, UserError
+from align.data import as_group, pair_lengths
+from align.launch import Place
+
+PAIRS, OF_A_SHARD = 22, 4  # six shards, the last of two pairs
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(reference, "_SHARD_PAIRS", OF_A_SHARD)
+
+
+def made_pairs():
+    """Pairs of many lengths, not in their order."""
+    groups = [group(3 + 7 * i % 19, 1 + 5 * i % 11, 1 + 3 * i % 13) for i in range(PAIRS)]
+    return datasets.Dataset.from_list(
+        [
+            {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+            for prompt, (chosen, rejected) in groups
+        ]
+    )
+
+
+def logps(cache: Path, *, policy=None, layout=Layout.shared, rank=0, world=1, **more):
+    """The column, by a policy of one's own."""
+    if policy is None:
+        policy = tiny("llama")
+    engine.attach(policy, layout)
+    pairs = made_pairs()
+    values = {
+        "policy": policy,
+        "weights": "of-the-policy",
+        "pairs": pairs,
+        "pairs_fingerprint": "of-the-pairs",
+        "lengths": pair_lengths(pairs),
+        "where": Place(device=torch.device("cpu"), bf16=False, rank=rank, world=world),
+        "layout": layout,
+        "budget": 30,  # times four: some pairs in a forward, seldom all of a shard
+        "pad_token_id": 0,
+        "cache": cache,
+        "name": "train",
+    }
+    return reference.reference_logps(**{**values, **more})
+
+
+def shards(cache: Path) -> list[Path]:
+    return sorted(cache.glob("reference/*/*.safetensors"))
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Tokens of the responses of every forward, as it is made."""
+    made = []
+    original = reference.response_statistics
+
+    def count(policy, batch, statistics):
+        made.append(tuple(batch.length.tolist()))
+        return original(policy, batch, statistics)
+
+    monkeypatch.setattr(reference, "response_statistics", count)
+    return made
+
+
+def responses(forwards) -> int:
+    return sum(map(len, forwards))
+
+
+@pytest.mark.parametrize("layout", Layout, ids=lambda layout: layout.name)
+def test_the_column_is_each_responses_logp_by_the_models_own_logits(layout, tmp_path, seen):
+    with torch.no_grad():
+        expected = oracle(tiny("llama"), [as_group(pair) for pair in made_pairs()])["logp"].view(-1, 2)
+    policy = tiny("llama").train()
+    torch.testing.assert_close(logps(tmp_path, policy=policy, layout=layout), expected, rtol=1e-5, atol=1e-5)
+    assert responses(seen) == 2 * PAIRS
+    assert policy.training and all(p.grad is None for p in policy.parameters())
+
+
+def test_shards_are_files_of_pairs_in_order_of_length_longest_first(tmp_path):
+    column = logps(tmp_path)
+    files = shards(tmp_path)
+    assert [file.name for file in files] == [f"0000{i}-of-00006.safetensors" for i in range(6)]
+    stored = [load_file(file)["logp"] for file in files]
+    assert [len(values) for values in stored] == [4, 4, 4, 4, 4, 2]
+    lengths = pair_lengths(made_pairs())
+    order = sorted(range(PAIRS), key=lambda i: (-fed_tokens([lengths[i]], Layout.shared), i))
+    assert torch.equal(torch.cat(stored), column[order])
+    assert not [file for file in files[0].parent.iterdir() if file.suffix not in (".safetensors", ".lock")]
+
+
+def test_a_second_call_reads_what_the_first_computed_and_runs_no_forward(tmp_path, seen):
+    first = logps(tmp_path)
+    seen.clear()
+    assert torch.equal(logps(tmp_path), first)
+    assert seen == []
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"weights": "others"},
+        {"pairs_fingerprint": "others"},
+        {"name": "held_out"},
+        {"where": Place(device=torch.device("cpu"), bf16=True, rank=0, world=1)},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_what_decides_the_numbers_is_in_the_key(other, tmp_path, seen):
+    logps(tmp_path)
+    seen.clear()
+    logps(tmp_path, **other)
+    assert responses(seen) == 2 * PAIRS and len(shards(tmp_path)) == 12
+
+
+def test_after_a_failure_only_the_missing_shards_are_computed(tmp_path, monkeypatch, seen):
+    whole = logps(tmp_path / "whole")
+    seen.clear()
+    counting = reference.response_statistics
+
+    def stop(*args):
+        if len(shards(tmp_path / "killed")) == 2:
+            raise KeyboardInterrupt
+        return counting(*args)
+
+    monkeypatch.setattr(reference, "response_statistics", stop)
+    with pytest.raises(KeyboardInterrupt):
+        logps(tmp_path / "killed")
+    before = {file: file.stat().st_mtime_ns for file in shards(tmp_path / "killed")}
+    assert len(before) == 2 and responses(seen) == 2 * 2 * OF_A_SHARD
+
+    monkeypatch.setattr(reference, "response_statistics", counting)
+    seen.clear()
+    assert torch.equal(logps(tmp_path / "killed"), whole)
+    assert responses(seen) == 2 * (PAIRS - 2 * OF_A_SHARD)
+    assert before.items() <= {file: file.stat().st_mtime_ns for file in shards(tmp_path / "killed")}.items()
+
+
+def test_what_others_left_in_the_folder_is_harmless_and_stays(tmp_path, seen):
+    whole = logps(tmp_path)
+    folder = shards(tmp_path)[0].parent
+    third = folder / "00002-of-00006.safetensors"
+    third.unlink()
+    left = {
+        "00002-of-00006.unfinished": b"half a shard",  # of a process that was killed while it wrote
+        "notes.txt": b"mine",
+        "00000-of-00003.safetensors": b"of shards of another size",
+    }
+    for name, content in left.items():
+        (folder / name).write_bytes(content)
+    seen.clear()
+    assert torch.equal(logps(tmp_path), whole)
+    assert responses(seen) == 2 * OF_A_SHARD and third.exists()
+    assert not (folder / "00002-of-00006.unfinished").exists()  # written anew and put in its place
+    assert {
+        name: (folder / name).read_bytes() for name in left if name in ("notes.txt", "00000-of-00003.safetensors")
+    } == {name: left[name] for name in ("notes.txt", "00000-of-00003.safetensors")}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_two_at_once_share_the_shards_out(world, tmp_path, monkeypatch, seen):
+    """Two ranks of a run, or two runs of a sweep: threads with a policy each. The first waits until the second is there."""
+    whole = logps(tmp_path / "whole")
+    seen.clear()
+    counting, both, who = reference.response_statistics, threading.Barrier(2, timeout=60), []
+
+    def together(*args):
+        if threading.get_ident() not in who:
+            who.append(threading.get_ident())
+            both.wait()  # each holds a shard
+        return counting(*args)
+
+    monkeypatch.setattr(reference, "response_statistics", together)
+    made = {}
+
+    def work(rank):
+        made[rank] = logps(tmp_path / "shared", rank=rank if world == 2 else 0, world=world)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert torch.equal(made[0], whole) and torch.equal(made[1], whole)
+    assert len(who) == 2 and responses(seen) == 2 * PAIRS  # every shard once
+
+
+def test_one_that_is_done_waits_for_the_shard_that_another_is_about(tmp_path, monkeypatch, seen):
+    whole = logps(tmp_path / "whole")
+    seen.clear()
+    counting, begun, go_on = reference.response_statistics, threading.Event(), threading.Event()
+    slow = threading.Thread(target=lambda: made.append(logps(tmp_path / "shared")))
+    made = []
+
+    def hold(*args):
+        if threading.current_thread() is slow and not go_on.is_set():
+            begun.set()
+            assert go_on.wait(60)
+        return counting(*args)
+
+    monkeypatch.setattr(reference, "response_statistics", hold)
+    slow.start()
+    assert begun.wait(60)
+    threading.Thread(target=lambda: (time.sleep(0.3), go_on.set())).start()
+    assert torch.equal(logps(tmp_path / "shared"), whole)  # it has done all but the first, and waited for that
+    slow.join(60)
+    assert torch.equal(made[0], whole) and responses(seen) == 2 * PAIRS
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "reference").write_text("a file")
+    with pytest.raises(UserError, match=r"cache_dir: cannot write .*reference.*set cache_dir= or ALIGN_CACHE"):
+        logps(tmp_path)
+
+
+# Real processes -----------------------------------------------------------------------------------------------------
+
+
+def work(cache: str, log: str, stop_after: str) -> None:
+    """What a process below does: the column; a line of `log` for every forward; after some shards it only waits."""
+    reference._SHARD_PAIRS = OF_A_SHARD
+    torch.set_num_threads(1)
+    original = reference.response_statistics
+
+    def statistics(policy, batch, names):
+        if len(shards(Path(cache))) >= int(stop_after):
+            time.sleep(600)
+        with Path(log).open("a") as file:
+            file.write(f"{os.getpid()} {len(batch.length)}\n")
+        time.sleep(0.05)  # so that the other process gets its share
+        return original(policy, batch, names)
+
+    reference.response_statistics = statistics
+    logps(Path(cache))
+
+
+def start(cache: Path, log: Path, stop_after: int = 99) -> subprocess.Popen:
+    code = "import sys, test_reference; test_reference.work(*sys.argv[1:])"
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    line = [sys.executable, "-c", code, str(cache), str(log), str(stop_after)]
+    return subprocess.Popen(line, env={**os.environ, "PYTHONPATH": paths}, stderr=subprocess.PIPE, text=True)
+
+
+def logged(log: Path) -> list[tuple[str, int]]:
+    return [(pid, int(count)) for pid, count in (line.split() for line in log.read_text().splitlines())]
+
+
+@pytest.mark.slow
+def test_a_pass_that_is_killed_goes_on_where_it_was(tmp_path):
+    whole, log = logps(tmp_path / "whole"), tmp_path / "log"
+    with start(tmp_path / "killed", log, stop_after=3) as process:
+        until = time.monotonic() + 120
+        while len(shards(tmp_path / "killed")) < 3:
+            assert time.monotonic() < until and process.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.2)  # it holds the lock of the fourth
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(60) == -signal.SIGKILL
+    assert sum(count for _, count in logged(log)) == 2 * 3 * OF_A_SHARD
+    log.unlink()
+    with start(tmp_path / "killed", log) as process:
+        assert process.wait(120) == 0, process.stderr.read()
+    assert sum(count for _, count in logged(log)) == 2 * (PAIRS - 3 * OF_A_SHARD)
+    assert torch.equal(logps(tmp_path / "killed"), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_processes_at_once_compute_every_shard_once(tmp_path):
+    whole, log = logps(tmp_path / "whole"), tmp_path / "log"
+    with start(tmp_path / "shared", log) as one, start(tmp_path / "shared", log) as other:
+        assert (one.wait(120), other.wait(120)) == (0, 0), one.stderr.read() + other.stderr.read()
+    assert sum(count for _, count in logged(log)) == 2 * PAIRS
+    assert torch.equal(logps(tmp_path / "shared"), whole)
