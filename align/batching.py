@@ -17,6 +17,9 @@ from align.config import Layout
 
 Lengths = tuple[int, ...]  # tokens of a prompt and of its responses
 
+#: Without gradients a device holds that many times the tokens of a training micro-batch.
+FORWARD_ONLY = 4
+
 
 @dataclass(frozen=True)
 class MicroBatch:

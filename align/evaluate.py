@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from align.batching import plan_micro_batches
+from align.batching import FORWARD_ONLY, plan_micro_batches
 from align.config import EvaluationConfig, Layout
 from align.engine import collate, evaluating, response_statistics
 from align.launch import Place
@@ -94,7 +94,7 @@ def _logps(
     groups = [(own[0].prompt_ids, [s.response_ids for s in own]) for own in samples]
     lengths = [(len(prompt), *map(len, responses)) for prompt, responses in groups]
     with evaluating(model), where.autocast():
-        for some in plan_micro_batches(lengths, layout, 2 * budget):
+        for some in plan_micro_batches(lengths, layout, FORWARD_ONLY * budget):
             batch = collate([groups[i] for i in some], layout, pad_token_id).to(where.device)
             values = iter(response_statistics(model, batch, ())["logp"].tolist())
             for i in some:

@@ -5,7 +5,7 @@ from statistics import fmean
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from align.batching import StepSampler, fed_tokens, steps_per_epoch
+from align.batching import MicroBatch, StepSampler, fed_tokens, steps_per_epoch
 from align.config import Layout, ModelConfig, RunConfig, UserError
 from align.data import Pairs, pair_lengths, token_counts
 from align.engine import CPU_TOKENS
@@ -41,22 +41,29 @@ def describe(cfg: RunConfig, start: Start, pairs: Pairs, objective: Objective, w
     train, lengths = cfg.train, pair_lengths(pairs.train)
     wanted, layout = cfg.engine.tokens_per_micro_batch, cfg.engine.layout
     budget = wanted if isinstance(wanted, int) else CPU_TOKENS
-    sampler = StepSampler(
-        lengths,
-        layout,
-        pairs_per_step=train.pairs_per_step,
-        world=where.world,
-        rank=where.rank,
-        budget=budget,
-        seed=cfg.seed,
-    )
-    shares = [share for _, share in zip(range(50), sampler, strict=False)]
-    micro = [len(share) for share in shares]
-    fed, least, padded = (
-        sum(fed_tokens([lengths[i] for i in m.pairs], kind) for share in shares for m in share)
-        for kind in (layout, Layout.shared, Layout.padded)
-    )
-    by_memory = ", by free memory when it starts" if wanted == "auto" and where.device.type == "cuda" else ""
+
+    def sampler(layout: Layout) -> StepSampler:
+        return StepSampler(
+            lengths,
+            layout,
+            pairs_per_step=train.pairs_per_step,
+            world=where.world,
+            rank=where.rank,
+            budget=budget,
+            seed=cfg.seed,
+        )
+
+    def first_shares(layout: Layout) -> list[list[MicroBatch]]:
+        return [share for _, share in zip(range(50), sampler(layout), strict=False)]
+
+    def tokens_per_pair(layout: Layout) -> float:
+        batches = [batch.pairs for share in first_shares(layout) for batch in share]
+        return sum(fed_tokens([lengths[i] for i in b], layout) for b in batches) / sum(map(len, batches))
+
+    micro = [len(share) for share in first_shares(layout)]
+    by_memory = ", more where a GPU has the memory" if wanted == "auto" and where.device.type == "cuda" else ""
+    tokens = {kind: tokens_per_pair(kind) for kind in dict.fromkeys([layout, *Layout])}
+    others = ", ".join(f"{kind.name} {count:,.0f}" for kind, count in tokens.items() if kind is not layout)
     lines = [
         f"objective   {objective}",
         f"model       {cfg.model.name}: {start.path}" + (f", LoRA {cfg.model.lora}" if cfg.model.lora else ""),
@@ -64,10 +71,9 @@ def describe(cfg: RunConfig, start: Start, pairs: Pairs, objective: Objective, w
         f"held out    {_counts(pairs, 'held_out')}",
         *(f"lengths     {name}: {_quantiles(pairs, column)}" for name, column in _COLUMNS.items()),
         f"steps       {total_steps(cfg, len(lengths), where.world)} of {train.pairs_per_step} pairs "
-        f"({len(sampler)} an epoch), on {where.world} {where.device.type} process(es), {'bf16' if where.bf16 else 'fp32'}",
+        f"({len(sampler(layout))} an epoch), on {where.world} {where.device.type} process(es), {'bf16' if where.bf16 else 'fp32'}",
         f"a step      {fmean(micro):.1f} micro-batches a process (at most {max(micro)}) of up to {budget} tokens{by_memory}",
-        f"layout      {layout.name}: {fed / sum(len(m.pairs) for share in shares for m in share):,.0f} tokens a pair are fed, "
-        f"{fed / least - 1:.0%} more than needed; padded it would be {padded / least - 1:.0%}",
+        f"layout      {layout.name}: {tokens[layout]:,.0f} tokens a pair go through the model ({others})",
         f"memory      {_memory(cfg, start, max(budget, *(fed_tokens([pair], layout) for pair in lengths)))}",
         f"first loss  {first_loss(objective, pairs)}",
     ]

@@ -8,25 +8,28 @@ The pass runs over pairs in order of length, in shards of a file each. Whoever n
 the sweep, a run that was killed and goes on) computes the shards that no one has, so it is shared out by itself.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import datasets
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from align.batching import Lengths, fed_tokens, plan_micro_batches
+from align.batching import FORWARD_ONLY, Lengths, fed_tokens, plan_micro_batches
 from align.config import Layout, UserError, fingerprint
 from align.data import as_group
 from align.engine import collate, evaluating, response_statistics
 from align.launch import Place
 
 _SHARD_PAIRS = 256  # what a killed pass loses at most
-_FORWARD_ONLY = 4  # a pass without gradients takes that many times the tokens of a training micro-batch
+_BAR_SHARDS = 4  # below it, a progress bar is noise
+_VERSION = 1  # of what a shard holds and in what order: raise it when that changes
 
 
 def reference_logps(
@@ -53,7 +56,8 @@ def reference_logps(
     Raises:
         UserError: the cache cannot be written.
     """
-    folder = cache / "reference" / fingerprint(weights, pairs_fingerprint, name, where.bf16)
+    key = fingerprint(_VERSION, _SHARD_PAIRS, weights, pairs_fingerprint, name, where.bf16)
+    folder = cache / "reference" / key
     by_length = sorted(range(len(pairs)), key=lambda i: (-fed_tokens([lengths[i]], Layout.shared), i))
     shards = [by_length[at : at + _SHARD_PAIRS] for at in range(0, len(pairs), _SHARD_PAIRS)]
     files = [folder / f"{number:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
@@ -61,7 +65,7 @@ def reference_logps(
     def compute(shard: list[int]) -> Tensor:
         logps = torch.empty(len(shard), 2)
         with evaluating(policy), where.autocast():
-            for group in plan_micro_batches([lengths[i] for i in shard], layout, _FORWARD_ONLY * budget):
+            for group in plan_micro_batches([lengths[i] for i in shard], layout, FORWARD_ONLY * budget):
                 rows = pairs.select([shard[i] for i in group]).to_list()
                 batch = collate([as_group(row) for row in rows], layout, pad_token_id).to(where.device)
                 logps[group] = response_statistics(policy, batch, ())["logp"].view(-1, 2).cpu()
@@ -70,7 +74,7 @@ def reference_logps(
     def make(number: int, wait: bool) -> None:
         """Compute a shard, unless someone has or, where we are not to `wait`, someone is about it."""
         try:
-            with FileLock(f"{files[number]}.lock", timeout=-1 if wait else 0):
+            with _writing(folder), FileLock(f"{files[number]}.lock", timeout=-1 if wait else 0):
                 if not files[number].exists():
                     unfinished = files[number].with_suffix(".unfinished")
                     save_file({"logp": compute(shards[number])}, str(unfinished))
@@ -78,19 +82,36 @@ def reference_logps(
         except Timeout:
             pass
 
-    try:
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        missing = [number for number, file in enumerate(files) if not file.exists()]
-        missing = missing[where.rank :: where.world] + missing  # one's own share, then what others have not done
-        passes = [(number, wait) for wait in (False, True) for number in missing]
-        for number, wait in tqdm(
-            passes, f"reference log-probabilities, {name}", unit="shard", disable=len(missing) < 8
-        ):
-            if not files[number].exists():
-                make(number, wait)
-    except OSError as error:
-        raise UserError(f"cache_dir: cannot write {folder} ({error}); set cache_dir= or ALIGN_CACHE") from error
+    missing = [number for number, file in enumerate(files) if not file.exists()]
+    order = list(dict.fromkeys([*missing[where.rank :: where.world], *missing]))  # one's own share, then the others'
+    with tqdm(
+        total=len(missing),
+        desc=f"reference log-probabilities, {name}",
+        unit="shard",
+        disable=where.rank > 0 or len(missing) < _BAR_SHARDS,
+    ) as bar:
+        for wait in (False, True):
+            for number in order:
+                if not files[number].exists():
+                    make(number, wait)
+                bar.update(sum(files[i].exists() for i in missing) - bar.n)
     logps = torch.empty(len(pairs), 2)
     for file, shard in zip(files, shards, strict=True):
-        logps[shard] = load_file(str(file))["logp"]
+        try:
+            logps[shard] = load_file(str(file))["logp"]
+        except SafetensorError as error:
+            raise UserError(f"{file} is damaged ({error}): delete it and start again") from error
     return logps
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Say what to do where the cache cannot be written."""
+    try:
+        yield
+    except Timeout:  # which is an OSError
+        raise
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cache_dir: cannot write {folder} ({error}); set cache_dir= or ALIGN_CACHE") from error

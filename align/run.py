@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 import objectives
 from align import arguments, card, config, data, engine, evaluate, launch, model, plan, reference, tracking
-from align.config import RunConfig, UserError
+from align.config import Layout, RunConfig, UserError
 from align.trainer import PairData, PairTrainer
 from objectives import Objective
 
@@ -103,7 +103,6 @@ class _Prepared:
     ) -> None:
         self.cfg, self.objective, self.start, self.pairs = cfg, objective, start, pairs
         self.where, self.cache = where, cache
-        self.layout = cfg.engine.layout  # until a model is found that cannot run it
         self.config = plain(cfg)
         self.identity = _identity(self.config, objective, start, pairs, where)
         names = f"{cfg.model.name}-{cfg.dataset.name}-{cfg.objective['name']}"
@@ -219,16 +218,27 @@ class _Prepared:
         return metrics
 
     def _policy(self) -> PreTrainedModel:
-        """The policy at step 0, on its device, checked against its own logits."""
-        policy = model.load_policy(self.cfg.model, self.start, self.cfg.seed)
-        policy.to(self.where.device)
+        """The policy at step 0, on its device, fed as every process can feed it; checked against its own logits."""
+        policy = self._start_policy()
+        self.weights = model.policy_fingerprint(policy)  # before the engine's attention: that is rounding
         some = [data.as_group(pair) for pair in self.pairs.train.select(range(min(2, len(self.pairs.train))))]
         groups = [(prompt[-32:], [chosen[:32], rejected[:24]]) for prompt, (chosen, rejected) in some]
         engine_ = self.cfg.engine
         with self.where.autocast():
-            self.layout, why = engine.settle(policy, groups, engine_.layout, self.cfg.model.attn_implementation)
+            wanted = self.cfg.model.attn_implementation
+            layout, self.attention, why = engine.settle(policy, groups, engine_.layout, wanted)
+        layouts = list(Layout)
+        self.layout = layouts[-self.where.least(-layouts.index(layout))]  # the plan of a step must be the same for all
+        engine.attach(policy, self.layout, self.attention)
         if why:
             self._say(why)
+        if engine_.gradient_checkpointing:  # as the Trainer will, but before memory is measured
+            policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        return policy
+
+    def _start_policy(self) -> PreTrainedModel:
+        policy = model.load_policy(self.cfg.model, self.start, self.cfg.seed)
+        policy.to(self.where.device)
         return policy
 
     def _tokens_per_micro_batch(self, policy: PreTrainedModel) -> int:
@@ -241,18 +251,20 @@ class _Prepared:
         groups = [data.as_group(self.pairs.train[i]) for i in longest]
         needs = sorted(self.objective.needs & engine.COMPUTED - {"logp", "length"})
         fits = engine.token_budget(policy, groups, self.layout, needs, self.where)
-        return self.where.least(fits)
+        fits = self.where.least(fits)
+        if self.where.device.type == "cuda":  # a CPU's is in the plan
+            self._say(f"engine.tokens_per_micro_batch={fits}, by free memory")
+        return fits
 
     def _trainer(self, policy: PreTrainedModel, made: TrainingArguments) -> PairTrainer:
         cfg, pad = self.cfg, int(self.start.tokenizer.pad_token_id)
         self.budget = self._tokens_per_micro_batch(policy)
-        weights = model.policy_fingerprint(policy)
 
         def with_reference(pairs: datasets.Dataset, name: str, wanted: bool) -> PairData:
             column = None
             if wanted:
                 column = reference.reference_logps(
-                    policy, weights, pairs, self.pairs.fingerprint, data.pair_lengths(pairs), self.where,
+                    policy, self.weights, pairs, self.pairs.fingerprint, data.pair_lengths(pairs), self.where,
                     layout=self.layout, budget=self.budget, pad_token_id=pad, cache=self.cache, name=name,
                 )  # fmt: skip
             return PairData(pairs, column, self.layout, pad)
@@ -293,10 +305,12 @@ class _Prepared:
     def _judged(self, policy: PreTrainedModel) -> tuple[dict[str, float], dict[str, float]]:
         """Metrics by the dataset's judge, of the start policy and of the trained one."""
         cfg = self.cfg
+        start_policy = self._start_policy()
+        engine.attach(start_policy, self.layout, self.attention)
         asked = list(dict.fromkeys(self.pairs.held_out["conversation"]))[: cfg.evaluation.prompts]
         return evaluate.compare_with_start(
             policy,
-            self._policy(),
+            start_policy,
             self.start,
             [json.loads(conversation) for conversation in asked],
             config.resolve(str(cfg.dataset.judge), "dataset.judge"),

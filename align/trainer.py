@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
-from align.batching import MicroBatch, StepSampler, plan_micro_batches
+from align.batching import FORWARD_ONLY, MicroBatch, StepSampler, plan_micro_batches
 from align.config import Layout, UserError
 from align.data import as_group, pair_lengths
-from align.engine import COMPUTED, collate, evaluating, response_statistics
+from align.engine import COMPUTED, collate, evaluating, response_statistics, to_device
 from align.launch import Place
 from objectives import Objective, PairLoss, Response
 
@@ -149,8 +149,7 @@ class PairTrainer(Trainer):
         model.train()
         self._losses = []
         total = torch.zeros((), device=self.where.device)
-        for i, batch in enumerate(inputs):
-            batch = self._on_device(batch)
+        for i, batch in enumerate([self._on_device(batch) for batch in inputs]):
             last = i == len(inputs) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model=model):
                 result, metrics = self._pair_loss(model, batch)
@@ -164,7 +163,9 @@ class PairTrainer(Trainer):
         return total
 
     def _on_device(self, batch: PairBatch) -> PairBatch:
-        return {name: value.to(self.where.device) for name, value in batch.items()}
+        responses = batch["responses"].to(self.where.device)
+        columns = {n: to_device(v, self.where.device) for n, v in batch.items() if n != "responses"}
+        return {"responses": responses, **columns}
 
     def _pair_loss(self, model: nn.Module, batch: PairBatch) -> tuple[PairLoss, dict[str, Tensor]]:
         """The objective's verdict on a micro-batch, and the metrics of each of its pairs, `[b]` and detached."""
@@ -275,7 +276,7 @@ class PairTrainer(Trainer):
         began = time.perf_counter()
         self._sums = {}
         with evaluating(self.model):
-            plan = plan_micro_batches(data.lengths, data.layout, 2 * self.micro_batch_tokens)
+            plan = plan_micro_batches(data.lengths, data.layout, FORWARD_ONLY * self.micro_batch_tokens)
             for i, group in enumerate(plan):
                 if i % self.where.world != self.where.rank:
                     continue

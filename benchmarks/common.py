@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -207,16 +208,19 @@ class Memory:
     """Resident memory of this process in MB, above what it was when this was made."""
 
     def __init__(self) -> None:
+        self._give_back()
         self.base = self._now()
 
     def start(self) -> None:
         """Count the peak from here: what earlier passes needed is given back first."""
-        gc.collect()
-        try:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        self._give_back()
+        with suppress(OSError):  # not Linux, or not allowed: the peak is then that of the whole process
             Path("/proc/self/clear_refs").write_text("5")  # the peak falls to what is resident now
-        except (OSError, AttributeError):
-            pass  # not Linux, or not allowed: the peak is then that of the whole process
+
+    def _give_back(self) -> None:
+        gc.collect()
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
     def peak(self) -> float:
         """Largest resident memory since `start`, of the whole process."""

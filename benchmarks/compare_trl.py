@@ -1,6 +1,6 @@
 """Speed and memory of align and of TRL's own trainers: the same weights, pairs, objective, optimizer and global batch.
 
-    python benchmarks/compare_trl.py              about 15 minutes on two cores
+    python benchmarks/compare_trl.py              about 20 minutes: a Llama shape, mixed lengths
     python benchmarks/compare_trl.py --quick      does it run: under a minute, the figures mean nothing
 
 Random weights and random tokens, float32, CPU. Every leg (one side of a comparison) is a fresh process; the legs take
@@ -40,7 +40,7 @@ import datasets
 import torch
 import transformers
 from common import Pair
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, Trainer
 
 from align.batching import StepSampler
 from align.config import Layout
@@ -100,7 +100,6 @@ COMPARISONS: dict[str, tuple[Leg, Leg, str]] = {
     "dpo-as-shipped": (_OURS, Leg("TRL", "dpo", as_shipped=True), "speed"),
     "live-as-shipped": (_OURS, Leg("TRL", "dpo", live_reference=True, as_shipped=True), "speed"),
 }
-_DEFAULT = ("dpo", "wpo-cost", "reference-cost")
 
 
 # Legs ------------------------------------------------------------------------------------------------------------------
@@ -126,7 +125,6 @@ def our_trainer(
     work: Workload,
     policy: PreTrainedModel,
     pairs: Sequence[Pair],
-    tokenizer: PreTrainedTokenizerBase,
     folder: Path,
 ) -> Trainer:
     """align's trainer, its reference column computed."""
@@ -150,7 +148,6 @@ def trl_trainer(
     work: Workload,
     policy: PreTrainedModel,
     pairs: Sequence[Pair],
-    tokenizer: PreTrainedTokenizerBase,
     folder: Path,
 ) -> Trainer:
     """TRL's trainer, its reference column computed; its data has been checked to be these pairs in this order."""
@@ -165,7 +162,10 @@ def trl_trainer(
         "train_sampling_strategy": "sequential",
         "beta": _BETA[leg.objective],
     }
-    given = {"train_dataset": datasets.Dataset.from_list(texts), "processing_class": tokenizer}
+    given = {
+        "train_dataset": datasets.Dataset.from_list(texts),
+        "processing_class": common.word_tokenizer(policy.config.vocab_size),
+    }
     if leg.objective == "simpo":
         simpo = {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": _GAMMA, "max_length": 2 * common.MAX_LENGTH}
         trainer = CPOTrainer(policy, args=CPOConfig(**fields, **simpo), **given)
@@ -205,7 +205,6 @@ def run_leg(leg: Leg, work: Workload) -> dict[str, Any]:
     torch.set_num_threads(work.threads)
     vocabulary = work.vocab or common.SHAPES[work.model]["vocab_size"]
     pairs = common.make_pairs(work.profile, work.pairs, vocabulary, work.seed)
-    tokenizer = common.word_tokenizer(vocabulary)
     make = our_trainer
     if leg.trainer == "TRL":
         import trl  # noqa: F401 - before the memory is looked at
@@ -217,7 +216,7 @@ def run_leg(leg: Leg, work: Workload) -> dict[str, Any]:
     weights = sum(weight.double().abs().sum().item() for weight in policy.parameters())
     fed, clock = common.FedTokens(policy), common.StepClock(memory)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make(leg, work, policy, pairs, tokenizer, Path(folder))
+        trainer = make(leg, work, policy, pairs, Path(folder))
         trainer.add_callback(clock)
         losses = _keep_losses(trainer)
         trainer.train()
@@ -275,6 +274,9 @@ def row(name: str, work: Workload, first: list[dict[str, Any]], second: list[dic
         speed = [a[key] / b[key] for a, b in zip(first, second, strict=True)]
         return common.median_range(speed if what == "speed" else [1 / value for value in speed])
 
+    def share(key: str) -> str:
+        return common.median_range([a[key] / b[key] for a, b in zip(first, second, strict=True)])
+
     cells = (
         f"{work.model}, {work.profile}",
         f"{one} / {other}",
@@ -282,8 +284,8 @@ def row(name: str, work: Workload, first: list[dict[str, Any]], second: list[dic
         f"{what} {ratio('pairs_per_second')}",
         both("pairs_per_cpu_second", "{:.2f}"),
         both("pairs_per_second", "{:.2f}"),
-        both("working", "{:.0f}"),
-        both("peak", "{:.0f}"),
+        f"{both('working', '{:.0f}')}, {share('working')}",
+        f"{both('peak', '{:.0f}')}, {share('peak')}",
         both("padding", "{:.0%}"),
         both("fed", "{:.0f}"),
     )
@@ -292,7 +294,7 @@ def row(name: str, work: Workload, first: list[dict[str, Any]], second: list[dic
 
 _HEADER = (
     "model, lengths", "first / second", "ratio of CPU time", "ratio of wall time", "pairs per CPU second",
-    "pairs per second", "working memory, MB", "peak memory, MB", "padding", "tokens fed per pair",
+    "pairs per second", "working memory, MB, first over second", "peak memory, MB, first over second", "padding", "tokens fed per pair",
 )  # fmt: skip
 
 
@@ -335,12 +337,12 @@ def describe(work: Workload) -> str:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--compare", nargs="+", choices=COMPARISONS, default=list(_DEFAULT))
+    parser.add_argument("--compare", nargs="+", choices=COMPARISONS, default=list(COMPARISONS))
     parser.add_argument("--model", nargs="+", choices=common.SHAPES, default=["llama"])
     parser.add_argument("--vocab", type=int, help="tokens, in place of the model's own number")
     parser.add_argument("--profile", nargs="+", choices=common.PROFILES, default=["mixed"])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=2, help="timed steps; one more comes first")
+    parser.add_argument("--steps", type=int, default=1, help="timed steps; one more comes first")
     parser.add_argument("--pairs-per-step", type=int, default=16)
     parser.add_argument("--micro-batch-tokens", type=int, default=CPU_TOKENS, help="ours: tokens held at once")
     parser.add_argument("--trl-batch", type=int, default=1, help="TRL: pairs held at once; 1 is its fastest here")

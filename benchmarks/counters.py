@@ -10,7 +10,7 @@ Bounds, for one step of align's trainer (DPO, its reference cached; float32, CPU
                  recomputation, one product of hidden states and head, which is the price of not keeping logits.
     tokens       prompt + chosen + rejected - 2 a pair are fed, and none of them is padding
     saved bytes  what autograd keeps for the backward, weights left out: at most 0.6 times the padded layout's
-    host syncs   no value is read from the device: what would make a CPU wait for a GPU is counted as it is called
+    host syncs   no value is read back from the device between the first micro-batch of a step and the last
 
 torch's FlopCounterMode counts the products; it has no formula for products in place, nor for attention on a CPU, so
 they stand here: of a causal attention the half that the kernel computes, of a masked one everything. Elementwise work

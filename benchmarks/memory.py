@@ -1,4 +1,4 @@
-"""Peak working memory of a micro-batch over vocabularies and token budgets: it grows with the budget alone.
+"""Peak working memory of a micro-batch over vocabularies and token budgets: logits are in none of it.
 
     python benchmarks/memory.py        about three minutes; every figure from a fresh process
 

@@ -194,17 +194,19 @@ def test_queries_keys_and_values_reach_a_backend_in_the_type_of_autocast(autocas
 
 
 @pytest.mark.parametrize(
-    "device, wanted, flash, name",
+    "device, wanted, flash, autocast, names",
     [
-        ("cpu", None, True, "align_sdpa"),
-        ("cpu", "flex_attention", True, "align_sdpa"),
-        ("cuda", None, True, "align_flash"),
-        ("cuda", None, False, "align_flex"),
-        ("cuda", "flex_attention", True, "align_flex"),
-        ("cuda", "flash_attention_2", True, "align_flash"),
-        ("cuda", "sdpa", True, "align_sdpa"),
+        ("cpu", None, True, True, ["sdpa"]),
+        ("cpu", "flex_attention", True, True, ["sdpa"]),
+        ("cuda", None, True, True, ["flash", "flex", "sdpa"]),
+        ("cuda", None, True, False, ["flex", "sdpa"]),  # FlashAttention has no float32
+        ("cuda", None, False, True, ["flex", "sdpa"]),
+        ("cuda", "flex_attention", True, True, ["flex", "sdpa"]),
+        ("cuda", "flash_attention_2", True, True, ["flash", "flex", "sdpa"]),
+        ("cuda", "sdpa", True, True, ["sdpa"]),
     ],
 )
-def test_the_backend_is_what_the_device_has_and_the_user_chose(device, wanted, flash, name, monkeypatch):
+def test_the_backends_are_what_the_device_has_and_the_user_chose(device, wanted, flash, autocast, names, monkeypatch):
     monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: flash)
-    assert attention.choose_backend(torch.device(device), wanted) == name
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: autocast)
+    assert attention.backends(torch.device(device), wanted) == [f"align_{name}" for name in names]

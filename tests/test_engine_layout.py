@@ -139,7 +139,7 @@ def test_a_model_is_fed_in_a_layout_that_gives_its_own_numbers(kind, autocast):
     with torch.no_grad():
         expected = oracle(model, SOME)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        chosen, said = engine.settle(model, SOME, Layout.shared)
+        chosen, _, said = engine.settle(model, SOME, Layout.shared)
     assert chosen is layout
     if why is None:
         assert said is None
@@ -153,7 +153,7 @@ def test_a_model_is_fed_in_a_layout_that_gives_its_own_numbers(kind, autocast):
 
 @pytest.mark.parametrize("wanted", [Layout.packed, Layout.padded], ids=lambda layout: layout.name)
 def test_a_layout_that_the_user_wants_is_taken_where_the_model_can_run_it(wanted):
-    assert engine.settle(tiny("gemma2"), SOME, wanted) == (wanted, None)
+    assert engine.settle(tiny("gemma2"), SOME, wanted) == (wanted, "align_sdpa", None)
 
 
 def test_a_model_that_transforms_its_logits_unknown_to_us_is_refused():
@@ -173,7 +173,7 @@ def test_a_model_that_transforms_its_logits_unknown_to_us_is_refused():
 def test_a_trunk_is_found_where_a_model_calls_it_otherwise_than_it_says():
     """Llama-4's text model names its trunk `model`, and `language_model` as what it is named: that is itself."""
     model = make_tiny("llama4_text", vocab_size=VOCABULARY, num_local_experts=2, intermediate_size_mlp=64)
-    assert engine.settle(model, SOME, Layout.padded) == (Layout.padded, None)
+    assert engine.settle(model, SOME, Layout.padded) == (Layout.padded, "align_sdpa", None)
 
 
 def test_a_head_that_is_not_linear_is_refused():

@@ -2,7 +2,7 @@
 
 from align.engine.budget import CPU_TOKENS, token_budget
 from align.engine.forward import COMPUTED, attach, evaluating, response_statistics, settle
-from align.engine.layout import Batch, Group, collate
+from align.engine.layout import Batch, Group, collate, to_device
 
 __all__ = [
     "COMPUTED",
@@ -14,5 +14,6 @@ __all__ = [
     "evaluating",
     "response_statistics",
     "settle",
+    "to_device",
     "token_budget",
 ]

@@ -21,10 +21,12 @@ from torch.nn import functional
 from transformers import AttentionInterface
 from transformers.utils import is_flash_attn_2_available
 
-from align.engine.layout import Segments
+from align.engine.layout import Segments, to_device
 
 _PREFIX = "align_"
 _BLOCK = 64  # queries of a block, where torch has no kernel that leaves out what is not seen
+
+_HIDDEN = -1e4  # for -inf, whose product with a weight of 0 is no number; exp of it is 0 beside any capped logit
 
 #: (query [1, H, T, D], key and value [1, K, T, D], segments, scale, window, cap) -> [1, T, H, D]
 Backend = Callable[[Tensor, Tensor, Tensor, Segments, float, int | None, float | None], Tensor]
@@ -34,13 +36,12 @@ class UnsupportedError(Exception):
     """A model asks of attention what rows of segments do not offer."""
 
 
-def choose_backend(device: torch.device, wanted: str | None) -> str:
-    """The name of the attention implementation to set. `wanted` is `model.attn_implementation`, where it fits."""
+def backends(device: torch.device, wanted: str | None) -> list[str]:
+    """Names of the attention implementations to try, the fastest first. `wanted` is `model.attn_implementation`."""
     if device.type != "cuda" or wanted == "sdpa":
-        return _PREFIX + "sdpa"
-    if wanted != "flex_attention" and is_flash_attn_2_available():
-        return _PREFIX + "flash"
-    return _PREFIX + "flex"
+        return [_PREFIX + "sdpa"]
+    flash = wanted != "flex_attention" and torch.is_autocast_enabled("cuda") and is_flash_attn_2_available()
+    return [_PREFIX + name for name in ["flash"] * flash + ["flex", "sdpa"]]
 
 
 def _registered(backend: Backend) -> Callable[..., tuple[Tensor, None]]:
@@ -60,6 +61,8 @@ def _registered(backend: Backend) -> Callable[..., tuple[Tensor, None]]:
         if segments is None:
             raise UnsupportedError("its attention is not told how the batch's row is made up")
         unknown = [n for n in ("s_aux", "sinks", "position_bias", "head_mask") if options.get(n) is not None]
+        if attention_mask is not None:
+            raise UnsupportedError("it brings an attention mask of its own")
         if unknown:
             raise UnsupportedError(f"its attention uses {unknown[0]}")
         segments.windows[getattr(module, "layer_idx", len(segments.windows))] = sliding_window
@@ -114,14 +117,15 @@ def _sdpa(
 
 
 def _mask(segments: Segments, queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:
-    """What the last `queries` of `keys` tokens see: `[queries, keys]`, added to logits."""
-    name = ("mask", queries, keys, window, like.dtype, like.device)
+    """What the last `queries` of `keys` tokens see: `[queries, keys]`, added to logits. A corner of one for all."""
+    longest = max(prompt + max(responses) for prompt, responses in segments.groups)
+    name = ("mask", window, like.dtype, like.device)
     if name not in segments.cached:
-        unseen = _unseen(queries, keys, 0, window, like.device)
+        unseen = _unseen(min(_BLOCK, longest), longest, 0, window, like.device)
         segments.cached[name] = torch.zeros_like(unseen, dtype=like.dtype).masked_fill_(unseen, -torch.inf)
     mask = segments.cached[name]
     assert isinstance(mask, Tensor)
-    return mask
+    return mask[-queries:, -keys:]
 
 
 def _unseen(queries: int, keys: int, first_key: int, window: int | None, device: torch.device) -> Tensor:
@@ -135,35 +139,42 @@ def _unseen(queries: int, keys: int, first_key: int, window: int | None, device:
 class _CappedAttention(torch.autograd.Function):
     """softmax(cap * tanh(q k^T * scale / cap)) v of the last Tq of Tk tokens, causal, in blocks of queries.
 
-    Of a block only the keys that it sees are touched, and only queries, keys and values are kept for the backward, which
-    makes a block's weights again. [1, H, Tq, D], [1, K, Tk, D] twice -> [1, H, Tq, D]
+    Of a block only the keys that it sees are touched. Its capped logits are kept for the backward: half of one map of
+    attention, where autograd would keep four whole ones. [1, H, Tq, D], [1, K, Tk, D] twice -> [1, H, Tq, D]
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, cap: float, window: int | None) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        ctx.options = (scale, cap, window)
         out = torch.empty(1, q.shape[2], q.shape[1], q.shape[3], dtype=q.dtype, device=q.device).transpose(1, 2)
+        kept = []
         for rows, columns in _blocks(q.shape[2], k.shape[2], window):
-            weights, _ = _capped_weights(q, k, rows, columns, scale, cap, window)
-            out[:, :, rows] = _by_head(weights @ v[0, :, columns], q.shape[1])
+            logits = _by_key_head(q[:, :, rows] * (scale / cap), k.shape[1]) @ k[0, :, columns].transpose(1, 2)
+            _hide(logits.tanh_().mul_(cap), rows.stop - rows.start, window, _HIDDEN)
+            peak = logits.amax(-1, keepdim=True)
+            weights = (logits - peak).exp_()  # [K, G * n, m], before they are divided by their sum
+            total = weights.sum(-1, keepdim=True)
+            out[:, :, rows] = _by_head((weights @ v[0, :, columns]).div_(total), q.shape[1])
+            kept += [logits, peak + total.log()]
+        ctx.save_for_backward(q, k, v, *kept)
+        ctx.options = (scale, cap, window)
         return out
 
     @staticmethod
     def backward(ctx: Any, by_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v = ctx.saved_tensors
+        q, k, v, *kept = ctx.saved_tensors
         by_q, by_k, by_v = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         scale, cap, window = ctx.options
-        for rows, columns in _blocks(q.shape[2], k.shape[2], window):
-            weights, capped = _capped_weights(q, k, rows, columns, scale, cap, window)
+        blocks = _blocks(q.shape[2], k.shape[2], window)
+        for (rows, columns), logits, normaliser in zip(blocks, kept[::2], kept[1::2], strict=True):
+            weights = (logits - normaliser).exp_()
             by_block = _by_key_head(by_out[:, :, rows], k.shape[1])  # [K, G * n, D]
             by_v[0, :, columns].baddbmm_(weights.transpose(1, 2), by_block)
-            by_weights = by_block @ v[0, :, columns].transpose(1, 2)
-            by_weights.sub_((by_weights * weights).sum(-1, keepdim=True)).mul_(weights)
-            by_weights.addcmul_(by_weights, capped.div_(cap).square_(), value=-1).mul_(scale)  # 1 - tanh^2
-            by_q[:, :, rows] = _by_head(by_weights @ k[0, :, columns], q.shape[1])
-            by_k[0, :, columns].baddbmm_(by_weights.transpose(1, 2), _by_key_head(q[:, :, rows], k.shape[1]))
-        return by_q, by_k, by_v, None, None, None
+            by_logits = by_block @ v[0, :, columns].transpose(1, 2)
+            by_logits.sub_(torch.linalg.vecdot(by_logits, weights)[..., None]).mul_(weights)
+            by_logits.addcmul_(by_logits, (logits / cap).square_(), value=-1)  # 1 - tanh^2
+            by_q[:, :, rows] = _by_head(by_logits @ k[0, :, columns], q.shape[1])
+            by_k[0, :, columns].baddbmm_(by_logits.transpose(1, 2), _by_key_head(q[:, :, rows], k.shape[1]))
+        return by_q.mul_(scale), by_k.mul_(scale), by_v, None, None, None
 
 
 def _blocks(queries: int, keys: int, window: int | None) -> list[tuple[slice, slice]]:
@@ -177,16 +188,13 @@ def _blocks(queries: int, keys: int, window: int | None) -> list[tuple[slice, sl
     return blocks
 
 
-def _capped_weights(
-    q: Tensor, k: Tensor, rows: slice, columns: slice, scale: float, cap: float, window: int | None
-) -> tuple[Tensor, Tensor]:
-    """Attention weights and capped logits of a block, `[K, G * n, m]`; q is [1, K * G, Tq, D]."""
-    heads, queries = k.shape[1], rows.stop - rows.start
-    capped = _by_key_head(q[:, :, rows], heads) @ k[0, :, columns].transpose(1, 2)
-    capped = capped.mul_(scale / cap).tanh_().mul_(cap)
-    unseen = _unseen(queries, columns.stop, columns.start, window, q.device)
-    logits = capped.view(heads, -1, queries, capped.shape[-1]).masked_fill(unseen, -torch.inf)
-    return logits.softmax(-1).view_as(capped), capped
+def _hide(block: Tensor, queries: int, window: int | None, value: float) -> None:
+    """Put `value` where a key of the block, `[K, G * n, m]`, is not seen by its query; the queries are the last keys."""
+    keys = block.shape[-1]
+    square = window is None or window >= keys  # only among the last keys is there one behind its query
+    first = keys - queries if square else 0
+    unseen = _unseen(queries, keys, first, None if square else window, block.device)
+    block.view(block.shape[0], -1, queries, keys)[..., first:].masked_fill_(unseen, value)
 
 
 def _by_key_head(x: Tensor, heads: int) -> Tensor:
@@ -248,10 +256,13 @@ def _varlen(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor, T
                 queries.append(response)
                 keys.append(prompt + response)
                 at += response
-        ends = [
-            functional.pad(torch.tensor(sizes).cumsum(0), (1, 0)).to(device, torch.int32) for sizes in (queries, keys)
-        ]
-        segments.cached["varlen"] = (torch.tensor(index).to(device), *ends, max(queries), max(keys))
+        ends = [functional.pad(torch.tensor(sizes).cumsum(0), (1, 0)).int() for sizes in (queries, keys)]
+        segments.cached["varlen"] = (
+            to_device(torch.tensor(index), device),
+            *(to_device(e, device) for e in ends),
+            max(queries),
+            max(keys),
+        )
     return segments.cached["varlen"]  # type: ignore[return-value]
 
 
@@ -293,7 +304,10 @@ def _flex_functions(kind: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
     if kind != "cuda":
         return flex_attention, create_block_mask
-    return torch.compile(flex_attention, dynamic=True), torch.compile(create_block_mask, dynamic=True)
+    # A kernel for each window, cap and mode of autograd; behind the limit flex would go on uncompiled, without a word.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    compiled = torch.compile(flex_attention, dynamic=True, fullgraph=True)
+    return compiled, torch.compile(create_block_mask, dynamic=True)
 
 
 @cache
@@ -327,7 +341,7 @@ def _places(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor, T
             for number, (start, size) in enumerate([(0, prompt), *((prompt, size) for size in responses)]):
                 for values, more in zip(places, ([i] * size, [number] * size, range(start, start + size)), strict=True):
                     values += more
-        segments.cached["places"] = tuple(torch.tensor(values).to(device) for values in places)
+        segments.cached["places"] = tuple(to_device(torch.tensor(values), device) for values in places)
     return segments.cached["places"]  # type: ignore[return-value]
 
 

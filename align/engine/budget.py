@@ -56,15 +56,16 @@ def token_budget(
             if peaks:
                 break
             raise UserError(
-                f"a pair of {batch.fed_tokens} tokens does not fit into this GPU's memory: "
-                "set engine.gradient_checkpointing=true, or a smaller train.max_length"
+                f"a pair of {batch.fed_tokens} tokens does not fit into this GPU's memory: set "
+                "engine.gradient_checkpointing=true if it is not, or a smaller train.max_length"
             ) from error
         finally:
             policy.zero_grad(set_to_none=True)
         peaks.append((batch.input_ids.numel(), torch.cuda.max_memory_allocated(device) - before))
     torch.cuda.empty_cache()
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    free = torch.cuda.mem_get_info(device)[0] - _OPTIMIZER_BYTES * trained
+    state = _OPTIMIZER_BYTES + (4 if where.world > 1 else 0)  # buckets in which gradients travel
+    free = torch.cuda.mem_get_info(device)[0] - state * trained
     return fitting_tokens(peaks, int(_SPARE * free))
 
 

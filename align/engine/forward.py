@@ -6,6 +6,7 @@ Objectives, data formats and what the numbers are for are unknown here.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from align.config import Layout, UserError
-from align.engine.attention import choose_backend
+from align.engine.attention import backends
 from align.engine.head import Transform, attach_head
 from align.engine.layout import Batch, Group, collate
 
@@ -31,8 +32,8 @@ def attach(model: nn.Module, layout: Layout, attention: str | None = None) -> No
     Its class becomes a subclass of itself: weights, names, saving and generation stay as they are.
 
     Args:
-        layout: of the batches to come. For rows the model's attention becomes ours, on the device it is on.
-        attention: `model.attn_implementation`, where the user chose one.
+        layout: of the batches to come. For rows the model's attention becomes ours.
+        attention: one of `attention.backends`; None: the first of them for the device the model is on.
 
     Raises:
         UserError: an output head that is not linear.
@@ -43,38 +44,46 @@ def attach(model: nn.Module, layout: Layout, attention: str | None = None) -> No
     except ValueError as error:
         raise UserError(f"{type(inner).__name__}: {error}, which align cannot score") from error
     if not isinstance(inner, _Scoring):
-        cls = type(inner)
-        inner.__class__ = type(cls.__name__, (_Scoring, cls), {"__module__": cls.__module__})
+        inner.__class__ = _scoring_class(type(inner))
         inner._own_attention = inner.config.get_text_config()._attn_implementation
     config = inner.config.get_text_config()
-    rows = layout is not Layout.padded
-    config._attn_implementation = choose_backend(inner.device, attention) if rows else inner._own_attention
+    ours = attention or backends(inner.device, None)[0]
+    config._attn_implementation = inner._own_attention if layout is Layout.padded else ours
 
 
 def settle(
     model: nn.Module, groups: Sequence[Group], layout: Layout, attention: str | None = None
-) -> tuple[Layout, str | None]:
+) -> tuple[Layout, str, str | None]:
     """`attach` in the wanted layout, or in the next that this model can run; compares each with the model's own logits.
 
-    Runs under the caller's autocast. `groups`: some tokens of real data, e.g. two groups of two responses.
+    In float32 first, where a mistake cannot hide in rounding; then under the caller's autocast, with the attention of
+    the runs to come.
+
+    Args:
+        groups: some tokens of real data, e.g. two groups of two responses.
+        attention: `model.attn_implementation`, where the user chose one.
 
     Returns:
-        The layout, and one line that says why it is not the wanted one.
+        The layout, the attention, and one line that says why the layout is not the wanted one.
 
     Raises:
         UserError: not even padded rows give the model's own numbers: it does to its logits what align does not know.
     """
     why = None
+    device = next(model.parameters()).device
     for candidate in list(Layout)[list(Layout).index(layout) :]:
-        attach(model, candidate, attention)
-        fault = _fault(model, groups, candidate)
-        if fault is None:
-            name = type(model).__name__
-            return candidate, why and f"engine.layout={candidate.name}, not {layout.name}, for {name}: {why}"
+        with torch.autocast(device.type, enabled=False):
+            exact = backends(device, "sdpa")[0]
+            attach(model, candidate, exact)
+            fault = _fault(model, groups, candidate)
+        names = backends(device, attention) if fault is None else []
+        for name in names:
+            attach(model, candidate, name)
+            if (fault := _fault(model, groups, candidate)) is None:
+                why = why and f"engine.layout={candidate.name}, not {layout.name}, for {type(model).__name__}: {why}"
+                return candidate, name, why
         why = why or fault
-    raise UserError(
-        f"{type(model).__name__}: {fault}; it transforms its logits in a way that align does not know, please open an issue"
-    )
+    raise UserError(f"{type(model).__name__}: {fault}; align cannot score this model, please open an issue")
 
 
 def response_statistics(model: nn.Module, batch: Batch, statistics: Iterable[str]) -> dict[str, Tensor]:
@@ -90,6 +99,16 @@ def response_statistics(model: nn.Module, batch: Batch, statistics: Iterable[str
     """
     sums: dict[str, Tensor] = model(batch=batch, statistics=sorted(statistics))
     return {**sums, "length": batch.length.float()}
+
+
+def _scoring_class(cls: type) -> type:
+    """A subclass of a model's class that scores. `generate` reads the signature of `forward`, so it stays."""
+
+    def forward(self: Any, *args: Any, **inputs: Any) -> Any:
+        return _Scoring.forward(self, *args, **inputs)
+
+    members = {"__module__": cls.__module__, "forward": functools.update_wrapper(forward, cls.forward)}  # type: ignore[attr-defined]
+    return type(cls.__name__, (_Scoring, cls), members)
 
 
 class _Scoring:
@@ -142,9 +161,9 @@ def _fault(model: nn.Module, groups: Sequence[Group], layout: Layout) -> str | N
     with evaluating(model):
         try:
             ours = response_statistics(model, batch, ())
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever a model's code raises when it is not fed as it expects
-            if layout is Layout.padded:
-                raise
             return " ".join(str(error).split())[:200]
         logits = model(input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False).logits
     if batch.segments is not None and (reason := _wrong_windows(batch.segments.windows, config)):

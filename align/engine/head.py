@@ -6,7 +6,8 @@
 A tile is some tokens by some of the vocabulary; sums over the vocabulary are carried from tile to tile, shifted by the
 largest logit so far. The backward makes each tile again: four matrix products where logits in memory would take three.
 (Three would do if the gradient of the loss by logp were known in the forward, which an objective over pairs excludes.)
-Left out: gradients of anything but logp.
+Left out: gradients of anything but logp; a LoRA of the head under ZeRO-3, which gathers weights for the module that it
+calls and not for those inside.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -52,13 +52,14 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """On the device; what was cached on another stays there."""
         moved: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+            name: to_device(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **moved, segments=self.segments and Segments(self.segments.groups))
 
 
 def collate(groups: Sequence[Group], layout: Layout, pad_token_id: int) -> Batch:
     """A batch of prompts and their responses, on the CPU. No prompt and no response is empty."""
+    assert all(prompt and responses and all(responses) for prompt, responses in groups)
     if layout is not Layout.shared:
         groups = [(prompt, [response]) for prompt, responses in groups for response in responses]
     rows: list[list[int]] = []  # fed tokens of a group
@@ -101,6 +102,13 @@ def collate(groups: Sequence[Group], layout: Layout, pad_token_id: int) -> Batch
         longest=max(lengths),
         fed_tokens=sum(map(len, rows)),
     )
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor there, without waiting for what a GPU is at."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _before(sizes: list[int]) -> list[int]:
