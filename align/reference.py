@@ -2,7 +2,8 @@
 
 Training then holds one model, and a sweep over beta and gamma pays for the reference once. The reference is the
 policy as it is at step 0, adapter included, so a log-ratio starts at exactly what the engine's rounding leaves.
-The key covers the weights themselves, the pairs (data, tokenizer, template, truncation, mask) and the precision.
+The key covers the weights themselves, the pairs (data, tokenizer, template, truncation, mask), the precision and the
+layout: what differs by rounding alone would still decide a tie, and an accuracy starts at 0.5 where nothing has moved.
 
 The pass runs over pairs in order of length, in shards of a file each. Whoever needs the column (a rank, another run of
 the sweep, a run that was killed and goes on) computes the shards that no one has, so it is shared out by itself.
@@ -56,7 +57,7 @@ def reference_logps(
     Raises:
         UserError: the cache cannot be written.
     """
-    key = fingerprint(_VERSION, _SHARD_PAIRS, weights, pairs_fingerprint, name, where.bf16)
+    key = fingerprint(_VERSION, _SHARD_PAIRS, weights, pairs_fingerprint, name, where.bf16, layout.name)
     folder = cache / "reference" / key
     by_length = sorted(range(len(pairs)), key=lambda i: (-fed_tokens([lengths[i]], Layout.shared), i))
     shards = [by_length[at : at + _SHARD_PAIRS] for at in range(0, len(pairs), _SHARD_PAIRS)]

@@ -220,7 +220,7 @@ class _Prepared:
     def _policy(self) -> PreTrainedModel:
         """The policy at step 0, on its device, fed as every process can feed it; checked against its own logits."""
         policy = self._start_policy()
-        self.weights = model.policy_fingerprint(policy)  # before the engine's attention: that is rounding
+        self.weights = model.policy_fingerprint(policy)  # before the engine puts its own attention in
         some = [data.as_group(pair) for pair in self.pairs.train.select(range(min(2, len(self.pairs.train))))]
         groups = [(prompt[-32:], [chosen[:32], rejected[:24]]) for prompt, (chosen, rejected) in some]
         engine_ = self.cfg.engine

@@ -35,7 +35,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -52,6 +52,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, flex_attention_mask
+from transformers.trainer_callback import PrinterCallback
 from transformers.utils import is_flash_attn_2_available
 
 from align import engine
@@ -87,13 +88,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 OBJECTIVES: dict[str, Objective] = {
-    name: build({"name": name, **fields})
-    for name, fields in {
-        "dpo": {"beta": 0.1},
-        "simpo": {"beta": 2.0},
-        "sppo": {"beta": 0.1, "target": "hard"},
-        "wpo": {"base": "dpo", "beta": 0.1},
-    }.items()
+    "dpo": build({"name": "dpo", "beta": 0.1}),
+    "simpo": build({"name": "simpo", "beta": 2.0}),
+    "sppo": build({"name": "sppo", "beta": 0.1, "target": "hard"}),
+    "wpo": build({"name": "wpo", "base": "dpo", "beta": 0.1}),
 }
 
 MAX_LENGTH, MAX_PROMPT = 2048, 1800  # tokens, as in conf/: of prompt + response, of the prompt
@@ -101,10 +99,18 @@ _PROMPT, _RESPONSE = (190, 1.1), (300, 0.7)  # tokens on average, and the deviat
 
 #: What a comparison may differ by. Float32 leaves 1e-5, a mistake makes 1e-2 and more.
 #: (nats per token of the worst statistic and response; relative: loss, gradient's norm, norm of its difference)
-_TOLERANCE = {torch.float32: (1e-4, 1e-4, 1e-4, 1e-3), torch.bfloat16: (0.1, 0.05, 0.05, 0.15)}
+_TOLERANCE = {torch.float32: (1e-4, 1e-4, 1e-4, 1e-3), torch.bfloat16: (0.1, 0.05, 0.05, 0.1)}
+
+_SPEED_COLUMNS = (
+    "layout", "objective", "attention", "pairs/s", "fed tokens/s", "useful tokens/s", "peak GiB", "MFU", "times plain",
+    "loss",
+)  # fmt: skip
+_CHECK_COLUMNS = ("layout", "attention", "precision", "nats per token", "loss", "gradient norm", "gradient", "verdict")
 
 _CHUNK = 2048  # tokens of a chunk of plain logits
-_MEMORY_SECONDS = 40  # kept back for the memory tables
+_GUESS = 8192  # tokens of a micro-batch where none is known
+_COMPILE_SECONDS, _MEMORY_SECONDS = 30, 40  # kept back for a row's compilation and for the memory table
+_NO_MEMORY, _WRONG = "out of memory", "wrong numbers"
 _GIB = 2**30
 
 
@@ -143,7 +149,9 @@ def draw_pairs(count: int, vocabulary: int, seed: int) -> list[Group]:
     pairs = []
     for prompt, *responses in zip(lengths(*_PROMPT), lengths(*_RESPONSE), lengths(*_RESPONSE), strict=True):
         prompt = min(prompt, MAX_PROMPT)
-        pairs.append(draw_group(prompt, [min(tokens, MAX_LENGTH - prompt) for tokens in responses], vocabulary, generator))
+        pairs.append(
+            draw_group(prompt, [min(tokens, MAX_LENGTH - prompt) for tokens in responses], vocabulary, generator)
+        )
     return pairs
 
 
@@ -204,7 +212,7 @@ def _seen(tokens: int, window: int) -> int:
 
 @dataclass(frozen=True)
 class Ours:
-    """The engine in a layout; `attention` as in `model.attn_implementation`."""
+    """The engine in a layout, with one of its attentions for rows or one of transformers' for padded ones."""
 
     layout: Layout
     attention: str
@@ -214,12 +222,13 @@ class Ours:
         """As in the tables."""
         return self.layout.name
 
-    def select(self, model: PreTrainedModel) -> str:
-        """Make the model ready; the name of its attention then."""
-        engine.attach(model, self.layout, self.attention)
+    def select(self, model: PreTrainedModel) -> None:
+        """Make the model ready."""
+        engine.attach(model, self.layout)
         if self.layout is Layout.padded:
             model.set_attn_implementation(self.attention)
-        return str(model.config._attn_implementation)
+        else:
+            model.config._attn_implementation = self.attention
 
     def plan(self, pairs: Sequence[Group], budget: int) -> list[list[int]]:
         """Which pairs are in which micro-batch."""
@@ -243,10 +252,9 @@ class Plain:
     attention: str
     name: str = "plain"
 
-    def select(self, model: PreTrainedModel) -> str:
-        """Make the model ready; the name of its attention then."""
+    def select(self, model: PreTrainedModel) -> None:
+        """Make the model ready."""
         model.set_attn_implementation(self.attention)
-        return self.attention
 
     def plan(self, pairs: Sequence[Group], budget: int) -> list[list[int]]:
         """As many pairs as fit where they are longest, longest first."""
@@ -322,8 +330,8 @@ def padded_attentions(fields: dict[str, Any], device: torch.device) -> list[str]
 def row_attentions(device: torch.device) -> list[str]:
     """The engine's attentions for rows, the default first."""
     if device.type != "cuda":
-        return ["sdpa"]
-    return [*(["flash_attention_2"] if is_flash_attn_2_available() else []), "flex_attention", "sdpa"]
+        return ["align_sdpa"]
+    return [*(["align_flash"] if is_flash_attn_2_available() else []), "align_flex", "align_sdpa"]
 
 
 # Models and objectives ---------------------------------------------------------------------------------------------------
@@ -351,7 +359,9 @@ def wanted(objective: Objective) -> list[str]:
     return sorted((objective.needs & COMPUTED) - {"logp", "length"} | {"entropy"})
 
 
-def step_losses(model: PreTrainedModel, way: Way, objective: Objective, step: Step, chosen: list[int], where: Place) -> Tensor:
+def step_losses(
+    model: PreTrainedModel, way: Way, objective: Objective, step: Step, chosen: list[int], where: Place
+) -> Tensor:
     """Losses of some pairs of a step."""
     found = way.compute(model, [step.pairs[i] for i in chosen], wanted(objective), where)
     return pair_losses(objective, found, step.ref_logp[chosen])
@@ -360,7 +370,7 @@ def step_losses(model: PreTrainedModel, way: Way, objective: Objective, step: St
 def reason(error: BaseException) -> str:
     """One short line."""
     if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
+        return _NO_MEMORY
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160].replace("|", "/")
 
 
@@ -401,8 +411,7 @@ class Check:
 
     way: Way
     dtype: torch.dtype
-    attention: str = "-"
-    by_logits: list[float] = field(default_factory=list)  # distance from the model's own logits, worst of the objectives
+    by_logits: list[float] = field(default_factory=list)  # from the model's own logits, worst of the objectives
     by_padded: list[float] = field(default_factory=list)  # from padded rows
     fault: str | None = None
 
@@ -415,20 +424,20 @@ class Check:
         self.by_logits, self.by_padded = worst(logits), worst(padded)
         limits = 2 * _TOLERANCE[self.dtype]
         if not all(value <= limit for value, limit in zip(self.by_logits + self.by_padded, limits, strict=True)):
-            self.fault = "wrong numbers"
+            self.fault = _WRONG
 
     @property
     def line(self) -> str:
         """Of the table."""
         cells = [f"{a:.1e} / {b:.1e}" for a, b in zip(self.by_logits, self.by_padded, strict=True)] or ["-"] * 4
-        return _row(self.way.name, self.attention, _short(self.dtype), *cells, self.fault or "right")
+        return _row(self.way.name, self.way.attention, _short(self.dtype), *cells, self.fault or "right")
 
 
 def check_shape(fields: dict[str, Any], head_dim: int, device: torch.device) -> dict[str, Any]:
     """Two layers of the family: windows shorter than the sequences, caps that bend, several tiles of a vocabulary."""
     fields = {**fields, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": head_dim}
     fields["vocab_size"] = 40009 if device.type == "cuda" else 1009
-    changes = {"query_pre_attn_scalar": head_dim, "sliding_window": 64}
+    changes: dict[str, float] = {"query_pre_attn_scalar": head_dim, "sliding_window": 64}
     changes |= {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 3.0}
     return {**fields, **{name: value for name, value in changes.items() if name in fields}}
 
@@ -491,7 +500,9 @@ def evaluate(model: PreTrainedModel, way: Way, step: Step, where: Place) -> dict
     return made
 
 
-def check(fields: dict[str, Any], ways: Sequence[Way], where: Place, dtype: torch.dtype, clock: Clock) -> list[Check]:
+def check(
+    fields: dict[str, Any], ways: Sequence[Way], where: Place, dtype: torch.dtype, clock: Clock
+) -> Iterator[Check]:
     """Every way and objective in one precision, against float32 logits of a model that align has not touched yet."""
     # Heads of the shape itself under bf16; float32 has no tensor cores, and large heads take long to compile.
     head_dim = min(fields["head_dim"], 64) if dtype == torch.float32 else fields["head_dim"]
@@ -505,39 +516,37 @@ def check(fields: dict[str, Any], ways: Sequence[Way], where: Place, dtype: torc
     rows = Ours(Layout.padded, "eager")
     rows.select(model)
     padded = evaluate(model, rows, step, precise)
-    checks = []
     for way in ways:
         one = Check(way, dtype)
         try:
-            one.attention = way.select(model)
+            way.select(model)
             one.compare(evaluate(model, way, step, precise), logits, padded)
         except Exception as error:
             one.fault = reason(error)
-        checks.append(one)
-        clock.say(f"checked {way.name}, {one.attention}, {_short(dtype)}: {one.fault or 'right'}")
-    return checks
+        clock.say(f"checked {way.name}, {way.attention}, {_short(dtype)}: {one.fault or 'right'}")
+        yield one
 
 
-def check_all(fields: dict[str, Any], where: Place, clock: Clock) -> list[Check]:
+def check_all(fields: dict[str, Any], where: Place, clock: Clock) -> Iterator[Check]:
     """Ours in float32 and bf16, transformers' fast attentions for padded rows in bf16, which is what they are for."""
     rows = [Ours(layout, a) for a in row_attentions(where.device) for layout in (Layout.shared, Layout.packed)]
-    padded: list[Way] = [way for a in padded_attentions(fields, where.device) for way in (Ours(Layout.padded, a), Plain(a))]
+    padded: list[Way] = [
+        way for a in padded_attentions(fields, where.device) for way in (Ours(Layout.padded, a), Plain(a))
+    ]
     exact: list[Way] = [way for way in rows if "flash" not in way.attention]
     exact += [way for way in padded if way.attention in ("eager", "sdpa")]
-    checks = check(fields, exact, where, torch.float32, clock)
+    yield from check(fields, exact, where, torch.float32, clock)
     if where.bf16 or where.device.type == "cpu":
-        checks += check(fields, [*rows, *padded], where, torch.bfloat16, clock)
+        yield from check(fields, [*rows, *padded], where, torch.bfloat16, clock)
     forget()
     if where.device.type == "cuda":
         torch._dynamo.reset()  # compiled for the shapes of the check
-    return checks
 
 
-def best_padded(fields: dict[str, Any], where: Place, checks: Sequence[Check]) -> str:
-    """transformers' first attention for padded rows whose numbers are right."""
-    faulty = {one.way.attention for one in checks if one.fault and one.way.name in ("padded", "plain")}
-    names = padded_attentions(fields, where.device)
-    return next((name for name in names if name not in faulty), names[-1])
+def right_first(names: Sequence[str], checks: Sequence[Check]) -> list[str]:
+    """Names of attentions, those whose numbers are wrong or that do not run behind the others."""
+    faulty = {one.way.attention for one in checks if one.fault}
+    return sorted(names, key=lambda name: name in faulty)
 
 
 # How fast is it? ---------------------------------------------------------------------------------------------------------
@@ -549,7 +558,7 @@ class Round:
 
     seconds: float
     pairs: int
-    fed: int
+    fed: int  # tokens, padding included
     needed: Needed
     peak: int  # bytes
     loss: float
@@ -561,17 +570,32 @@ class Row:
 
     way: Way
     objective: str
-    budget: int
-    attention: str = "-"
+    budget: int  # tokens of a micro-batch
     estimate: float = 0.0  # seconds of a step
     rounds: list[Round] = field(default_factory=list)
     fault: str | None = None
-    notes: list[str] = field(default_factory=list)
 
-    @property
-    def label(self) -> str:
-        """For lines of progress."""
-        return f"{self.way.name} {self.objective} ({self.attention})"
+    def __str__(self) -> str:
+        return f"{self.way.name} {self.objective} ({self.way.attention})"
+
+    def line(self, base: "Row", peak_tflops: float) -> str:
+        """Of the table: median [smallest, largest] over the rounds."""
+        name = (self.way.name, self.objective, self.way.attention)
+        if not self.rounds:
+            return _row(*name, self.fault or "no time", *"-" * 6)
+        speeds = [r.pairs / r.seconds for r in self.rounds]
+        shares = [r.needed.flops / r.seconds / peak_tflops / 1e12 for r in self.rounds]
+        ratios = [b.seconds / a.seconds for a, b in zip(self.rounds, base.rounds, strict=False)]
+        return _row(
+            *name,
+            _spread(speeds, ".2f"),
+            f"{statistics.median(r.fed / r.seconds for r in self.rounds):.0f}",
+            f"{statistics.median(r.needed.tokens / r.seconds for r in self.rounds):.0f}",
+            _gib(max(r.peak for r in self.rounds)),
+            _spread(shares, ".1%"),
+            _spread(ratios, ".2f") if ratios else "-",
+            f"{self.rounds[0].loss:.4f}" + (f"; then {self.fault}" if self.fault else ""),
+        )
 
 
 class Bench:
@@ -580,58 +604,47 @@ class Bench:
     def __init__(self, model: PreTrainedModel, steps: list[Step], where: Place) -> None:
         self.model, self.steps, self.where = model, steps, where
         self.weights = [p for p in model.parameters() if p.requires_grad]
-        fused = where.device.type == "cuda"
         # A rate so small that every row finds the same weights, as far as times and losses can tell.
-        self.optimizer = torch.optim.AdamW(self.weights, lr=1e-9, weight_decay=0.0, fused=fused)
+        on_gpu = where.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(self.weights, lr=1e-9, weight_decay=0.0, fused=on_gpu)
         self.needed = [needed(step.pairs, model) for step in steps]
-
-    def synchronize(self) -> None:
-        """Wait for the device."""
-        if self.where.device.type == "cuda":
-            torch.cuda.synchronize(self.where.device)
 
     def warm_up(self, row: Row) -> None:
         """A step that compiles what there is to compile; estimates how long the next will take."""
-        row.attention = row.way.select(self.model)
-        self.synchronize()
+        row.way.select(self.model)
         seconds: list[float] = []
         for batch in row.way.plan(self.steps[0].pairs, row.budget):
             began = time.perf_counter()
             self._backward(row, self.steps[0], batch)
-            self.synchronize()
+            synchronize(self.where.device)
             seconds.append(time.perf_counter() - began)
         began = time.perf_counter()
         self._update()
-        self.synchronize()
+        synchronize(self.where.device)
         row.estimate = statistics.median(seconds) * len(seconds) + time.perf_counter() - began
 
     def train(self, row: Row, numbers: Sequence[int]) -> Round:
         """Train these steps and time them together."""
         row.way.select(self.model)
-        plans = [row.way.plan(self.steps[number].pairs, row.budget) for number in numbers]
-        forget(self.model)
-        if self.where.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.where.device)
-        self.synchronize()
-        began = time.perf_counter()
-        losses = []
-        for number, plan in zip(numbers, plans, strict=True):
+        plans = {number: row.way.plan(self.steps[number].pairs, row.budget) for number in numbers}
+        gc.collect()
+        reset_peak(self.where.device)
+        synchronize(self.where.device)
+        began, losses = time.perf_counter(), []
+        for number, plan in plans.items():
             losses += [self._backward(row, self.steps[number], batch) for batch in plan]
             self._update()
-        self.synchronize()
+        synchronize(self.where.device)
         seconds = time.perf_counter() - began
-        peak = torch.cuda.max_memory_allocated(self.where.device) if self.where.device.type == "cuda" else 0
         loss = torch.stack(losses).sum().item() / len(numbers)
         if not math.isfinite(loss):
             raise ArithmeticError(f"the loss is {loss}")
+        batches = [[self.steps[number].pairs[i] for i in batch] for number in numbers for batch in plans[number]]
         needs = [self.needed[number] for number in numbers]
-        fed = [
-            row.way.fed([self.steps[number].pairs[i] for i in batch])
-            for number, plan in zip(numbers, plans, strict=True)
-            for batch in plan
-        ]
         total = Needed(sum(n.tokens for n in needs), sum(n.flops for n in needs))
-        return Round(seconds, sum(len(self.steps[n].pairs) for n in numbers), sum(fed), total, peak, loss)
+        return Round(
+            seconds, sum(map(len, batches)), sum(map(row.way.fed, batches)), total, peak(self.where.device), loss
+        )
 
     def _backward(self, row: Row, step: Step, batch: list[int]) -> Tensor:
         losses = step_losses(self.model, row.way, OBJECTIVES[row.objective], step, batch, self.where)
@@ -645,39 +658,28 @@ class Bench:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def rows_of(device: torch.device, budget: int) -> list[Row]:
-    """The most important first."""
-    default, *others = row_attentions(device)
+def rows_of(ours: Sequence[str], own: str, budget: int) -> list[Row]:
+    """The most important first; attentions for rows, ours, and transformers' own for padded ones."""
+    default, *others = ours
     shared = Ours(Layout.shared, default)
-    rows = [
-        Row(Plain(), "dpo", budget),
-        Row(shared, "dpo", budget),
-        Row(Ours(Layout.packed, default), "dpo", budget),
-        Row(Ours(Layout.padded, None), "dpo", budget),
-        *(Row(shared, name, budget) for name in ("simpo", "wpo", "sppo")),
-    ]
-    return rows + [Row(Ours(Layout.shared, attention), "dpo", budget) for attention in others]
+    ways: list[tuple[Way, str]] = [(Plain(own), "dpo"), (shared, "dpo")]
+    ways += [(Ours(Layout.packed, default), "dpo"), (Ours(Layout.padded, own), "dpo")]
+    ways += [(shared, name) for name in ("simpo", "wpo", "sppo")]
+    ways += [(Ours(Layout.shared, attention), "dpo") for attention in others]
+    return [Row(way, objective, budget) for way, objective in ways]
 
 
-def refuse(rows: Sequence[Row], checks: Sequence[Check]) -> bool:
-    """Take the rows out that did not pass their check; whether numbers were wrong."""
-    for row in rows:
-        for one in checks:
-            if one.way == row.way and one.fault and not (one.attention == "eager" and one.way.name == "padded"):
-                row.fault = f"check, {_short(one.dtype)}: {one.fault}"
-    return any(one.fault is not None for one in checks)
-
-
-def warm_up(bench: Bench, rows: Sequence[Row], options: argparse.Namespace, clock: Clock) -> None:
-    """Each row's first step, while there is time for it and for the rounds of those before it."""
+def warm_up(bench: Bench, rows: Sequence[Row], options: argparse.Namespace, clock: Clock) -> list[str]:
+    """Each row's first step, while there is time for it and for the rounds of those before it; remarks."""
+    remarks = []
     for row in rows:
         if row.fault:
             continue
         ready = [other for other in rows if other.estimate and not other.fault]
-        planned = options.rounds * options.steps * sum(other.estimate for other in ready)
-        guess = 30 + (1 + options.rounds) * options.steps * max((other.estimate for other in ready), default=0.0)
-        if clock.left() < planned + guess + _MEMORY_SECONDS and ready:
-            row.fault = "left out: no time"
+        slowest = max((other.estimate for other in ready), default=0.0)
+        planned = options.rounds * options.steps * (slowest + sum(other.estimate for other in ready)) + slowest
+        if ready and clock.left() < planned + _COMPILE_SECONDS + _MEMORY_SECONDS:
+            row.fault = "no time"
             continue
         began = clock.left()
         for _ in range(3):
@@ -686,207 +688,208 @@ def warm_up(bench: Bench, rows: Sequence[Row], options: argparse.Namespace, cloc
                 row.fault = None
                 break
             except Exception as error:
-                row.fault, oom = reason(error), isinstance(error, torch.OutOfMemoryError)
+                row.fault = reason(error)
             forget(bench.model)
-            if not oom:
+            if row.fault != _NO_MEMORY:
                 break
             row.budget //= 2
-            row.notes.append(f"out of memory, budget halved to {row.budget}")
-        clock.say(f"{row.label}: warm-up {began - clock.left():.0f} s, {row.fault or f'{row.estimate:.2f} s a step'}")
+            remarks.append(f"{row}: out of memory, tried again with {row.budget} tokens")
+        clock.say(f"{row}: warm-up {began - clock.left():.0f} s, {row.fault or f'{row.estimate:.2f} s a step'}")
+    return remarks
 
 
 def measure(bench: Bench, rows: Sequence[Row], options: argparse.Namespace, clock: Clock) -> list[str]:
-    """Rounds in which the rows take turns; what was left out."""
-    notes = []
+    """Rounds in which the rows take turns; remarks."""
+    remarks = []
+
+    def seconds() -> float:
+        alive = [row.estimate for row in rows if not row.fault]
+        return _MEMORY_SECONDS + 1.1 * options.steps * sum(alive)
+
     for number in range(options.rounds):
-        alive = [row for row in rows if not row.fault]
-        while alive and number == 0 and clock.left() < _MEMORY_SECONDS + _round_seconds(alive, options) * 2:
-            alive.pop().fault = "left out: no time"
-        if clock.left() < _MEMORY_SECONDS + _round_seconds(alive, options) and number:
-            notes.append(f"{number} of {options.rounds} rounds: no time for more")
+        for row in reversed(rows) if number == 0 else ():
+            if not row.fault and clock.left() < seconds():
+                row.fault = "no time"
+        if number and clock.left() < seconds():
+            remarks.append(f"{number} of {options.rounds} rounds: there was no time for more")
             break
         graphs = compiled_graphs()
-        for row in alive:
+        for row in rows:
+            if row.fault:
+                continue
             try:
                 row.rounds.append(bench.train(row, range(number * options.steps, (number + 1) * options.steps)))
             except Exception as error:
                 row.fault = reason(error)
+            if row.fault:
                 forget(bench.model)
                 continue
-            seconds = row.rounds[-1].seconds
-            row.estimate = seconds / options.steps
-            clock.say(f"round {number + 1}, {row.label}: {seconds:.2f} s, loss {row.rounds[-1].loss:.4f}")
+            done = row.rounds[-1]
+            row.estimate = done.seconds / options.steps
+            clock.say(f"round {number + 1}, {row}: {done.seconds:.2f} s, loss {done.loss:.4f}")
         if compiled_graphs() > graphs:
-            notes.append(f"{compiled_graphs() - graphs} compilation(s) fell into round {number + 1}")
-    return notes
-
-
-def _round_seconds(rows: Sequence[Row], options: argparse.Namespace) -> float:
-    return 1.1 * options.steps * sum(row.estimate for row in rows)
+            remarks.append(f"{compiled_graphs() - graphs} compilation(s) fell into round {number + 1}")
+    return remarks
 
 
 def compiled_graphs() -> int:
     """How many graphs torch.compile has made so far."""
-    if "torch._dynamo" not in sys.modules:
-        return 0
-    return int(sys.modules["torch._dynamo"].utils.counters["stats"]["unique_graphs"])
+    dynamo = sys.modules.get("torch._dynamo")
+    return 0 if dynamo is None else int(dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-def speed_table(rows: Sequence[Row], peak_tflops: float) -> list[str]:
-    """Median [smallest, largest] over the rounds."""
-    lines = [
-        "| layout | objective | attention | pairs/s | fed tokens/s | useful tokens/s | peak GiB | MFU | times plain | loss |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    base = next(row for row in rows if isinstance(row.way, Plain))
-    for row in rows:
-        cells = [row.way.name, row.objective, row.attention]
-        if not row.rounds:
-            cells += [f"failed: {row.fault}" if row.fault and "left out" not in row.fault else row.fault or "-", *"-" * 6]
-        else:
-            rounds = row.rounds
-            ratios = [b.seconds / a.seconds for a, b in zip(rounds, base.rounds, strict=False)]
-            cells += [
-                _spread([r.pairs / r.seconds for r in rounds], ".2f"),
-                f"{statistics.median(r.fed / r.seconds for r in rounds):.0f}",
-                f"{statistics.median(r.needed.tokens / r.seconds for r in rounds):.0f}",
-                f"{max(r.peak for r in rounds) / _GIB:.1f}" if rounds[0].peak else "-",
-                _spread([r.needed.flops / r.seconds / peak_tflops / 1e12 for r in rounds], ".1%"),
-                _spread(ratios, ".2f") if ratios else "-",
-                f"{rounds[0].loss:.4f}",
-            ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def _spread(values: Sequence[float], form: str) -> str:
-    middle, low, high = (format(value, form) for value in (statistics.median(values), min(values), max(values)))
-    return f"{middle} [{low}, {high}]"
-
-
-def reference_column(model: PreTrainedModel, pairs: Sequence[Group], way: Ours, budget: int, where: Place, seed: int) -> Tensor:
-    """Near the start policy's own, as at a step soon after the first: its log-probabilities and some noise. [pairs, 2]"""
-    way.select(model)
+def reference_column(
+    model: PreTrainedModel, pairs: Sequence[Group], way: Ours, options: argparse.Namespace, seed: int
+) -> Tensor:
+    """The policy's own log-probabilities with some noise, as if it had trained for a while. `[pairs, 2]` nats"""
+    where = place(options.device)
     column = torch.empty(len(pairs), 2, device=where.device)
     with engine.evaluating(model):
-        for batch in way.plan(pairs, budget):
+        for batch in way.plan(pairs, options.tokens or _GUESS):
             column[batch] = way.compute(model, [pairs[i] for i in batch], (), where)["logp"].view(-1, 2)
-    noise = torch.randn(column.shape, generator=torch.Generator().manual_seed(seed))
-    return column + 5 * noise.to(column)
+    return column + 5 * torch.randn(column.shape, generator=torch.Generator().manual_seed(seed)).to(column)
+
+
+def draw_steps(model: PreTrainedModel, way: Ours, options: argparse.Namespace, clock: Clock) -> tuple[list[Step], str]:
+    """The pairs of every timed step, and where their reference column is from."""
+    way.select(model)
+    steps, origin = [], "reference column by the engine"
+    for seed in range(options.rounds * options.steps):
+        pairs = draw_pairs(options.pairs_per_step, model.config.vocab_size, seed)
+        try:
+            column = reference_column(model, pairs, way, options, seed)
+        except Exception as error:
+            lengths = torch.tensor([row[1:] for row in lengths_of(pairs)], device=model.device)
+            column, origin = -math.log(model.config.vocab_size) * lengths, f"reference column a guess: {reason(error)}"
+        steps.append(Step(pairs, column))
+    clock.say(f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f}B weights, {len(steps)} steps drawn; {origin}")
+    return steps, origin
+
+
+def choose_budget(bench: Bench, way: Ours, options: argparse.Namespace) -> tuple[int, str]:
+    """Tokens of a micro-batch, and where the number is from."""
+    if options.tokens:
+        return options.tokens, "given"
+    way.select(bench.model)
+    longest = sorted(bench.steps[0].pairs, key=_longest, reverse=True)
+    try:
+        names = wanted(OBJECTIVES["dpo"])
+        return engine.token_budget(bench.model, longest, way.layout, names, bench.where), "the engine's auto"
+    except Exception as error:
+        bench.model.zero_grad(set_to_none=True)
+        return _GUESS, f"a guess, for the engine's auto failed: {reason(error)}"
 
 
 # What does it hold? ------------------------------------------------------------------------------------------------------
 
 
-def micro_batch_peak(model: PreTrainedModel, way: Ours, pairs: Sequence[Group], where: Place) -> float:
-    """GiB above weights and gradients of one micro-batch, forward and backward; NaN on a CPU."""
-    way.select(model)
+def micro_batch_peak(model: PreTrainedModel, way: Ours, pairs: Sequence[Group], where: Place) -> int:
+    """Bytes above weights and gradients, forward and backward."""
     step = Step(list(pairs), torch.zeros(len(pairs), 2, device=where.device))
-
-    def backward(chosen: list[int]) -> None:
-        step_losses(model, way, OBJECTIVES["dpo"], step, chosen, where).sum().backward()
-
-    backward([0])  # makes the gradients
-    forget()
-    if where.device.type != "cuda":
-        backward(list(range(len(pairs))))
-        return math.nan
-    torch.cuda.reset_peak_memory_stats(where.device)
-    before = torch.cuda.memory_allocated(where.device)
-    backward(list(range(len(pairs))))
-    torch.cuda.synchronize(where.device)
-    return (torch.cuda.max_memory_allocated(where.device) - before) / _GIB
+    for chosen in ([0], range(len(pairs))):  # the first makes the gradients
+        gc.collect()
+        reset_peak(where.device)
+        before = peak(where.device)
+        step_losses(model, way, OBJECTIVES["dpo"], step, list(chosen), where).sum().backward()
+        synchronize(where.device)
+    return peak(where.device) - before
 
 
 def filling(pairs: Sequence[Group], budget: int) -> list[Group]:
-    """Pairs, repeated where they do not suffice, that come near a budget of fed tokens."""
-    some: list[Group] = []
-    for i in range(10 * budget):
-        pair = pairs[i % len(pairs)]
+    """Pairs, again from the first where they do not suffice, that come near a budget of fed tokens."""
+    some = [pairs[0]]
+    for pair in itertools.cycle(pairs):
         if fed_tokens(lengths_of([*some, pair]), Layout.shared) > budget:
             break
         some.append(pair)
-    return some or [min(pairs, key=_longest)]
+    return some
 
 
-def memory_line(name: str, model: PreTrainedModel, way: Ours, budgets: Sequence[int], where: Place, clock: Clock) -> str:
+def memory_line(
+    name: str, model: PreTrainedModel, way: Ours, budgets: Sequence[int], where: Place, clock: Clock
+) -> str:
     """A cell for each budget."""
-    pairs = sorted(draw_pairs(128, model.config.vocab_size, seed=1), key=_longest)[:96]  # of middling length
-    cells = [name]
+    way.select(model)
+    pairs = sorted(draw_pairs(64, model.config.vocab_size, seed=1), key=_longest)[:48]  # short enough to fill finely
+    cells = []
     for budget in budgets:
         if clock.left() < 10:
             cells.append("no time")
             continue
-        some = filling(pairs, budget)
         try:
-            peak = micro_batch_peak(model, way, some, where)
-            cells.append("-" if math.isnan(peak) else f"{peak:.2f}")
+            cells.append(_gib(micro_batch_peak(model, way, filling(pairs, budget), where)))
         except Exception as error:
             cells.append(reason(error)[:60])
         forget(model)
-    scored = sum(map(sum, ((len(r) for r in responses) for _, responses in filling(pairs, budgets[-1]))))
-    cells.append(f"{scored * model.config.vocab_size * 4 / _GIB:.1f}")
-    return f"| {' | '.join(cells)} |"
+    scored = sum(sum(row[1:]) for row in lengths_of(filling(pairs, budgets[-1])))
+    return _row(name, *cells, f"{4 * scored * model.config.vocab_size / _GIB:.1f}")
 
 
-def memory_table(
-    model: PreTrainedModel | None, fields: dict[str, Any], attention: str, own: str, where: Place, clock: Clock
-) -> list[str]:
+def memory_table(bench: Bench, fields: dict[str, Any], way: Ours, clock: Clock) -> list[str]:
     """Budgets by vocabularies on a trunk of two layers, and the shape itself."""
-    on_gpu = where.device.type == "cuda"
-    budgets = [4096, 8192, 16384, 32768] if on_gpu else [1024, 2048]
-    way = Ours(Layout.shared, attention)
-    lines = [
-        f"| peak GiB of a micro-batch of | {' | '.join(f'{budget} tokens' for budget in budgets)} | its logits alone, fp32 |",
-        f"|---|{'---|' * len(budgets)}---|",
-    ]
+    where, on_gpu = bench.where, bench.where.device.type == "cuda"
+    budgets = (4096, 8192, 16384, 32768) if on_gpu else (1024, 2048)
+    lines = _head(
+        "peak GiB of a micro-batch of", *(f"{budget} tokens" for budget in budgets), "logits of the last, fp32"
+    )
     small = {**fields, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2}
     for vocabulary in (32_000, 128_000, 256_000) if on_gpu else (1000, 4000):
-        little = make_model({**small, "vocab_size": vocabulary}, own, where.device)
-        lines.append(memory_line(f"{vocabulary} words, 2 layers", little, way, budgets, where, clock))
-        del little
-        forget()
-    if model is not None:
-        lines.append(memory_line("the shape above", model, way, budgets, where, clock))
-    clock.say("measured memory")
+        model = make_model({**small, "vocab_size": vocabulary}, "eager", where.device)
+        lines.append(memory_line(f"2 layers, {vocabulary} words", model, way, budgets, where, clock))
+    lines.append(memory_line("the shape above", bench.model, way, budgets, where, clock))
     return lines
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Count the peak from what is allocated now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak(device: torch.device) -> int:
+    """Bytes allocated at most since `reset_peak`; 0 on a CPU."""
+    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else 0
 
 
 # TRL ---------------------------------------------------------------------------------------------------------------------
 
 
-def trl_line(fields: dict[str, Any], own: str, steps: Sequence[Step], per_batch: int, where: Place) -> str:
-    """TRL's DPOTrainer with the reference column given, if it is installed; not in turns with the others.
-
-    The column stands in its data set already, so that none is computed. Text of one word per token is read back as the
-    same ids.
-    """
+def trl_line(fields: dict[str, Any], own: str, steps: Sequence[Step], budget: int, where: Place) -> str:
+    """TRL's DPOTrainer on the same steps, if TRL is installed; by itself, not in turns."""
     if any(find_spec(name) is None for name in ("trl", "datasets", "accelerate")):
-        return "TRL is not installed: no row for its DPOTrainer."
+        return "TRL is not installed, so there is no row of its DPOTrainer."
+    per_step, per_batch = len(steps[0].pairs), 1
+    while 4 * per_batch * MAX_LENGTH <= budget and per_step % (2 * per_batch) == 0:
+        per_batch *= 2
+    try:
+        seconds = trl_seconds(fields, own, steps, per_batch, where)
+    except Exception as error:
+        return f"TRL's DPOTrainer failed: {reason(error)}"
+    speeds = _spread([per_step / s for s in seconds], ".2f")
+    return f"TRL {version('trl')}'s DPOTrainer, {own}, {per_batch} pairs held at once, not in turns: {speeds} pairs/s."
+
+
+def trl_seconds(fields: dict[str, Any], own: str, steps: Sequence[Step], per_batch: int, where: Place) -> list[float]:
+    """Of every step but the first. Token ids and reference column are handed over as TRL itself would have made them."""
     import datasets
     import trl
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, models
 
-    words = {"<pad>": 0, "<eos>": 1} | {str(i): i for i in range(2, fields["vocab_size"])}
-    raw = Tokenizer(models.WordLevel(words))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>")
     rows = [
-        {
-            "prompt_ids": prompt, "chosen_ids": responses[0], "rejected_ids": responses[1],
-            "ref_chosen_logps": column[0], "ref_rejected_logps": column[1],
-        }
+        dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), (prompt, *responses), strict=True))
+        | dict(zip(("ref_chosen_logps", "ref_rejected_logps"), column, strict=True))
         for step in steps
         for (prompt, responses), column in zip(step.pairs, step.ref_logp.tolist(), strict=True)
-    ]  # fmt: skip
-    per_step = len(steps[0].pairs)
+    ]
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
     ends: list[float] = []
-
-    class Times(transformers.TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            if where.device.type == "cuda":
-                torch.cuda.synchronize()
-            ends.append(time.perf_counter())
 
     class Trainer(trl.DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
@@ -895,23 +898,98 @@ def trl_line(fields: dict[str, Any], own: str, steps: Sequence[Step], per_batch:
         def _precompute_ref_logps(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset
 
+    class Times(transformers.TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            synchronize(where.device)
+            ends.append(time.perf_counter())
+
     with tempfile.TemporaryDirectory() as folder:
         arguments = trl.DPOConfig(
-            output_dir=folder, per_device_train_batch_size=per_batch, gradient_accumulation_steps=per_step // per_batch,
-            max_steps=len(steps), bf16=where.bf16, use_cpu=where.device.type == "cpu", precompute_ref_log_probs=True,
-            gradient_checkpointing=False, max_length=None, learning_rate=1e-9, logging_strategy="no",
-            save_strategy="no", report_to="none", disable_tqdm=True, beta=0.1,
+            output_dir=folder,
+            per_device_train_batch_size=per_batch,
+            gradient_accumulation_steps=len(steps[0].pairs) // per_batch,
+            max_steps=len(steps),
+            precompute_ref_log_probs=True,
+            gradient_checkpointing=False,
+            bf16=where.bf16,
+            use_cpu=where.device.type == "cpu",
             optim="adamw_torch_fused" if where.device.type == "cuda" else "adamw_torch",
-        )  # fmt: skip
-        model = make_model(fields, own, where.device)
-        data = datasets.Dataset.from_list(rows)
-        trainer = Trainer(model, args=arguments, train_dataset=data, processing_class=tokenizer, callbacks=[Times()])
+            learning_rate=1e-9,
+            max_length=None,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        trainer = Trainer(
+            make_model(fields, own, where.device),
+            args=arguments,
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=tokenizer,
+            callbacks=[Times()],
+        )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
-    speeds = [per_step / (b - a) for a, b in zip(ends, ends[1:], strict=False)]
-    return f"TRL {version('trl')}, DPOTrainer, {per_batch} pairs held at once: {_spread(speeds, '.2f')} pairs/s."
+    return [after - before for before, after in itertools.pairwise(ends)]
 
 
 # The whole ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Report:
+    """What there is to print, whenever it ends."""
+
+    options: argparse.Namespace
+    title: str = ""
+    about: list[str] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+    memory: list[str] = field(default_factory=list)
+    trl: str = ""
+
+    def status(self) -> int:
+        """0 if every check came out right. An attention of transformers may fail to run, not to be right."""
+        faults = [one for one in self.checks if one.fault == _WRONG or (one.fault and "align" in one.way.attention)]
+        return int(bool(faults) or not self.checks)
+
+    def lines(self) -> list[str]:
+        """Markdown."""
+        lines = [f"### {self.title}", "", *(f"- {line}" for line in self.about)]
+        if self.rows:
+            lines += ["", *_head(*_SPEED_COLUMNS)]
+            lines += [row.line(self.rows[0], self.options.peak_tflops) for row in self.rows]
+        if self.memory:
+            lines += ["", "Memory of a micro-batch above weights and gradients, layout shared:", "", *self.memory]
+        if self.checks:
+            tolerances = "; ".join(f"{_short(dtype)} {', '.join(map(str, most))}" for dtype, most in _TOLERANCE.items())
+            lines += [
+                "",
+                "Largest distance, over all objectives, from the model's own float32 logits / from padded rows",
+            ]
+            lines += [f"(allowed: {tolerances}):", "", *_head(*_CHECK_COLUMNS), *(one.line for one in self.checks)]
+        return [*lines, *(["", self.trl] if self.trl else [])]
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _head(*cells: str) -> list[str]:
+    return [_row(*cells), f"|{'---|' * len(cells)}"]
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    middle, low, high = (format(value, form) for value in (statistics.median(values), min(values), max(values)))
+    return f"{middle} [{low}, {high}]"
+
+
+def _gib(count: int) -> str:
+    return f"{count / _GIB:.2f}" if count else "-"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
 
 
 def machine(device: torch.device) -> str:
@@ -931,122 +1009,52 @@ def machine(device: torch.device) -> str:
     return f"{name}; {', '.join(versions)}; commit {commit}"
 
 
-def best_own_attention(
-    fields: dict[str, Any], where: Place, checks: list[Check], clock: Clock, dtypes: Sequence[torch.dtype]
-) -> str:
-    """Check everything; transformers' best attention for padded rows whose numbers are right."""
-    names = padded_attentions(fields, where.device)
-    for own in names:
-        found = [one for dtype in dtypes for one in check(fields, own, where, dtype, clock)]
-        fault = next((one.fault for one in found if isinstance(one.way, Plain) and one.fault), None)
-        new = [one for one in found if not any(same(one, known) for known in checks)]
-        checks += new
-        if fault is None:
-            return own
-        clock.say(f"transformers' {own} for padded rows: {fault}")
-    return names[-1]
+def lengths_line(steps: Sequence[Step], options: argparse.Namespace) -> str:
+    """What the steps are."""
+    lengths = [row for step in steps for row in lengths_of(step.pairs)]
+    prompt, chosen, rejected = (statistics.mean(row[i] for row in lengths) for i in range(3))
+    longest = max(prompt + max(responses) for prompt, *responses in lengths)
+    return (
+        f"{options.pairs_per_step} pairs a step, mean tokens of prompt {prompt:.0f}, chosen {chosen:.0f}, rejected "
+        f"{rejected:.0f}, longest sequence {longest}; {options.rounds} round(s) of {options.steps} step(s), rows in turns; "
+        "median [smallest, largest]"
+    )
 
 
-def same(one: Check, other: Check) -> bool:
-    """Whether two checks are of one thing."""
-    return (one.way, one.attention, one.dtype) == (other.way, other.attention, other.dtype)
-
-
-def choose_budget(bench: Bench, way: Ours, options: argparse.Namespace, clock: Clock) -> tuple[int, str]:
-    """Tokens of a micro-batch, and where the number is from."""
-    if options.tokens:
-        return options.tokens, "given"
-    way.select(bench.model)
-    longest = sorted(bench.steps[0].pairs, key=_longest, reverse=True)
-    try:
-        budget = engine.token_budget(bench.model, longest, way.layout, wanted(OBJECTIVES["dpo"]), bench.where)
-        return budget, "the engine's auto"
-    except Exception as error:
-        clock.say(f"the engine's token budget: {reason(error)}")
-        forget(bench.model)
-        return 8192, f"a guess: the engine's auto failed, {reason(error)}"
-
-
-def prepare(fields: dict[str, Any], own: str, where: Place, options: argparse.Namespace, clock: Clock) -> tuple[Bench, str]:
-    """The model and its steps; the second: a remark about the reference column."""
-    model = make_model(fields, own, where.device)
-    way = Ours(Layout.shared, row_attentions(where.device)[0])
-    drawn = [
-        draw_pairs(options.pairs_per_step, fields["vocab_size"], seed) for seed in range(options.rounds * options.steps)
-    ]
-    steps, remark = [], "the reference column by the engine"
-    for seed, pairs in enumerate(drawn):
-        try:
-            column = reference_column(model, pairs, way, options.tokens or 8192, where, seed)
-        except Exception as error:
-            lengths = torch.tensor([row[1:] for row in lengths_of(pairs)], device=where.device)
-            column, remark = -math.log(fields["vocab_size"]) * lengths, f"no reference column: {reason(error)}"
-            forget(model)
-        steps.append(Step(pairs, column))
-    clock.say(f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f}B weights, {len(steps)} steps of pairs; {remark}")
-    return Bench(model, steps, where), remark
-
-
-def run(options: argparse.Namespace, clock: Clock, report: list[str], rows: list[Row]) -> int:
-    """Everything in the order of its importance; `report` and `rows` hold what there is whenever it ends."""
+def run(report: Report, clock: Clock) -> int:
+    """Everything, in the order of its importance; the exit status."""
+    options, fields = report.options, SHAPES[report.options.shape]
     where = place(options.device)
-    fields = SHAPES[options.shape]
-    report += [f"### {options.shape}, {machine(where.device)}", ""]
-    checks: list[Check] = []
-    dtypes = [torch.float32, torch.bfloat16] if where.bf16 or where.device.type == "cpu" else [torch.float32]
-    own = best_own_attention(fields, where, checks, clock, dtypes)
-    if where.device.type == "cuda":
-        torch._dynamo.reset()  # the shapes of the check
-    else:
-        clock.say("flex_attention has no backward on a CPU and flash-attn no CPU at all: neither is checked nor timed")
-    bench, remark = prepare(fields, own, where, options, clock)
-    budget, origin = choose_budget(bench, Ours(Layout.shared, row_attentions(where.device)[0]), options, clock)
-    rows += rows_of(where.device, budget)
-    wrong = refuse(rows, checks)
-    warm_up(bench, rows, options, clock)
-    notes = measure(bench, rows, options, clock)
-    report += describe(bench, options, budget, origin, remark)
-    report += [f"- {note}" for note in [*notes, *(f"{row.label}: {note}" for row in rows for note in row.notes)]]
-    report += ["", *speed_table(rows, options.peak_tflops), ""]
-    report += ["Check: distance from the model's own logits in float32 / from padded rows, worst of the objectives.", ""]
-    report += [*check_table(checks), ""]
+    report.title = f"{options.shape}, {machine(where.device)}"
+    if where.device.type == "cpu":
+        report.about.append("flex_attention has no backward on a CPU, flash-attn needs a GPU: neither is here")
+    for one in check_all(fields, where, clock):
+        report.checks.append(one)
+    own, *_ = right_first(padded_attentions(fields, where.device), report.checks)
+    ours = right_first(row_attentions(where.device), report.checks)
+    shared = Ours(Layout.shared, ours[0])
+    model = make_model(fields, own, where.device)
+    steps, origin = draw_steps(model, shared, options, clock)
+    bench = Bench(model, steps, where)
+    budget, chosen = choose_budget(bench, shared, options)
+    report.about += [lengths_line(steps, options)]
+    report.about += [f"micro-batches of {budget} tokens ({chosen}); {origin}; MFU of {options.peak_tflops:g} TFLOP/s"]
+    report.rows += rows_of(ours, own, budget)
+    for row in report.rows:
+        faults = [
+            f"check failed in {_short(c.dtype)}: {c.fault}" for c in report.checks if c.way == row.way and c.fault
+        ]
+        row.fault = next(iter(faults), None)
+    report.about += warm_up(bench, report.rows, options, clock)
+    report.about += measure(bench, report.rows, options, clock)
     del bench.optimizer
-    forget(bench.model)
-    attention = row_attentions(where.device)[0]
-    report += ["Memory above weights and gradients:", ""]
-    report += [*memory_table(bench.model, fields, attention, own, where, clock), ""]
-    if clock.left() > 60:
-        steps = bench.steps[:3]
-        del bench
+    forget(model)
+    report.memory += memory_table(bench, fields, shared, clock)
+    if clock.left() > _MEMORY_SECONDS:
+        del bench, model
         forget()
-        report.append(trl_or_why(fields, own, steps, where, budget))
-    return int(wrong)
-
-
-def trl_or_why(fields: dict[str, Any], own: str, steps: Sequence[Step], where: Place, budget: int) -> str:
-    """TRL's line; a failure of it is a line too."""
-    per_batch = 1
-    while 2 * per_batch * 2 * MAX_LENGTH <= budget and len(steps[0].pairs) % (2 * per_batch) == 0:
-        per_batch *= 2
-    try:
-        return trl_line(fields, own, steps, per_batch, where)
-    except Exception as error:
-        return f"TRL's DPOTrainer failed: {reason(error)}"
-
-
-def describe(bench: Bench, options: argparse.Namespace, budget: int, origin: str, remark: str) -> list[str]:
-    """What was measured."""
-    lengths = [row for step in bench.steps for row in lengths_of(step.pairs)]
-    prompt, *responses = (statistics.mean(row[i] for row in lengths) for i in range(3))
-    longest = max(prompt + max(rest) for prompt, *rest in lengths)
-    tolerances = "; ".join(f"{_short(dtype)} {', '.join(map(str, most))}" for dtype, most in _TOLERANCE.items())
-    return [
-        f"- {options.pairs_per_step} pairs a step, mean tokens: prompt {prompt:.0f}, responses "
-        f"{statistics.mean(responses):.0f}, longest sequence {longest}; {options.rounds} rounds of {options.steps} "
-        "step(s) of their own, rows in turns; median [smallest, largest]",
-        f"- micro-batches of {budget} tokens ({origin}); {remark}; MFU of {options.peak_tflops:g} TFLOP/s",
-        f"- tolerances of the check (nats per token, loss, gradient norm, gradient): {tolerances}",
-    ]
+        report.trl = trl_line(fields, own, steps[:3], budget, where)
+    return report.status()
 
 
 def place(device: str) -> Place:
@@ -1054,12 +1062,8 @@ def place(device: str) -> Place:
     on_gpu = device == "cuda"
     if on_gpu and not torch.cuda.is_available():
         sys.exit("no GPU: --device cpu --shape tiny is for trying this script")
-    return Place(
-        device=torch.device("cuda", 0) if on_gpu else torch.device("cpu"),
-        bf16=on_gpu and torch.cuda.is_bf16_supported(),
-        rank=0,
-        world=1,
-    )
+    bf16 = on_gpu and torch.cuda.is_bf16_supported()
+    return Place(device=torch.device("cuda", 0) if on_gpu else torch.device("cpu"), bf16=bf16, rank=0, world=1)
 
 
 def _options() -> argparse.Namespace:
@@ -1082,7 +1086,7 @@ def _time_up(*_: Any) -> None:
 def main() -> int:
     """Measure, and print what there is however it ends."""
     options = _options()
-    clock = Clock(options.minutes)
+    clock, report = Clock(options.minutes), Report(options)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     if options.device == "cuda":
@@ -1091,19 +1095,14 @@ def main() -> int:
         torch._dynamo.config.recompile_limit = 64  # layouts, precisions and models of the checks share one process
     signal.signal(signal.SIGALRM, _time_up)
     signal.setitimer(signal.ITIMER_REAL, max(1.0, clock.left() - 5))
-    report: list[str] = []
-    rows: list[Row] = []
-    status = 1
     try:
-        status = run(options, clock, report, rows)
+        return run(report, clock)
     except TimeUp:
-        report += ["", f"The {options.minutes:g} minutes ended here.", ""]
-        if rows and not any(line.startswith("| layout") for line in report):
-            report += speed_table(rows, options.peak_tflops)
+        report.about.append(f"the {options.minutes:g} minutes ended before everything was measured")
+        return report.status()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        print(*report, sep="\n", flush=True)
-    return status
+        print(*report.lines(), sep="\n", flush=True)
 
 
 if __name__ == "__main__":
