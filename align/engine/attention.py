@@ -91,7 +91,8 @@ def _sdpa(
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if cap is not None:
-            return _CappedAttention.apply(q, k, v, scale, cap, window)
+            with torch.autocast(q.device.type, enabled=False):  # which would mix types inside
+                return _CappedAttention.apply(q, k, v, scale, cap, window)
         call = partial(functional.scaled_dot_product_attention, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
         queries, keys = q.shape[2], k.shape[2]
         if queries == keys and (window is None or window >= keys):
@@ -125,7 +126,8 @@ def _mask(segments: Segments, queries: int, keys: int, window: int | None, like:
         segments.cached[name] = torch.zeros_like(unseen, dtype=like.dtype).masked_fill_(unseen, -torch.inf)
     mask = segments.cached[name]
     assert isinstance(mask, Tensor)
-    return mask[-queries:, -keys:]
+    corner = mask[-queries:, -keys:]
+    return corner.contiguous() if like.is_cuda else corner  # whose kernels want it aligned
 
 
 def _unseen(queries: int, keys: int, first_key: int, window: int | None, device: torch.device) -> Tensor:
@@ -161,6 +163,11 @@ class _CappedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, by_out: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(by_out.device.type, enabled=False):  # where the caller's backward is under it
+            return _CappedAttention._backward(ctx, by_out)
+
+    @staticmethod
+    def _backward(ctx: Any, by_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
         by_q, by_k, by_v = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         scale, cap, window = ctx.options
@@ -289,7 +296,7 @@ def _flex(
         query,
         key,
         value,
-        score_mod=None if cap is None else _soft_cap(cap),
+        score_mod=None if cap is None else _soft_cap(cap, query.device),
         block_mask=segments.cached[name],
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
@@ -311,11 +318,12 @@ def _flex_functions(kind: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 @cache
-def _soft_cap(cap: float) -> Callable[..., Tensor]:
+def _soft_cap(cap: float, device: torch.device) -> Callable[..., Tensor]:
     """One function for each cap: a new one at every call would be compiled at every call."""
+    bound = torch.tensor(cap, device=device)  # a number would become a symbol of the compiler, which it cannot lower
 
     def soft_cap(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return cap * torch.tanh(score / cap)
+        return bound * torch.tanh(score / bound)
 
     return soft_cap
 
