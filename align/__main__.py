@@ -6,6 +6,7 @@ HYDRA_FULL_ERROR=1 keeps it for all.
 """
 
 import os
+import signal
 import sys
 import warnings
 
@@ -17,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from align import compose
-from align.config import RunConfig, UserError
+from align.config import RunConfig, Stopped, UserError
 
 _FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
@@ -42,10 +43,15 @@ def _warning_line(
     return f"align: warning: {message}\n"
 
 
+def _as_ctrl_c(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Entry point of the console script and of `python -m align`."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise, so that the line below can say it shorter
     warnings.formatwarning = _warning_line
+    signal.signal(signal.SIGTERM, _as_ctrl_c)
     compose.install()
     sys.path.insert(0, "")  # "module:function" of the working folder, for the console script as for python -m
     try:
@@ -54,8 +60,10 @@ def main() -> None:
         if _FULL_ERROR:
             raise
         sys.exit(f"align: {compose.one_line(error)}")
-    except KeyboardInterrupt:
-        sys.exit("align: stopped; the same command goes on from the last checkpoint")
+    except KeyboardInterrupt as stop:
+        at = f" {stop}" if isinstance(stop, Stopped) else ""
+        print(f"align: stopped{at}; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

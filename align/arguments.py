@@ -13,7 +13,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from align.config import Device, RunConfig, UserError
+from align import strategy
+from align.config import RunConfig, Strategy, UserError
 from align.launch import Place
 
 #: Fields of TrainingArguments that align decides -> where they are decided.
@@ -30,6 +31,9 @@ OWNED = {
     "bf16_full_eval": "cluster.precision",
     "fp16_full_eval": "cluster.precision",
     "use_cpu": "cluster",
+    "fsdp": "cluster.strategy",
+    "fsdp_config": "cluster.strategy",
+    "deepspeed": "cluster.strategy",
     "activation_checkpointing": "engine.gradient_checkpointing",
     "gradient_checkpointing": "engine.gradient_checkpointing",
     "logging_steps": "train.log_every_steps",
@@ -97,6 +101,7 @@ def training_arguments(cfg: RunConfig, checkpoints: Path, where: Place) -> Train
     """The Trainer's arguments. One batch of its loader is one rank's share of a step, so accumulation is always 1."""
     train = cfg.train
     every = train.eval_every_steps
+    strategy.prepare(where)
     try:
         arguments = TrainingArguments(
             **cfg.optimizer,
@@ -106,7 +111,7 @@ def training_arguments(cfg: RunConfig, checkpoints: Path, where: Place) -> Train
             per_device_train_batch_size=1,
             gradient_accumulation_steps=1,
             bf16=where.bf16,
-            use_cpu=cfg.cluster.device is Device.cpu or where.device.type == "cpu",
+            **strategy.arguments(where, float(cfg.optimizer.get("max_grad_norm", 1.0))),
             activation_checkpointing=cfg.engine.gradient_checkpointing,
             activation_checkpointing_kwargs={"use_reentrant": False} if cfg.engine.gradient_checkpointing else None,
             logging_steps=train.log_every_steps,
@@ -118,7 +123,6 @@ def training_arguments(cfg: RunConfig, checkpoints: Path, where: Place) -> Train
             disable_tqdm=True,
             logging_nan_inf_filter=False,  # the default hides NaN, and syncs every micro-batch
             remove_unused_columns=False,
-            ddp_find_unused_parameters=False,
             ddp_backend="gloo" if where.device.type == "cpu" and where.world > 1 else None,
         )
     except (TypeError, ValueError) as error:
@@ -128,6 +132,8 @@ def training_arguments(cfg: RunConfig, checkpoints: Path, where: Place) -> Train
         made([torch.nn.Parameter(torch.zeros(1))], **options)
     except (ImportError, TypeError, ValueError) as error:
         raise UserError(f"optimizer.optim={arguments.optim.value}: {' '.join(str(error).split())}") from error
+    if where.strategy is Strategy.fsdp:
+        arguments.fsdp_plugin_args["mixed_precision_policy"] = strategy.precision_of_fsdp(where)
     _ = arguments.device  # counts the GPUs, which the next line overrules: one process drives one
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments

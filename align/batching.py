@@ -23,9 +23,15 @@ FORWARD_ONLY = 4
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Pairs that one device holds at once; `pairs_in_step` is what the sum of losses is divided by."""
+    """Pairs that one device holds at once.
+
+    Attributes:
+        counted: false for a pair that only keeps a rank in step with the others.
+        pairs_in_step: what the sum of losses is divided by.
+    """
 
     pairs: tuple[int, ...]
+    counted: tuple[bool, ...]
     pairs_in_step: int
 
 
@@ -100,9 +106,29 @@ def _like_lengths(lengths: Sequence[Lengths], layout: Layout, number: int) -> li
     return runs
 
 
-def steps_per_epoch(pairs: int, pairs_per_step: int, world: int) -> int:
-    """Optimizer steps of an epoch. The last takes what is left, as far as it can be dealt evenly to the ranks."""
-    return pairs // pairs_per_step + (pairs % pairs_per_step >= world)
+def deal(
+    pairs: Sequence[int], lengths: Sequence[Lengths], world: int, layout: Layout, budget: int
+) -> list[list[MicroBatch]]:
+    """`[rank][micro-batch]`: some pairs dealt to the ranks, every rank with the same number of micro-batches.
+
+    Where the pairs cannot be divided evenly the shortest is fed again, and not counted: what comes out does not depend
+    on the number of ranks.
+    """
+    shortest = min(pairs, key=lambda i: fed_tokens([lengths[i]], layout))
+    filled = [*pairs, *[shortest] * (-len(pairs) % world)]
+    plan = plan_step([lengths[i] for i in filled], world, layout, budget)
+    return [
+        [
+            MicroBatch(tuple(filled[i] for i in batch), tuple(i < len(pairs) for i in batch), len(pairs))
+            for batch in rank
+        ]
+        for rank in plan
+    ]
+
+
+def steps_per_epoch(pairs: int, pairs_per_step: int) -> int:
+    """Optimizer steps of an epoch. The last takes what is left."""
+    return -(-pairs // pairs_per_step)
 
 
 class StepSampler:
@@ -132,13 +158,11 @@ class StepSampler:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return steps_per_epoch(len(self.lengths), self.pairs_per_step, self.world)
+        return steps_per_epoch(len(self.lengths), self.pairs_per_step)
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         order = list(range(len(self.lengths)))
         random.Random(f"{self.seed}, epoch {self.epoch}").shuffle(order)
         for step in range(len(self)):
             pairs = order[step * self.pairs_per_step : (step + 1) * self.pairs_per_step]
-            pairs = pairs[: len(pairs) // self.world * self.world]
-            plan = plan_step([self.lengths[i] for i in pairs], self.world, self.layout, self.budget)
-            yield [MicroBatch(tuple(pairs[i] for i in batch), len(pairs)) for batch in plan[self.rank]]
+            yield deal(pairs, self.lengths, self.world, self.layout, self.budget)[self.rank]

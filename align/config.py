@@ -22,6 +22,10 @@ class UserError(ValueError):
     """Something the user can put right. Shown as one line; the message says what to type."""
 
 
+class Stopped(KeyboardInterrupt):
+    """A run was asked to stop (Ctrl-C, SIGTERM) and has written a checkpoint; a sweep stops with it. Shown as one line."""
+
+
 class ResponseMask(Enum):
     """Which tokens are scored as the response (FACTS: SimPO's code scores the header, TRL and most others do not)."""
 
@@ -54,8 +58,27 @@ class Layout(Enum):
 class Device(Enum):
     """What a process computes on."""
 
-    auto = "auto"  # the GPU where there is one, else the CPU
+    auto = "auto"  # a GPU where there is one, else the CPU
     cpu = "cpu"
+    gpu = "gpu"  # refused where there is none
+
+
+class Strategy(Enum):
+    """What the processes of a run share out among them; the results differ by rounding only."""
+
+    auto = "auto"  # single for one process; ddp where a device can hold all of it, else fsdp
+    single = "single"  # one process
+    ddp = "ddp"  # pairs: each process holds weights, gradients and optimizer
+    fsdp = "fsdp"  # pairs, weights, gradients and optimizer: torch's FSDP2
+    zero2 = "zero2"  # pairs, gradients and optimizer: DeepSpeed
+    zero3 = "zero3"  # pairs, weights, gradients and optimizer: DeepSpeed
+
+
+class Launcher(Enum):
+    """Who starts the processes. Inside torchrun, accelerate launch or srun nobody does: they are there."""
+
+    local = "local"  # this machine, at once
+    slurm = "slurm"  # the batch system: `python -m align` submits and returns
 
 
 class Precision(Enum):
@@ -90,7 +113,7 @@ class ModelConfig:
     name: str = MISSING
     path: str | None = None  # hub name, or a folder with config.json and safetensors
     revision: str | None = None  # hub revision; null: the newest
-    parameters: int | None = None  # how many weights, for checks before anything is downloaded
+    shape: dict[str, int] = field(default_factory=dict)  # parameters, layers, hidden, vocabulary: for plans offline
     tokenizer: str | None = None  # hub name, folder, or "module:function" beside `init`; null: beside the model
     chat_template: str | None = None  # a Jinja template or the path of one; null: the tokenizer's own
     system_message: SystemMessage = SystemMessage.template
@@ -135,12 +158,35 @@ class DatasetConfig(SourceConfig):
 
 
 @dataclass
+class SlurmConfig:
+    """What a job asks of SLURM; null leaves it to the site's default."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    minutes: int = 24 * 60  # at its end a run checkpoints and is queued again
+    cpus_per_process: int | None = None
+    memory_gib: int | None = None  # of a node
+    options: dict[str, Any] = field(default_factory=dict)  # any other of sbatch, without the dashes: {exclude: node7}
+    setup: list[str] = field(default_factory=list)  # shell lines before the run: module load, source ...
+    at_once: int = 256  # jobs of a sweep that run at the same time, at most
+
+
+@dataclass
 class ClusterConfig:
     """What a run runs on."""
 
     device: Device = Device.auto
+    nodes: int = 1
+    processes: int | None = None  # per node; null: one for each GPU, one on a CPU
+    strategy: Strategy = Strategy.auto
+    offload: bool = False  # true: optimizer state, and weights that are sharded, lie in host memory
     precision: Precision = Precision.auto
-    cpu_threads: int | None = None  # torch threads; null: torch's choice
+    gpu_memory_gib: float | None = None  # of one GPU, for plans made elsewhere; null: as this machine's
+    cpu_threads: int | None = None  # torch threads of a process; null: the cores, shared out
+    launcher: Launcher = Launcher.local
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 
 @dataclass
@@ -224,7 +270,14 @@ def check(cfg: RunConfig) -> None:
         "dataset.limit": dataset.limit,
         "dataset.eval_limit": dataset.eval_limit,
         "dataset.weight": dataset.weight,
+        "cluster.nodes": cfg.cluster.nodes,
+        "cluster.processes": cfg.cluster.processes,
+        "cluster.gpu_memory_gib": cfg.cluster.gpu_memory_gib,
         "cluster.cpu_threads": cfg.cluster.cpu_threads,
+        "cluster.slurm.minutes": cfg.cluster.slurm.minutes,
+        "cluster.slurm.cpus_per_process": cfg.cluster.slurm.cpus_per_process,
+        "cluster.slurm.memory_gib": cfg.cluster.slurm.memory_gib,
+        "cluster.slurm.at_once": cfg.cluster.slurm.at_once,
         "evaluation.prompts": cfg.evaluation.prompts,
         "evaluation.samples_per_prompt": cfg.evaluation.samples_per_prompt,
         "evaluation.temperature": cfg.evaluation.temperature,

@@ -1,16 +1,68 @@
-"""Where a run runs: device, precision, rank and world size. One process on this machine, or a place in torchrun's.
+"""Where a run runs: its processes, this process's place among them, and how they start, stop and fail together.
 
-`python -m align` uses one device. Under torchrun or accelerate launch every process runs the same command and takes
-its share; starting the workers ourselves comes with the `cluster` group's larger choices.
+    fleet(cfg)      what the `cluster` node comes to on this machine: refuses what cannot work, before anything runs
+    start(...)      runs a function once per process of this machine, and watches them: torch's elastic agent without
+                    its restarts, whose one signal could not tell "a neighbour died" (die too) from "stop" (save first)
+    join(fleet)     this process's place: alone, a worker of `start`, or one of torchrun's, accelerate's or srun's
+
+A worker that fails is one line in the parent's terminal, with its rank; the others are ended at once, since they would
+wait for it in a collective. A worker whose parent is gone ends itself. Left out: starting processes on other machines,
+which is SLURM's (slurm.py) or torchrun's part.
 """
 
 import contextlib
+import json
+import multiprocessing
 import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from align.config import ClusterConfig, Device, Precision, UserError
+from align.config import ClusterConfig, Device, Launcher, Precision, Stopped, Strategy, UserError
+
+#: Processes wait for each other that long: more than any evaluation that one of them may do alone.
+_PATIENCE = timedelta(hours=2)
+_LAST_WORDS = 1.0  # seconds that the others get to say what they know once one has failed
+_TO_CHECKPOINT = 600.0  # seconds from a stop to its checkpoint, at most; a second Ctrl-C does not wait
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fleet:
+    """The processes of a run, one to a device.
+
+    Attributes:
+        per_node: processes on each of the `nodes`.
+        device: "cuda" or "cpu".
+        bf16: forwards in bfloat16; master weights are float32 all the same.
+        memory: bytes of a GPU; None on a CPU, or where a plan does not know.
+    """
+
+    device: str
+    bf16: bool = False
+    nodes: int = 1
+    per_node: int = 1
+    strategy: Strategy = Strategy.single
+    offload: bool = False
+    memory: int | None = None
+    cpu_threads: int | None = None
+
+    @property
+    def world(self) -> int:
+        """How many processes."""
+        return self.nodes * self.per_node
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,9 +70,24 @@ class Place:
     """This process among those of the run."""
 
     device: torch.device
-    bf16: bool  # autocast; weights are float32 all the same
+    bf16: bool  # autocast; master weights are float32 all the same
     rank: int
     world: int
+    strategy: Strategy = Strategy.single
+    offload: bool = False
+
+    @property
+    def sharded(self) -> bool:
+        """Weights are divided among the processes: every forward is one of all of them, in step."""
+        return self.strategy in (Strategy.fsdp, Strategy.zero3)
+
+    @property
+    def numerics(self) -> str:
+        """What decides how a forward rounds."""
+        if not self.bf16:
+            return "fp32"
+        deepspeed = self.strategy in (Strategy.zero2, Strategy.zero3)
+        return "bf16 weights" if self.sharded or deepspeed else "bf16 autocast"
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The precision that forwards run in, in training, evaluation and the reference pass alike."""
@@ -36,21 +103,301 @@ class Place:
         torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
         return int(smallest.item())
 
+    def gathered(self, values: list[Any]) -> list[Any]:
+        """The values of all processes, in the order of their ranks."""
+        if self.world == 1:
+            return values
+        lists: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(lists, values)
+        return [value for some in lists for value in some]
 
-def place(cfg: ClusterConfig) -> Place:
-    """Find this process's place, and set the threads of a CPU run.
+    def from_first(self, decide: Callable[[], Any]) -> Any:
+        """What rank 0's `decide()` returns, on every process."""
+        if self.world == 1:
+            return decide()
+        box = [decide() if self.rank == 0 else None]
+        torch.distributed.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+
+# What the cluster comes to ------------------------------------------------------------------------------------------
+
+
+def inside() -> bool:
+    """Whether somebody else has started this process as one of several: torchrun, accelerate launch, srun."""
+    return "WORLD_SIZE" in os.environ and "RANK" in os.environ
+
+
+def fleet(cfg: ClusterConfig, plan: bool = False) -> Fleet:
+    """What the `cluster` node comes to: here, or for a plan or a batch job on the machines that it describes.
 
     Raises:
-        UserError: bf16 on a device that has none.
+        UserError: more GPUs than there are, bf16 without a GPU, a strategy that contradicts the number of processes.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    on_gpu = cfg.device is Device.auto and torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
-    has_bf16 = on_gpu and torch.cuda.is_bf16_supported()
+    elsewhere = plan or (cfg.launcher is Launcher.slurm and not inside())
+    gpus = torch.cuda.device_count()
+    on_gpu = cfg.device is Device.gpu or (cfg.device is Device.auto and gpus > 0)
+    per_node = cfg.processes or (max(gpus, 1) if on_gpu else 1)
+    if on_gpu and not elsewhere and per_node > gpus and not inside():
+        raise UserError(
+            f"cluster: {per_node} GPUs are asked for and this machine has {gpus}: "
+            + (f"set cluster.processes={gpus}" if gpus else "try cluster=auto, or cluster.device=cpu")
+        )
+    if cfg.launcher is Launcher.local and not inside() and not plan and cfg.nodes > 1:
+        raise UserError(
+            f"cluster.nodes={cfg.nodes} needs somebody to start the processes on each: cluster.launcher=slurm, or "
+            f"torchrun --nnodes {cfg.nodes} --nproc-per-node {per_node} --rdzv-endpoint <host of the first>:29500 -m align ..."
+        )
+    nodes, per_node = (cfg.nodes, per_node) if not inside() else _outer_world(cfg, per_node)
+    has_bf16 = on_gpu and (elsewhere or torch.cuda.is_bf16_supported())
     if cfg.precision is Precision.bf16 and not has_bf16:
         raise UserError(
-            f"cluster.precision=bf16 needs a GPU that has it; this run is on {device.type}: use fp32 or auto"
+            f"cluster.precision=bf16 needs a GPU that has it; this run is on {'cuda' if on_gpu else 'cpu'}: use fp32 or auto"
         )
-    if cfg.cpu_threads is not None:
-        torch.set_num_threads(cfg.cpu_threads)
-    return Place(device=device, bf16=has_bf16 and cfg.precision is not Precision.fp32, rank=rank, world=world)
+    memory = int(cfg.gpu_memory_gib * 2**30) if cfg.gpu_memory_gib else None
+    if memory is None and on_gpu and gpus:
+        memory = torch.cuda.get_device_properties(0).total_memory
+    world, strategy = nodes * per_node, cfg.strategy
+    if world > 1 and strategy is Strategy.single:
+        raise UserError(f"cluster.strategy=single is one process, and this run has {world}: use ddp, fsdp, zero2 or zero3")
+    if world == 1 and strategy in (Strategy.auto, Strategy.ddp):
+        strategy = Strategy.single
+    return Fleet(
+        device="cuda" if on_gpu else "cpu",
+        bf16=has_bf16 and cfg.precision is not Precision.fp32,
+        nodes=nodes,
+        per_node=per_node,
+        strategy=strategy,
+        offload=cfg.offload,
+        memory=memory if on_gpu else None,
+        cpu_threads=cfg.cpu_threads,
+    )
+
+
+def _outer_world(cfg: ClusterConfig, per_node: int) -> tuple[int, int]:
+    """(nodes, processes per node) as started from outside; what the command says must agree."""
+    world = int(os.environ["WORLD_SIZE"])
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if cfg.processes is not None and cfg.nodes * cfg.processes != world:
+        raise UserError(
+            f"torchrun or srun has started {world} processes, and cluster asks for {cfg.nodes} x {cfg.processes}: "
+            f"add cluster.nodes={max(1, world // local)} cluster.processes={local}"
+        )
+    return max(1, world // local), local
+
+
+def join(fleet: Fleet) -> Place:
+    """This process's place in the fleet, connected to the others.
+
+    Raises:
+        UserError: the port at which the processes meet is taken.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), fleet.world
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if fleet.device == "cpu":
+        shared = max(1, (os.cpu_count() or 1) // fleet.per_node) if world > 1 else None
+        if threads := fleet.cpu_threads or shared:
+            torch.set_num_threads(threads)
+            os.environ["OMP_NUM_THREADS"] = str(threads)  # else accelerate sets its own number, and warns
+    device = torch.device("cpu") if fleet.device == "cpu" else torch.device("cuda", local)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    alone = fleet.strategy is Strategy.single
+    if not alone:
+        warnings.simplefilter("ignore", FutureWarning)  # of torch at accelerate and DeepSpeed: nobody here can act on it
+    if not alone and not torch.distributed.is_initialized():
+        try:
+            torch.distributed.init_process_group(
+                "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
+                timeout=_PATIENCE,
+                device_id=device if device.type == "cuda" else None,
+            )
+        except (RuntimeError, ValueError) as error:
+            meeting = f"{os.environ.get('MASTER_ADDR', 'MASTER_ADDR')}:{os.environ.get('MASTER_PORT', 'MASTER_PORT')}"
+            if "EADDRINUSE" in str(error) or "already in use" in str(error):
+                raise UserError(
+                    f"the processes cannot meet at {meeting}, that port is in use: set MASTER_PORT to a free one, or "
+                    "torchrun --rdzv-endpoint=localhost:0"
+                ) from error
+            raise UserError(f"the processes cannot meet at {meeting}: {' '.join(str(error).split())[:200]}") from error
+    return Place(
+        device=device, bf16=fleet.bf16, rank=rank, world=world, strategy=fleet.strategy, offload=fleet.offload
+    )
+
+
+def leave() -> None:
+    """Disconnect from the other processes, so that none waits for this one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+# Stopping -----------------------------------------------------------------------------------------------------------
+
+
+class StopRequest:
+    """Whether this process was asked to stop: SIGTERM, Ctrl-C, or SLURM's warning that the time is up (SIGUSR2)."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __call__(self, number: int, frame: Any) -> None:
+        """The signal handler: remember, and say that it was heard. A second Ctrl-C does not wait."""
+        if self.signal == signal.SIGINT == number and not inside():
+            raise KeyboardInterrupt
+        if self.signal is None and os.environ.get("RANK", "0") == "0":
+            print("align: stopping at the end of this step, with a checkpoint", file=sys.stderr)
+        self.signal = number
+
+
+@contextlib.contextmanager
+def heeding_signals() -> Iterator[StopRequest]:
+    """A request to stop is noted, not obeyed at once; where Ctrl-C is ignored (a worker of `start`) it stays so."""
+    request = StopRequest()
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+            before[number] = signal.getsignal(number)
+            if before[number] is not signal.SIG_IGN:
+                signal.signal(number, request)
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# Starting -----------------------------------------------------------------------------------------------------------
+
+
+def start(fleet: Fleet, logs: Path, function: Callable[..., Any], *args: Any) -> Any:
+    """Run `function(*args)` once in each process of the fleet, all on this machine. Returns what rank 0's returns.
+
+    Args:
+        logs: folder for what processes other than rank 0 print, and for the traceback of one that fails.
+        function: importable, and all that it takes can be pickled. It may call `join`.
+
+    Raises:
+        UserError: a process failed; the message names it. The others are gone by then.
+        Stopped: the processes were asked to stop, and did.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    for old in logs.glob("*.outcome"):
+        old.unlink()
+    # The parent keeps the store at which the processes meet: a port that the system picks, and gone with the parent.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, fleet.world, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("spawn")
+    processes: list[BaseProcess] = [
+        context.Process(target=_work, args=(rank, fleet, store.port, logs, function, args), name=f"align-{rank}")
+        for rank in range(fleet.world)
+    ]
+    with _passing_on_signals(processes) as asked:
+        try:
+            for process in processes:
+                process.start()
+            ended = _watch(processes, asked)
+        finally:
+            for process in processes:
+                if process.pid is not None:
+                    process.kill()
+                    process.join()
+    return _verdict(len(processes), ended, logs, stopped=bool(asked))
+
+
+def _watch(processes: list[BaseProcess], asked: list[float]) -> dict[int, int]:
+    """Wait until all processes have ended, one has failed, or they took too long to stop. {rank: exit status}."""
+
+    def ended() -> dict[int, int]:
+        return {rank: p.exitcode for rank, p in enumerate(processes) if p.exitcode is not None}
+
+    while len(ended()) < len(processes):
+        wait([p.sentinel for p in processes if p.exitcode is None], timeout=0.5)
+        too_long = asked and time.monotonic() - asked[0] > _TO_CHECKPOINT
+        if any(ended().values()) or len(asked) > 1 or too_long:
+            until = time.monotonic() + _LAST_WORDS
+            while len(ended()) < len(processes) and time.monotonic() < until:
+                time.sleep(0.02)
+            break
+    return ended()
+
+
+@contextlib.contextmanager
+def _passing_on_signals(processes: list[BaseProcess]) -> Iterator[list[float]]:
+    """Ctrl-C and SIGTERM become SIGTERM for every process. Yields the moments when they came."""
+    asked: list[float] = []
+
+    def pass_on(number: int, frame: Any) -> None:
+        asked.append(time.monotonic())
+        for process in processes:
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, signal.SIGTERM)
+
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, pass_on) for number in numbers}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _verdict(world: int, ended: dict[int, int], logs: Path, stopped: bool) -> Any:
+    """What rank 0 returned, or the failure that came first."""
+    said: dict[int, dict[str, Any]] = {}
+    for rank in range(world):
+        with contextlib.suppress(OSError, ValueError):
+            said[rank] = json.loads((logs / f"{rank}.outcome").read_text())
+    in_order = sorted(said.values(), key=lambda outcome: outcome["time"])
+    texts = {kind: [o["text"] for o in in_order if o["kind"] == kind] for kind in ("done", "user", "stopped", "failed")}
+    if len(texts["done"]) == world:
+        return said[0]["text"]
+    if texts["user"]:
+        raise UserError(texts["user"][0])
+    if texts["stopped"] or stopped:
+        raise Stopped((*texts["stopped"], "before the first step")[0])
+    for rank, status in ended.items():  # one that a signal ended could not speak; the others only say that it is gone
+        if status < 0:
+            memory = "; out of memory? try a smaller engine.tokens_per_micro_batch or fewer cluster.processes"
+            hint = memory if -status == signal.SIGKILL else f"; what it printed last is in {logs / f'{rank}.log'}"
+            raise UserError(f"process {rank} of {world} was ended by {signal.Signals(-status).name}{hint}")
+    if texts["failed"]:
+        raise UserError(texts["failed"][0])
+    silent = [rank for rank, status in ended.items() if status]
+    raise UserError(f"process {silent[0]} of {world} ended with status {ended[silent[0]]}; see {logs}")
+
+
+def _work(
+    rank: int, fleet: Fleet, port: int, logs: Path, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    """The body of a process: take the place, run, and leave word of how it ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to everyone; the parent passes on SIGTERM
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": fleet.world, "LOCAL_WORLD_SIZE": fleet.per_node}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    tqdm.set_lock(threading.RLock())  # its own outlives a process that is killed, and the system complains
+    os.environ |= {name: str(value) for name, value in {**places, **meeting}.items()}
+    if rank > 0:
+        log = os.open(logs / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+    outcome: dict[str, Any] = {"kind": "done"}
+    try:
+        outcome["text"] = function(*args)
+    except UserError as error:
+        outcome = {"kind": "user", "text": str(error)}
+    except Stopped as stop:
+        outcome = {"kind": "stopped", "text": str(stop)}
+    except BaseException as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        trace = logs / f"{rank}.traceback"
+        trace.write_text(traceback.format_exc())
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]} ({Path(at.filename).name}:{at.lineno})"
+        outcome = {"kind": "failed", "text": f"process {rank} of {fleet.world}: {text}; traceback in {trace}"}
+    unfinished = logs / f"{rank}.unfinished"
+    unfinished.write_text(json.dumps({**outcome, "time": time.time()}))
+    unfinished.replace(logs / f"{rank}.outcome")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0 if outcome["kind"] in ("done", "stopped") else 1)  # nothing that is connected may keep it here

@@ -6,7 +6,7 @@ papers train without it, and a log-ratio to the start model is only 0 at step 0 
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,12 +122,36 @@ def load_policy(cfg: ModelConfig, start: Start, seed: int) -> PreTrainedModel:
     model.config.use_cache = False
     if cfg.lora:
         model = _with_adapter(model, cfg.lora, seed)
+    _without_dropout(model)
+    return model
+
+
+def load_trained(cfg: ModelConfig, start: Start, folder: Path) -> PreTrainedModel:
+    """A trained policy as a run has written it, in float32 on the CPU: the weights, or the start model's adapter."""
+    if not cfg.lora:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            attn_implementation=cfg.attn_implementation,
+            use_safetensors=True,
+            dtype=torch.float32,
+            trust_remote_code=cfg.trust_remote_code,
+        )
+    else:
+        import peft
+
+        model = load_policy(replace(cfg, lora={}), start, seed=0)
+        model = peft.PeftModel.from_pretrained(model, folder)
+    model.config.use_cache = False
+    _without_dropout(model)
+    return model
+
+
+def _without_dropout(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):  # in some models it is an nn.Dropout
             module.attention_dropout = 0.0
-    return model
 
 
 def _with_adapter(model: PreTrainedModel, fields: dict[str, Any], seed: int) -> PreTrainedModel:
@@ -245,12 +269,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return fingerprint(backend, tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token)
 
 
-def policy_fingerprint(model: PreTrainedModel) -> str:
-    """Changes when any weight does, adapters included, or how they are used: the key of what a policy computes."""
-    digest = xxhash.xxh3_128()
-    how = f"{model.config.to_json_string()} {model.config._attn_implementation} {transformers.__version__}"
-    digest.update(how.encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+def policy_fingerprint(cfg: ModelConfig, start: Start, seed: int) -> str:
+    """Changes when any weight of the policy at step 0 does, adapters included, or how they are used."""
+    adapter = [cfg.lora, seed] if cfg.lora else []
+    return fingerprint(start.fingerprint, adapter, cfg.attn_implementation, transformers.__version__)

@@ -1,15 +1,16 @@
 """What would run, in a page of text: data, lengths, steps, micro-batches, memory, the first loss. Starts nothing."""
 
+from dataclasses import replace
 from statistics import fmean
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from align.batching import MicroBatch, StepSampler, fed_tokens, steps_per_epoch
-from align.config import Layout, ModelConfig, RunConfig, UserError
+from align.config import Layout, ModelConfig, RunConfig, Strategy, UserError
 from align.data import Pairs, pair_lengths, token_counts
 from align.engine import CPU_TOKENS
-from align.launch import Place
+from align.launch import Fleet
 from align.model import Start
 from objectives import Objective, Response
 
@@ -29,14 +30,20 @@ def check_batch(cfg: RunConfig, pairs: int, world: int) -> None:
         )
 
 
-def total_steps(cfg: RunConfig, pairs: int, world: int) -> int:
+def settle_strategy(cfg: RunConfig, start: Start, pairs: Pairs, fleet: Fleet) -> Fleet:
+    if fleet.strategy is Strategy.auto:
+        fleet = replace(fleet, strategy=Strategy.ddp)
+    return fleet
+
+
+def total_steps(cfg: RunConfig, pairs: int) -> int:
     """Optimizer steps of the whole run."""
     limit = int(cfg.optimizer.get("max_steps", -1))
     epochs = float(cfg.optimizer.get("num_train_epochs", 3.0))
-    return limit if limit > 0 else -int(-epochs * steps_per_epoch(pairs, cfg.train.pairs_per_step, world) // 1)
+    return limit if limit > 0 else -int(-epochs * steps_per_epoch(pairs, cfg.train.pairs_per_step) // 1)
 
 
-def describe(cfg: RunConfig, start: Start, pairs: Pairs, objective: Objective, where: Place) -> str:
+def describe(cfg: RunConfig, start: Start, pairs: Pairs, objective: Objective, where: Fleet) -> str:
     """The plan of a run, as it is printed and saved."""
     train, lengths = cfg.train, pair_lengths(pairs.train)
     wanted, layout = cfg.engine.tokens_per_micro_batch, cfg.engine.layout
@@ -48,7 +55,7 @@ def describe(cfg: RunConfig, start: Start, pairs: Pairs, objective: Objective, w
             layout,
             pairs_per_step=train.pairs_per_step,
             world=where.world,
-            rank=where.rank,
+            rank=0,
             budget=budget,
             seed=cfg.seed,
         )
@@ -61,7 +68,7 @@ def describe(cfg: RunConfig, start: Start, pairs: Pairs, objective: Objective, w
         return sum(fed_tokens([lengths[i] for i in b], layout) for b in batches) / sum(map(len, batches))
 
     micro = [len(share) for share in first_shares(layout)]
-    by_memory = ", more where a GPU has the memory" if wanted == "auto" and where.device.type == "cuda" else ""
+    by_memory = ", more where a GPU has the memory" if wanted == "auto" and where.device == "cuda" else ""
     tokens = {kind: tokens_per_pair(kind) for kind in dict.fromkeys([layout, *Layout])}
     others = ", ".join(f"{kind.name} {count:,.0f}" for kind, count in tokens.items() if kind is not layout)
     lines = [
@@ -70,8 +77,8 @@ def describe(cfg: RunConfig, start: Start, pairs: Pairs, objective: Objective, w
         f"data        {cfg.dataset.name}: {_counts(pairs, 'train')}",
         f"held out    {_counts(pairs, 'held_out')}",
         *(f"lengths     {name}: {_quantiles(pairs, column)}" for name, column in _COLUMNS.items()),
-        f"steps       {total_steps(cfg, len(lengths), where.world)} of {train.pairs_per_step} pairs "
-        f"({len(sampler(layout))} an epoch), on {where.world} {where.device.type} process(es), {'bf16' if where.bf16 else 'fp32'}",
+        f"steps       {total_steps(cfg, len(lengths))} of {train.pairs_per_step} pairs "
+        f"({len(sampler(layout))} an epoch), on {where.world} {where.device} process(es), {'bf16' if where.bf16 else 'fp32'}",
         f"a step      {fmean(micro):.1f} micro-batches a process (at most {max(micro)}) of up to {budget} tokens{by_memory}",
         f"layout      {layout.name}: {tokens[layout]:,.0f} tokens a pair go through the model ({others})",
         f"memory      {_memory(cfg, start, max(budget, *(fed_tokens([pair], layout) for pair in lengths)))}",

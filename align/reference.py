@@ -5,8 +5,9 @@ policy as it is at step 0, adapter included, so a log-ratio starts at exactly wh
 The key covers the weights themselves, the pairs (data, tokenizer, template, truncation, mask), the precision and the
 layout: what differs by rounding alone would still decide a tie, and an accuracy starts at 0.5 where nothing has moved.
 
-The pass runs over pairs in order of length, in shards of a file each. Whoever needs the column (a rank, another run of
-the sweep, a run that was killed and goes on) computes the shards that no one has, so it is shared out by itself.
+The pass runs over pairs in order of length, in shards of a file each: all processes of a run work on one shard, since
+weights may be divided among them. Another run of the sweep takes the shards that no one is about, and a run that was
+killed goes on, so the work is shared out by itself.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from align.batching import FORWARD_ONLY, Lengths, fed_tokens, plan_micro_batches
+from align.batching import FORWARD_ONLY, Lengths, deal, fed_tokens
 from align.config import Layout, UserError, fingerprint
 from align.data import as_group
 from align.engine import collate, evaluating, response_statistics
@@ -30,7 +31,7 @@ from align.launch import Place
 
 _SHARD_PAIRS = 256  # what a killed pass loses at most
 _BAR_SHARDS = 4  # below it, a progress bar is noise
-_VERSION = 1  # of what a shard holds and in what order: raise it when that changes
+_VERSION = 2  # of what a shard holds and in what order: raise it when that changes
 
 
 def reference_logps(
@@ -47,58 +48,86 @@ def reference_logps(
     cache: Path,
     name: str,
 ) -> Tensor:
-    """`[N, 2]` float32 nats: ref_logp of the chosen and of the rejected response of each pair. Cached.
+    """`[N, 2]` float32 nats: ref_logp of the chosen and of the rejected response of each pair. Cached. Collective.
 
     Args:
-        policy: `engine.attach`ed in `layout`, at step 0, on its device; `weights` is its fingerprint.
+        policy: `engine.attach`ed in `layout`, at step 0, wrapped as in training; `weights` tells it from others.
         lengths: `(prompt, chosen, rejected)` tokens of each pair; `budget` is a training micro-batch's.
         name: of the split, for the progress bar and the file.
 
     Raises:
         UserError: the cache cannot be written.
     """
-    key = fingerprint(_VERSION, _SHARD_PAIRS, weights, pairs_fingerprint, name, where.bf16, layout.name)
+    key = fingerprint(_VERSION, _SHARD_PAIRS, weights, pairs_fingerprint, name, where.numerics, layout.name)
     folder = cache / "reference" / key
     by_length = sorted(range(len(pairs)), key=lambda i: (-fed_tokens([lengths[i]], Layout.shared), i))
     shards = [by_length[at : at + _SHARD_PAIRS] for at in range(0, len(pairs), _SHARD_PAIRS)]
     files = [folder / f"{number:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
 
     def compute(shard: list[int]) -> Tensor:
-        logps = torch.empty(len(shard), 2)
+        """`[len(shard), 2]`, by all processes in step."""
+        logps = torch.zeros(len(shard), 2, device=where.device)
+        row = {pair: at for at, pair in enumerate(shard)}
         with evaluating(policy), where.autocast():
-            for group in plan_micro_batches([lengths[i] for i in shard], layout, FORWARD_ONLY * budget):
-                rows = pairs.select([shard[i] for i in group]).to_list()
-                batch = collate([as_group(row) for row in rows], layout, pad_token_id).to(where.device)
-                logps[group] = response_statistics(policy, batch, ())["logp"].view(-1, 2).cpu()
-        return logps
+            for some in deal(shard, lengths, where.world, layout, FORWARD_ONLY * budget)[where.rank]:
+                groups = [as_group(pair) for pair in pairs.select(list(some.pairs)).to_list()]
+                batch = collate(groups, layout, pad_token_id).to(where.device)
+                values = response_statistics(policy, batch, ())["logp"].view(-1, 2)
+                counted = [at for at, counts in enumerate(some.counted) if counts]
+                logps[[row[some.pairs[at]] for at in counted]] = values[counted]
+        if where.world > 1:
+            torch.distributed.all_reduce(logps)
+        return logps.cpu()
 
-    def make(number: int, wait: bool) -> None:
-        """Compute a shard, unless someone has or, where we are not to `wait`, someone is about it."""
+    def missing() -> list[int]:
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        return [number for number, file in enumerate(files) if not file.exists()]
+
+    to_do = where.from_first(missing)
+    silent = where.rank > 0 or len(to_do) < _BAR_SHARDS
+    with tqdm(total=len(to_do), desc=f"reference log-probabilities, {name}", unit="shard", disable=silent) as bar:
+        for wait in (False, True):  # first what no one is about, then what others have not finished
+            for number in to_do if not wait else where.from_first(missing):
+                with _claimed(files[number], wait, where) as ours:
+                    if ours:
+                        logps = compute(shards[number])
+                        if where.rank == 0:
+                            _write(files[number], logps)
+                        bar.update()
+    column: Tensor = where.from_first(lambda: _read(files, shards))
+    return column
+
+
+@contextlib.contextmanager
+def _claimed(file: Path, wait: bool, where: Place) -> Iterator[bool]:
+    """Whether this run is to compute a shard: it is missing, and rank 0 holds its lock."""
+    lock = FileLock(f"{file}.lock", timeout=-1 if wait else 0)
+
+    def claim() -> bool:
         try:
-            with _writing(folder), FileLock(f"{files[number]}.lock", timeout=-1 if wait else 0):
-                if not files[number].exists():
-                    unfinished = files[number].with_suffix(".unfinished")
-                    save_file({"logp": compute(shards[number])}, str(unfinished))
-                    unfinished.replace(files[number])
+            with _writing(file.parent):
+                lock.acquire()
         except Timeout:
-            pass
+            return False
+        return not file.exists()
 
-    with _writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    missing = [number for number, file in enumerate(files) if not file.exists()]
-    order = list(dict.fromkeys([*missing[where.rank :: where.world], *missing]))  # one's own share, then the others'
-    with tqdm(
-        total=len(missing),
-        desc=f"reference log-probabilities, {name}",
-        unit="shard",
-        disable=where.rank > 0 or len(missing) < _BAR_SHARDS,
-    ) as bar:
-        for wait in (False, True):
-            for number in order:
-                if not files[number].exists():
-                    make(number, wait)
-                bar.update(sum(files[i].exists() for i in missing) - bar.n)
-    logps = torch.empty(len(pairs), 2)
+    try:
+        yield where.from_first(claim)
+    finally:
+        lock.release()
+
+
+def _write(file: Path, logps: Tensor) -> None:
+    with _writing(file.parent):
+        unfinished = file.with_suffix(".unfinished")
+        save_file({"logp": logps}, str(unfinished))
+        unfinished.replace(file)
+
+
+def _read(files: list[Path], shards: list[list[int]]) -> Tensor:
+    """`[N, 2]`: the shards put together."""
+    logps = torch.empty(sum(map(len, shards)), 2)
     for file, shard in zip(files, shards, strict=True):
         try:
             logps[shard] = load_file(str(file))["logp"]

@@ -4,56 +4,150 @@ Everything that can be wrong is found before a model is loaded; everything a run
 config.yaml, plan.txt, first_pair.txt, metrics.jsonl, results.json, samples.jsonl, checkpoints/, model/.
 """
 
+import contextlib
 import inspect
 import json
 import math
+import os
 import shutil
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 import transformers
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 
 import objectives
-from align import arguments, card, config, data, engine, evaluate, launch, model, plan, reference, tracking
-from align.config import Layout, RunConfig, UserError
-from align.trainer import PairData, PairTrainer
+from align import arguments, card, config, data, engine, evaluate, launch, model, plan, reference, slurm, strategy, tracking
+from align.config import Launcher, Layout, RunConfig, Stopped, Strategy, UserError
+from align.launch import Fleet, Place
+from align.trainer import MADE_BY, PairData, PairTrainer, step_of
 from objectives import Objective
+
+_ENDING = 5.0  # seconds in which the processes of a run that was killed are gone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run that is checked and prepared, as it is handed to the processes that train."""
+
+    cfg: RunConfig
+    start: model.Start
+    pairs: data.Pairs
+    fleet: Fleet
+    identity: dict[str, Any]
+    dir: Path
+    plan: str
+
+    @property
+    def results(self) -> Path:
+        """The file whose existence says that the run is complete."""
+        return self.dir / "results.json"
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return plan.total_steps(self.cfg, len(self.pairs.train))
 
 
 def run(cfg: RunConfig) -> float | None:
-    """Run `cfg` to its end, or print its plan. Returns the win rate against the start model where there is a judge,
-    else the held-out accuracy by mean_logp; None for a plan.
+    """Run `cfg` to its end, or print its plan, or submit it. Returns the win rate against the start model where there is
+    a judge, else the held-out accuracy by mean_logp; None where nothing was trained.
 
     Raises:
         UserError: anything the user can put right.
+        Stopped: it was asked to stop.
     """
-    datasets.disable_progress_bars()
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    _quieten()
+    job = prepare(cfg)
+    if cfg.plan:
+        _say(job.plan)
+        return None
+    if not job.results.exists():
+        if cfg.cluster.launcher is Launcher.slurm and not launch.inside():
+            slurm.submit(job.dir, plain(cfg))
+            return None
+        _train(job)
+    else:
+        _say(f"This run is complete: {job.dir}. To train it anew, delete that folder or give another run_dir=")
+    results = json.loads(job.results.read_text()) if _is_first() else None
+    if results is None:
+        return None
+    _say(card.text_table(card.table(results["start"], results["trained"])))
+    _say(f"model    {job.dir / 'model'}\nmetrics  {job.dir / 'metrics.jsonl'}")
+    trained: dict[str, float] = results["trained"]
+    return trained.get("win_rate", trained["accuracy/mean_logp"])
+
+
+def prepare(cfg: RunConfig) -> Job:
+    """Check everything, and make what the processes need: data, start model, plan, the run folder's name."""
     objective = check(cfg)
-    where = launch.place(cfg.cluster)
+    fleet = launch.fleet(cfg.cluster, cfg.plan)
     cache = Path(cfg.cache_dir).expanduser()
     start = model.prepare_start(cfg.model, cache)
     pairs = data.prepare(cfg.dataset, cfg.train, cfg.model.system_message, start, cache)
-    check_data(cfg, objective, start, pairs, where)
-    _, parameters = plan.shape(cfg.model, start)
-    if warning := arguments.high_learning_rate(cfg.optimizer, cfg.model.parameters or parameters):
+    check_data(cfg, objective, start, pairs, fleet)
+    fleet = plan.settle_strategy(cfg, start, pairs, fleet)
+    if not cfg.plan:
+        strategy.check(fleet)
+    if warning := arguments.high_learning_rate(cfg.optimizer, plan.shape(cfg.model, start)[1]):
         warnings.warn(warning, UserWarning, stacklevel=2)
-    text = plan.describe(cfg, start, pairs, objective, where)
-    if cfg.plan:
+    identity = _identity(plain(cfg), objective, start, pairs, fleet)
+    names = f"{cfg.model.name}-{cfg.dataset.name}-{cfg.objective['name']}"
+    folder = Path(cfg.run_dir or f"runs/{names}-{config.fingerprint(identity)[:6]}").expanduser()
+    text = plan.describe(cfg, start, pairs, objective, fleet)
+    job = Job(cfg=cfg, start=start, pairs=pairs, fleet=fleet, identity=identity, dir=folder, plan=text)
+    _recognise(job)
+    return job
+
+
+def _quieten() -> None:
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _is_first() -> bool:
+    """Of several processes that were started from outside, the one that writes and prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say(text: str) -> None:
+    if _is_first():
         print(text)
-        return None
-    prepared = _Prepared(cfg, objective, start, pairs, where, cache)
-    return prepared.run(text)
+
+
+def _train(job: Job) -> None:
+    """Train in this process, in processes of ours, or as one of several that were started from outside."""
+    with contextlib.ExitStack() as held:
+        if _is_first():
+            held.enter_context(_own_folder(job.dir))
+            check_checkpoint(job)
+            _open_folder(job)
+        if launch.inside() or job.fleet.strategy is Strategy.single:
+            work(job)
+        else:
+            launch.start(job.fleet, job.dir / "logs", work, job)
+
+
+def work(job: Job) -> None:
+    """What each process does."""
+    _quieten()
+    place = launch.join(job.fleet)
+    try:
+        _Training(job, place).run()
+    finally:
+        launch.leave()
 
 
 def check(cfg: RunConfig) -> Objective:
@@ -72,12 +166,10 @@ def check(cfg: RunConfig) -> Objective:
         raise UserError(str(error)) from error
 
 
-def check_data(
-    cfg: RunConfig, objective: Objective, start: model.Start, pairs: data.Pairs, where: launch.Place
-) -> None:
+def check_data(cfg: RunConfig, objective: Objective, start: model.Start, pairs: data.Pairs, fleet: Fleet) -> None:
     """What the objective and the batch ask of the data."""
     data.check_bos(pairs, start.tokenizer)
-    plan.check_batch(cfg, len(pairs.train), where.world)
+    plan.check_batch(cfg, len(pairs.train), fleet.world)
     for name, split in (("training", pairs.train), ("held-out", pairs.held_out)):
         sides = zip(split["chosen_win_prob"], split["rejected_win_prob"], strict=True)
         without = sum(math.isnan(chosen) or math.isnan(rejected) for chosen, rejected in sides)
@@ -89,237 +181,283 @@ def check_data(
             )
 
 
-class _Prepared:
-    """A run whose data and start model are ready."""
+def _recognise(job: Job) -> None:
+    """Refuse a folder that holds another run."""
+    known = job.dir / "identity.json"
+    if not known.exists():
+        return
+    try:
+        before = json.loads(known.read_text())
+    except ValueError as error:
+        raise UserError(f"run_dir: {known} is damaged; delete {job.dir} or give another run_dir=") from error
+    differs = _differences(before, json.loads(json.dumps(job.identity, default=str)))
+    if differs:
+        raise UserError(f"{job.dir} holds another run ({'; '.join(differs[:4])}); give another run_dir= or delete it")
 
-    def __init__(
-        self,
-        cfg: RunConfig,
-        objective: Objective,
-        start: model.Start,
-        pairs: data.Pairs,
-        where: launch.Place,
-        cache: Path,
-    ) -> None:
-        self.cfg, self.objective, self.start, self.pairs = cfg, objective, start, pairs
-        self.where, self.cache = where, cache
-        self.config = plain(cfg)
-        self.identity = _identity(self.config, objective, start, pairs, where)
-        names = f"{cfg.model.name}-{cfg.dataset.name}-{cfg.objective['name']}"
-        self.dir = Path(cfg.run_dir or f"runs/{names}-{config.fingerprint(self.identity)[:6]}").expanduser()
 
-    def run(self, plan_text: str) -> float:
-        results_file = self.dir / "results.json"
-        self._recognise()
-        if results_file.exists():
-            self._say(
-                f"This run is complete: {self.dir}. To train it anew, delete that folder or give another run_dir="
-            )
-        else:
-            made = arguments.training_arguments(self.cfg, self.dir / "checkpoints", self.where)
-            policy = self._policy()
-            try:
-                with self._lock():
-                    self._open_folder(plan_text)
-                    self._train(policy, made, results_file)
-            except Timeout as error:
-                raise UserError(f"another process is training in {self.dir}; give another run_dir=") from error
-        results = json.loads(results_file.read_text())
-        self._say(card.text_table(card.table(results["start"], results["trained"])))
-        self._say(f"model    {self.dir / 'model'}\nmetrics  {self.dir / 'metrics.jsonl'}")
-        trained: dict[str, float] = results["trained"]
-        return trained.get("win_rate", trained["accuracy/mean_logp"])
+def check_checkpoint(job: Job) -> None:
+    """Raise `UserError` for a checkpoint that this strategy on so many processes cannot read."""
+    checkpoint = last_checkpoint(job.dir / "checkpoints")
+    if checkpoint is None:
+        return
+    made = json.loads((checkpoint / MADE_BY).read_text())
+    before, now = Strategy(made["strategy"]), job.fleet.strategy
+    whole = {Strategy.single, Strategy.ddp}  # both write weights and optimizer in one piece
+    same = before is now or {before, now} <= whole
+    by_rank = before in (Strategy.zero2, Strategy.zero3)  # DeepSpeed's shards are those of its ranks
+    if not same or (by_rank and made["processes"] != job.fleet.world):
+        other = f"cluster.strategy={before.value}" + (f" cluster.processes={made['processes']}" if by_rank else "")
+        raise UserError(
+            f"{checkpoint} was written by {before.value} on {made['processes']} process(es), and this is {now.value} on "
+            f"{job.fleet.world}: go on with {other}, or begin anew with another run_dir="
+        )
 
-    def _say(self, text: str) -> None:
-        if self.where.rank == 0:
-            print(text)
 
-    def _recognise(self) -> None:
-        """Refuse a folder that holds another run."""
-        known = self.dir / "identity.json"
-        if not known.exists():
-            return
-        try:
-            before = json.loads(known.read_text())
-        except ValueError as error:
-            raise UserError(f"run_dir: {known} is damaged; delete {self.dir} or give another run_dir=") from error
-        differs = _differences(before, json.loads(json.dumps(self.identity, default=str)))
-        if differs:
-            raise UserError(
-                f"{self.dir} holds another run ({'; '.join(differs[:4])}); give another run_dir= or delete it"
-            )
+@contextlib.contextmanager
+def _own_folder(folder: Path) -> Iterator[None]:
+    """The run folder, which is created, and its lock."""
+    lock = FileLock(folder / ".lock", timeout=_ENDING)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(f"another process is training in {folder}; give another run_dir=") from error
+    except OSError as error:
+        raise UserError(f"run_dir: cannot write {folder} ({error.strerror}); give another run_dir=") from error
+    with lock:
+        yield
 
-    def _lock(self) -> FileLock:
-        """The lock of the run folder, which is created."""
-        try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"run_dir: cannot write {self.dir} ({error.strerror}); give another run_dir=") from error
-        return FileLock(self.dir / f".lock-{self.where.rank}", timeout=0)
 
-    def _open_folder(self, plan_text: str) -> None:
-        """Write down what runs. Files are rank 0's."""
-        if self.where.rank != 0:
-            return
-        try:
-            pair = data.show_pair(self.pairs.train[0], self.start.tokenizer)
-            OmegaConf.save(OmegaConf.create(self.config), self.dir / "config.yaml")
-            (self.dir / "plan.txt").write_text(plan_text + "\n")
-            (self.dir / "first_pair.txt").write_text(pair + "\n")
-            unfinished = self.dir / "identity.unfinished"
-            unfinished.write_text(json.dumps(self.identity, indent=2, default=str))
-            unfinished.replace(self.dir / "identity.json")
-        except OSError as error:
-            raise UserError(f"run_dir: cannot write {self.dir} ({error.strerror}); give another run_dir=") from error
-        print(f"{plan_text}\n{pair}\nrun folder  {self.dir}")
+def _open_folder(job: Job) -> None:
+    """Write down what runs."""
+    try:
+        pair = data.show_pair(job.pairs.train[0], job.start.tokenizer)
+        OmegaConf.save(OmegaConf.create(plain(job.cfg)), job.dir / "config.yaml")
+        (job.dir / "plan.txt").write_text(job.plan + "\n")
+        (job.dir / "first_pair.txt").write_text(pair + "\n")
+        _write_json(job.dir / "identity.json", job.identity)
+    except OSError as error:
+        raise UserError(f"run_dir: cannot write {job.dir} ({error.strerror}); give another run_dir=") from error
+    print(f"{job.plan}\n{pair}\nrun folder  {job.dir}", flush=True)
 
-    def _train(self, policy: PreTrainedModel, made: TrainingArguments, results_file: Path) -> None:
-        cfg, where, dir_ = self.cfg, self.where, self.dir
-        trainer = self._trainer(policy, made)
-        checkpoint = last_checkpoint(dir_ / "checkpoints")
-        tracker = tracking.start(cfg, dir_, self.config, where.rank)
-        steps = plan.total_steps(cfg, len(self.pairs.train), where.world)
+
+def _write_json(file: Path, value: Any) -> None:
+    """Whole or not at all."""
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(value, indent=2, default=str))
+    unfinished.replace(file)
+
+
+class _Training:
+    """One process's part of a run: reference, training, evaluation, saving."""
+
+    def __init__(self, job: Job, place: Place) -> None:
+        self.job, self.cfg, self.where = job, job.cfg, place
+        self.objective = check(job.cfg)
+        self.cache = Path(job.cfg.cache_dir).expanduser()
+        self.checkpoint = last_checkpoint(job.dir / "checkpoints")
+        self.at_start: dict[str, float] = {}
+
+    def run(self) -> None:
+        """Train and evaluate with all processes; then the first one alone asks the judge, where there is one."""
+        job, cfg, where = self.job, self.cfg, self.where
+        policy, layout, attention = self._policy()
+        self.layout, self.attention = layout, attention
+        self.budget = self._tokens_per_micro_batch(policy)
+        trainer = self._trainer(policy)
+        del policy
+        tracker = tracking.start(cfg, job.dir, plain(cfg), where.rank)
         report: _Report | None = None
         if where.rank == 0:
             every = cfg.train.eval_every_steps
-            report = _Report(dir_ / "metrics.jsonl", tracker, steps, _step_of(checkpoint), every)
+            report = _Report(job.dir / "metrics.jsonl", tracker, job.steps, step_of(self.checkpoint), every)
         trainer.on_metrics = report
         failed = True
         results: dict[str, Any] = {}
         try:
-            trainer.check_step_zero()
-            at_start = self._measure_start(trainer, checkpoint)
-            if checkpoint is not None and _step_of(checkpoint) >= steps:
-                trainer.load_trained(checkpoint)
-            else:
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            measured = {"start": at_start, "trained": trainer.evaluate()}
+            self._fit(trainer)
+            measured = {"start": self.at_start, "trained": trainer.evaluate()}
             results = {side: {k.removeprefix("eval/"): v for k, v in m.items()} for side, m in measured.items()}
-            if where.rank == 0:
-                self._finish(trainer, results, results_file)
+            self._save(trainer)
             trainer.accelerator.wait_for_everyone()
+            trainer.accelerator.free_memory()
+            del trainer
+            launch.leave()
+            if where.rank == 0:
+                self._finish(results)
             failed = False
+        except Stopped:
+            failed = False
+            raise
         finally:
             if report is not None:
                 report.close()
             summary = {f"result/{name}": value for name, value in results.get("trained", {}).items()}
             tracker.finish(summary, failed)
 
-    def _measure_start(self, trainer: PairTrainer, checkpoint: Path | None) -> dict[str, float]:
-        """Held-out metrics of the start policy: measured before step 1, and read again where a run goes on."""
-        file = self.dir / "start.json"
-        if checkpoint is not None:  # not `file.exists()`: every rank must take the same way
-            self._say(f"going on from {checkpoint}")
-            metrics: dict[str, float] = json.loads(file.read_text())
-            return metrics
-        metrics = trainer.evaluate()
-        if self.where.rank == 0:
-            file.write_text(json.dumps(metrics))
-        return metrics
+    def _fit(self, trainer: PairTrainer) -> None:
+        trainer.on_ready = lambda: self._at_step_zero(trainer)
+        with launch.heeding_signals() as request:
+            trainer.stop = lambda: request.signal is not None
+            trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+        at = int(trainer.state.global_step)
+        if at < self.job.steps:
+            raise Stopped(f"at step {at} of {self.job.steps}, with a checkpoint")
 
-    def _policy(self) -> PreTrainedModel:
-        """The policy at step 0, on its device, fed as every process can feed it; checked against its own logits."""
-        policy = self._start_policy()
-        self.weights = model.policy_fingerprint(policy)  # before the engine puts its own attention in
-        some = [data.as_group(pair) for pair in self.pairs.train.select(range(min(2, len(self.pairs.train))))]
-        groups = [(prompt[-32:], [chosen[:32], rejected[:24]]) for prompt, (chosen, rejected) in some]
-        engine_ = self.cfg.engine
-        with self.where.autocast():
-            wanted = self.cfg.model.attn_implementation
-            layout, self.attention, why = engine.settle(policy, groups, engine_.layout, wanted)
-        layouts = list(Layout)
-        self.layout = layouts[-self.where.least(-layouts.index(layout))]  # the plan of a step must be the same for all
-        engine.attach(policy, self.layout, self.attention)
+    def _at_step_zero(self, trainer: PairTrainer) -> None:
+        """The reference column and the start policy's figures: made before step 1, read again where a run goes on."""
+        columns, figures = self.job.dir / "reference.safetensors", self.job.dir / "start.json"
+        splits = {"train": trainer.train_dataset, "held_out": trainer.eval_dataset}
+        if self.checkpoint is not None:
+            self._say(f"going on from {self.checkpoint}")
+            known = load_file(str(columns))
+            for name, split in splits.items():
+                split.ref_logp = known.get(name)
+            self.at_start = json.loads(figures.read_text())
+            return
+        # Held-out pairs always get the column: they are few, and what is comparable across objectives needs it.
+        wanted = ["held_out"] + (["train"] if "ref_logp" in self.objective.needs else [])
+        made = {name: self._reference(trainer, splits[name], name) for name in wanted}
+        for name, column in made.items():
+            splits[name].ref_logp = column
+        trainer.check_step_zero()
+        self.at_start = trainer.evaluate()
+        if self.where.rank == 0:
+            save_file(made, str(columns.with_suffix(".unfinished")))
+            columns.with_suffix(".unfinished").replace(columns)
+            _write_json(figures, self.at_start)
+
+    def _reference(self, trainer: PairTrainer, split: PairData, name: str) -> Tensor:
+        return reference.reference_logps(
+            trainer.model_wrapped,
+            model.policy_fingerprint(self.cfg.model, self.job.start, self.cfg.seed),
+            split.pairs,
+            self.job.pairs.fingerprint,
+            split.lengths,
+            self.where,
+            layout=self.layout,
+            budget=self.budget,
+            pad_token_id=split.pad_token_id,
+            cache=self.cache,
+            name=name,
+        )
+
+    def _say(self, text: str) -> None:
+        if self.where.rank == 0:
+            print(text, flush=True)
+
+    # The policy ----------------------------------------------------------------------------------------------------
+
+    def _policy(self) -> tuple[PreTrainedModel, Layout, str]:
+        """The policy at step 0 and how every process can feed it, checked against its own logits.
+
+        Where weights are divided, the first process checks a whole copy before any is divided.
+        """
+        where = self.where
+        if where.sharded:
+            layout, attention, why = where.from_first(lambda: self._settled(self._whole_policy(where.device)))
+            self.made = arguments.training_arguments(self.cfg, self.job.dir / "checkpoints", where)
+            policy = model.load_policy(self.cfg.model, self.job.start, self.cfg.seed)
+        else:
+            self.made = arguments.training_arguments(self.cfg, self.job.dir / "checkpoints", where)
+            policy = self._whole_policy(where.device)
+            layout, attention, why = self._settled(policy)
+            layouts = list(Layout)  # the plan of a step must be the same for all
+            layout = layouts[-where.least(-layouts.index(layout))]
+        engine.attach(policy, layout, attention)
         if why:
             self._say(why)
-        if engine_.gradient_checkpointing:  # as the Trainer will, but before memory is measured
+        if self.cfg.engine.gradient_checkpointing:  # as the Trainer will, but before memory is measured
             policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        return policy
+        return policy, layout, attention
 
-    def _start_policy(self) -> PreTrainedModel:
-        policy = model.load_policy(self.cfg.model, self.start, self.cfg.seed)
-        policy.to(self.where.device)
-        return policy
+    def _settled(self, policy: PreTrainedModel) -> tuple[Layout, str, str | None]:
+        pairs = self.job.pairs.train
+        some = [data.as_group(pair) for pair in pairs.select(range(min(2, len(pairs))))]
+        groups = [(prompt[-32:], [chosen[:32], rejected[:24]]) for prompt, (chosen, rejected) in some]
+        with self.where.autocast():
+            return engine.settle(policy, groups, self.cfg.engine.layout, self.cfg.model.attn_implementation)
+
+    def _whole_policy(self, device: torch.device) -> PreTrainedModel:
+        policy = model.load_policy(self.cfg.model, self.job.start, self.cfg.seed)
+        return policy.to(device)
 
     def _tokens_per_micro_batch(self, policy: PreTrainedModel) -> int:
         """The setting, or what fits every process's device."""
         wanted = self.cfg.engine.tokens_per_micro_batch
         if isinstance(wanted, int):
             return wanted
-        lengths = data.pair_lengths(self.pairs.train)
-        longest = sorted(range(len(lengths)), key=lambda i: -sum(lengths[i]))[:8]
-        groups = [data.as_group(self.pairs.train[i]) for i in longest]
-        needs = sorted(self.objective.needs & engine.COMPUTED - {"logp", "length"})
-        fits = engine.token_budget(policy, groups, self.layout, needs, self.where)
+        if self.where.device.type == "cpu":
+            return engine.CPU_TOKENS
+        if self.where.sharded or self.where.strategy is Strategy.zero2:
+            fits = plan.tokens_that_fit(self.cfg, self.job.start, self.job.fleet)
+        else:
+            lengths = data.pair_lengths(self.job.pairs.train)
+            longest = sorted(range(len(lengths)), key=lambda i: -sum(lengths[i]))[:8]
+            groups = [data.as_group(self.job.pairs.train[i]) for i in longest]
+            needs = sorted(self.objective.needs & engine.COMPUTED - {"logp", "length"})
+            fits = engine.token_budget(policy, groups, self.layout, needs, self.where)
         fits = self.where.least(fits)
-        if self.where.device.type == "cuda":  # a CPU's is in the plan
-            self._say(f"engine.tokens_per_micro_batch={fits}, by free memory")
+        self._say(f"engine.tokens_per_micro_batch={fits}, by free memory")
         return fits
 
-    def _trainer(self, policy: PreTrainedModel, made: TrainingArguments) -> PairTrainer:
-        cfg, pad = self.cfg, int(self.start.tokenizer.pad_token_id)
-        self.budget = self._tokens_per_micro_batch(policy)
-
-        def with_reference(pairs: datasets.Dataset, name: str, wanted: bool) -> PairData:
-            column = None
-            if wanted:
-                column = reference.reference_logps(
-                    policy, self.weights, pairs, self.pairs.fingerprint, data.pair_lengths(pairs), self.where,
-                    layout=self.layout, budget=self.budget, pad_token_id=pad, cache=self.cache, name=name,
-                )  # fmt: skip
-            return PairData(pairs, column, self.layout, pad)
-
-        # Held-out pairs always get the column: they are few, and what is comparable across objectives needs it.
-        held_out = with_reference(self.pairs.held_out, "held_out", wanted=True)
-        train = with_reference(self.pairs.train, "train", wanted="ref_logp" in self.objective.needs)
+    def _trainer(self, policy: PreTrainedModel) -> PairTrainer:
+        tokenizer = self.job.start.tokenizer
+        pad = int(tokenizer.pad_token_id)
         return PairTrainer(
             policy,
-            made,
+            self.made,
             self.objective,
-            train,
-            held_out,
-            self.start.tokenizer,
+            PairData(self.job.pairs.train, None, self.layout, pad),
+            PairData(self.job.pairs.held_out, None, self.layout, pad),
+            tokenizer,
             self.where,
-            pairs_per_step=cfg.train.pairs_per_step,
+            pairs_per_step=self.cfg.train.pairs_per_step,
             micro_batch_tokens=self.budget,
         )
 
-    def _finish(self, trainer: PairTrainer, results: dict[str, Any], results_file: Path) -> None:
-        """The model first; then the win rate where there is a judge, the card, and the results: these mark the end."""
-        policy = trainer.accelerator.unwrap_model(trainer.model)
-        folder, unfinished = self.dir / "model", self.dir / "model.unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        policy.save_pretrained(unfinished)
-        self.start.tokenizer.save_pretrained(unfinished)
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before its results
-        unfinished.replace(folder)
+    # The end -------------------------------------------------------------------------------------------------------
+
+    def _save(self, trainer: PairTrainer) -> None:
+        folder, unfinished = self.job.dir / "model", self.job.dir / "model.unfinished"
+        if self.where.rank == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        trainer.save_policy(unfinished)
+        if self.where.rank == 0:
+            self.job.start.tokenizer.save_pretrained(unfinished)
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before its results
+            unfinished.replace(folder)
+
+    def _finish(self, results: dict[str, Any]) -> None:
+        """The win rate where there is a judge, the card, and the results, which mark the end."""
+        job, folder = self.job, self.job.dir / "model"
         if self.cfg.dataset.judge is not None:
-            for side, metrics in zip(("start", "trained"), self._judged(policy), strict=True):
+            for side, metrics in zip(("start", "trained"), self._judged(folder), strict=True):
                 results[side] |= metrics
         rows = card.table(results["start"], results["trained"])
-        (folder / "README.md").write_text(card.model_card(self.cfg, self.config, self.start, self.pairs, rows))
-        partial = results_file.with_suffix(".unfinished")
-        partial.write_text(json.dumps(results, indent=2))
-        partial.replace(results_file)
+        (folder / "README.md").write_text(card.model_card(self.cfg, plain(self.cfg), job.start, job.pairs, rows))
+        _write_json(job.results, results)
 
-    def _judged(self, policy: PreTrainedModel) -> tuple[dict[str, float], dict[str, float]]:
-        """Metrics by the dataset's judge, of the start policy and of the trained one."""
-        cfg = self.cfg
-        start_policy = self._start_policy()
-        engine.attach(start_policy, self.layout, self.attention)
-        asked = list(dict.fromkeys(self.pairs.held_out["conversation"]))[: cfg.evaluation.prompts]
+    def _judged(self, folder: Path) -> tuple[dict[str, float], dict[str, float]]:
+        """Metrics by the dataset's judge, of the start policy and of the trained one as it was saved."""
+        cfg, alone = self.cfg, replace(self.where, rank=0, world=1, strategy=Strategy.single)
+        trained = model.load_trained(cfg.model, self.job.start, folder).to(alone.device)
+        start_policy = self._whole_policy(alone.device)
+        for policy in (trained, start_policy):
+            engine.attach(policy, self.layout, self.attention)
+        asked = list(dict.fromkeys(self.job.pairs.held_out["conversation"]))[: cfg.evaluation.prompts]
         return evaluate.compare_with_start(
-            policy,
+            trained,
             start_policy,
-            self.start,
+            self.job.start,
             [json.loads(conversation) for conversation in asked],
             config.resolve(str(cfg.dataset.judge), "dataset.judge"),
             cfg.evaluation,
-            self.where,
+            alone,
             seed=cfg.seed,
             layout=self.layout,
             budget=self.budget,
-            samples_file=self.dir / "samples.jsonl",
+            samples_file=self.job.dir / "samples.jsonl",
         )
 
 
@@ -341,7 +479,9 @@ class _Report:
         before = [line for line in lines if json.loads(line)["step"] < resumed_at]
         at = [line for line in lines if json.loads(line)["step"] == resumed_at]
         evaluated = eval_every is not None and resumed_at % eval_every == 0  # before it was saved, behind its metrics
-        file.write_text("".join(f"{line}\n" for line in before + at[: 1 + evaluated]))
+        unfinished = file.with_suffix(".unfinished")
+        unfinished.write_text("".join(f"{line}\n" for line in before + at[: 1 + evaluated]))
+        unfinished.replace(file)
         self._bar = tqdm(total=steps, initial=resumed_at, desc="training", unit="step", disable=None)
 
     def __call__(self, step: int, metrics: dict[str, float]) -> None:
@@ -358,13 +498,9 @@ class _Report:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end: the Trainer writes trainer_state.json last."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return max(whole, key=_step_of, default=None)
-
-
-def _step_of(checkpoint: Path | None) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
+    """The newest checkpoint: one that is there is whole (`PairTrainer._save_checkpoint`)."""
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{MADE_BY}")]
+    return max(whole, key=step_of, default=None)
 
 
 def plain(cfg: RunConfig) -> dict[str, Any]:
@@ -382,7 +518,7 @@ def plain(cfg: RunConfig) -> dict[str, Any]:
 
 
 def _identity(
-    config_: dict[str, Any], objective: Objective, start: model.Start, pairs: data.Pairs, where: launch.Place
+    config_: dict[str, Any], objective: Objective, start: model.Start, pairs: data.Pairs, fleet: Fleet
 ) -> dict[str, Any]:
     """What decides the result of a run: its settings, start model, pairs, precision, and the code of its objective."""
     indifferent = {"tracker", "cluster", "engine", "run_dir", "cache_dir", "plan"}
@@ -398,7 +534,7 @@ def _identity(
     for part in inner:
         code[type(part).__qualname__] = config.file_fingerprint(Path(inspect.getfile(type(part))))
         inner += [value for value in vars(part).values() if isinstance(value, Objective)]
-    computed = {"device": where.device.type, "bf16": where.bf16}
+    computed = {"device": fleet.device, "bf16": fleet.bf16}
     return {**settings, **computed, "start": start.fingerprint, "pairs": pairs.fingerprint, "objective_code": code}
 
 

@@ -6,28 +6,35 @@ loop in `training_step`: a sum of pair losses over the pairs of the global batch
 """
 
 import contextlib
+import json
+import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from align.batching import FORWARD_ONLY, MicroBatch, StepSampler, plan_micro_batches
-from align.config import Layout, UserError
+from align import strategy
+from align.batching import FORWARD_ONLY, MicroBatch, StepSampler, deal, plan_micro_batches
+from align.config import Layout, Strategy, UserError
 from align.data import as_group, pair_lengths
 from align.engine import COMPUTED, collate, evaluating, response_statistics, to_device
 from align.launch import Place
 from objectives import Objective, PairLoss, Response
 
-PairBatch = dict[
-    str, Any
-]  # `responses`, the engine's batch; `pair`, `pairs_in_step`, and columns of the pairs, [b] or [b, 2]
+#: `responses`, the engine's batch; `pairs_in_step`; `pair`, `counted` and columns of the pairs, `[b]` or `[b, 2]`.
+PairBatch = dict[str, Any]
+
+#: The file of a checkpoint that says by which strategy, on how many processes, it was written.
+MADE_BY = "made_by.json"
 
 #: Largest mean |log_ratio| per token at step 0, in nats: what rounding leaves, and a wrong reference exceeds.
 _STEP_ZERO_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
@@ -56,6 +63,7 @@ class PairData(Dataset[PairBatch]):
         batch: PairBatch = {
             "responses": responses,
             "pair": torch.tensor(index),
+            "counted": torch.tensor(micro_batch.counted, dtype=torch.float32),
             "pairs_in_step": torch.tensor(micro_batch.pairs_in_step),
             "tokens": torch.tensor(float(responses.fed_tokens)),
             "truncated": torch.tensor([float(row["cut_tokens"] + row["cut_prompt_tokens"] > 0) for row in rows]),
@@ -82,7 +90,8 @@ class PairTrainer(Trainer):
         train_pairs, held_out: pairs with the reference column if the objective needs one.
         micro_batch_tokens: what one device holds at once, padding included.
 
-    `on_metrics`, where it is set, is called with (step, metrics) for every logged step and evaluation.
+    `on_metrics`, where it is set, is called with (step, metrics) for every logged step and evaluation. `on_ready` is called
+    once the policy is wrapped, and loaded where a run goes on, before the first step. `stop` is asked after every step.
     """
 
     def __init__(
@@ -103,8 +112,12 @@ class PairTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
+        self.add_callback(_Hooks(self))
+        strategy.check_built(self, where)
         self.objective, self.where = objective, where
         self.on_metrics: Callable[[int, dict[str, float]], None] | None = None
+        self.on_ready: Callable[[], None] = lambda: None
+        self.stop: Callable[[], bool] = lambda: False
         self.pairs_per_step, self.micro_batch_tokens = pairs_per_step, micro_batch_tokens
         self._sums: dict[str, Tensor] = {}  # of the pairs since the last log, on the device
         self._window_began = time.perf_counter()
@@ -126,10 +139,10 @@ class PairTrainer(Trainer):
         )
         return _Steps(self.train_dataset, batch_sampler=sampler, collate_fn=list)
 
-    def load_trained(self, checkpoint: Path) -> None:
-        """Take the weights of a run that was stopped behind its last step: `train` would add a step to them."""
-        self._load_from_checkpoint(str(checkpoint))
-        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    def _run_epoch(self, *args: Any, **options: Any) -> None:
+        """The Trainer would add a step to a run that was stopped behind its last one."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **options)
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
         """Pairs of an epoch."""
@@ -149,11 +162,13 @@ class PairTrainer(Trainer):
         model.train()
         self._losses = []
         total = torch.zeros((), device=self.where.device)
+        alone = self.where.strategy is Strategy.ddp  # it alone can wait: the others would keep whole gradients
         for i, batch in enumerate([self._on_device(batch) for batch in inputs]):
             last = i == len(inputs) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model=model):
+            self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed steps in the backward that syncs
+            with self.accelerator.no_sync(model=model) if alone and not last else contextlib.nullcontext():
                 result, metrics = self._pair_loss(model, batch)
-                loss = result.loss.sum() * (self.where.world / batch["pairs_in_step"])
+                loss = (result.loss * batch["counted"]).sum() * (self.where.world / batch["pairs_in_step"])
                 self.accelerator.backward(loss)
             self._add(metrics, batch)
             self._losses.append((batch["pair"], result.loss.detach()))
@@ -187,9 +202,10 @@ class PairTrainer(Trainer):
 
     def _add(self, metrics: Mapping[str, Tensor], batch: PairBatch) -> None:
         """Add a micro-batch to the sums of the window, without a sync."""
-        counts = {"pairs": torch.ones_like(batch["truncated"]), "tokens": batch["tokens"]}
-        for name, values in {**metrics, **counts}.items():
-            self._sums[name] = self._sums.get(name, 0.0) + values.double().sum()
+        counted = batch["counted"].double()
+        sums = {name: (values.double() * counted).sum() for name, values in metrics.items()}
+        for name, value in {**sums, "pairs": counted.sum(), "tokens": batch["tokens"].double()}.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
 
     def _means(self, sums: dict[str, Tensor]) -> tuple[dict[str, float], float, float]:
         """(means over pairs, pairs, tokens), summed over all ranks. One sync."""
@@ -214,10 +230,10 @@ class PairTrainer(Trainer):
         if data.ref_logp is None:
             return
         some = plan_micro_batches(data.lengths[:32], data.layout, self.micro_batch_tokens)[0][:8]
-        batch = self._on_device(data[MicroBatch(tuple(some), len(some))])
-        self.model.train()
+        batch = self._on_device(data[MicroBatch(tuple(some), (True,) * len(some), len(some))])
+        self.model_wrapped.train()
         with torch.no_grad(), self.where.autocast():
-            statistics = response_statistics(self.model, batch["responses"], ())
+            statistics = response_statistics(self.model_wrapped, batch["responses"], ())
         worst = ((statistics["logp"] - batch["ref_logp"].flatten()).abs() / statistics["length"]).mean().item()
         tolerance = _STEP_ZERO_TOLERANCE["bf16" if self.where.bf16 else "fp32"]
         if not worst < tolerance:
@@ -227,6 +243,8 @@ class PairTrainer(Trainer):
             )
 
     def _check_gradients(self, model: nn.Module) -> None:
+        if self.is_deepspeed_enabled:  # which keeps them elsewhere
+            return
         without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
         if without:
             raise UserError(f"at step 1, {len(without)} trainable weights get no gradient: {', '.join(without[:3])}")
@@ -235,16 +253,59 @@ class PairTrainer(Trainer):
         """The norm before clipping; stops the run, before the optimizer's step, where it or a loss is not finite."""
         norm = super()._get_grad_norm(model, grad_norm)
         losses = torch.cat([losses for _, losses in self._losses])
-        if not (losses.isfinite().all() & torch.as_tensor(norm, device=losses.device).isfinite()):
+        finite = losses.isfinite().all() & torch.as_tensor(norm, device=losses.device).isfinite()
+        if not self.where.least(int(finite)):
             data = self.train_dataset
             assert isinstance(data, PairData)
             bad = [data.pairs[i]["row_id"] for pairs, loss in self._losses for i in pairs[~loss.isfinite()].tolist()]
+            bad = list(dict.fromkeys(self.where.gathered(bad)))
             what = f"the loss is not finite for pairs {', '.join(bad[:8])}" if bad else "the gradient is not finite"
             raise UserError(
-                f"step {self.state.global_step + 1}: {what}. The weights of this step were not changed; "
-                f"checkpoints, every {self.args.save_steps:g} steps (train.save_every_steps), are kept under {self.args.output_dir}"
+                f"step {self.state.global_step + 1}: {what}. Nothing of this step is kept; "
+                f"checkpoints, every {self.args.save_steps:g} steps (train.save_every_steps), are under {self.args.output_dir}"
             )
         return norm
+
+    # Checkpoints ---------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where the Trainer writes a checkpoint, before it is renamed."""
+        return str(Path(str(self.args.output_dir)) / "unfinished")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write beside its place, and rename once every process has written its part; only then may older ones go."""
+        folder, unfinished = Path(str(self.args.output_dir)), Path(self._get_output_dir(trial))
+        with _saying_what_to_do(folder):
+            if self.where.rank == 0:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.where.rank == 0:
+                whole = unfinished / f"checkpoint-{self.state.global_step}"
+                made_by = {"strategy": self.where.strategy.value, "processes": self.where.world}
+                (whole / MADE_BY).write_text(json.dumps(made_by))
+                if not (folder / whole.name).exists():  # a save that repeats one is the same
+                    whole.replace(folder / whole.name)
+        if self.where.rank == 0:
+            older = sorted(folder.glob("checkpoint-*"), key=step_of)[: -int(self.args.save_total_limit or 1)]
+            for checkpoint in older:
+                shutil.rmtree(checkpoint, ignore_errors=True)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The model's part of a checkpoint. DeepSpeed's is written with its optimizer, in shards."""
+        if not self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call)
+
+    def save_policy(self, folder: Path) -> None:
+        """Write the policy as a Hugging Face model that one process can load. Every process calls it."""
+        state = self.accelerator.get_state_dict(self.model_wrapped)
+        if self.where.rank == 0:
+            with _saying_what_to_do(folder.parent):
+                policy = self.accelerator.unwrap_model(self.model_wrapped)
+                tied = getattr(policy, "all_tied_weights_keys", {})  # gathered apart, they no longer look like one
+                policy.save_pretrained(folder, state_dict={k: v for k, v in state.items() if k not in tied})
 
     # Reports -------------------------------------------------------------------------------------------------------
 
@@ -275,19 +336,18 @@ class PairTrainer(Trainer):
         kept: dict[int, float] = {}
         began = time.perf_counter()
         self._sums = {}
-        with evaluating(self.model):
-            plan = plan_micro_batches(data.lengths, data.layout, FORWARD_ONLY * self.micro_batch_tokens)
-            for i, group in enumerate(plan):
-                if i % self.where.world != self.where.rank:
-                    continue
-                batch = self._on_device(data[MicroBatch(tuple(group), len(group))])
-                _, metrics = self._pair_loss(self.model, batch)
-                kept |= dict(zip(group, metrics["rewards/accuracies"].tolist(), strict=True))
+        budget = FORWARD_ONLY * self.micro_batch_tokens
+        with evaluating(self.model_wrapped):
+            for some in deal(range(len(data)), data.lengths, self.where.world, data.layout, budget)[self.where.rank]:
+                batch = self._on_device(data[some])
+                _, metrics = self._pair_loss(self.model_wrapped, batch)
+                accuracies = zip(some.pairs, some.counted, metrics["rewards/accuracies"].tolist(), strict=True)
+                kept |= {pair: accuracy for pair, counted, accuracy in accuracies if counted}
                 self._add(metrics, batch)
         right = torch.zeros(len(data), device=self.where.device, dtype=torch.double)
         right[list(kept)] = torch.tensor(list(kept.values()), device=self.where.device, dtype=torch.double)
         right = self.accelerator.reduce(right, "sum")
-        means, _, _ = self._means(self._all_ranks(self._sums))
+        means, _, _ = self._means(self._sums)
         self._sums, self._window_began = sums, self._window_began + time.perf_counter() - began
         for group in sorted(set(groups) - {""}):
             members = [i for i, name in enumerate(groups) if name == group]
@@ -297,18 +357,43 @@ class PairTrainer(Trainer):
             self.on_metrics(self.state.global_step, named)
         return named
 
-    def _all_ranks(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A rank that got no held-out micro-batch adds zeros under the names the others have."""
-        if sums or self.where.world == 1:
-            return sums
-        data = self.eval_dataset
-        assert isinstance(data, PairData)
-        with evaluating(self.model):
-            batch = self._on_device(data[MicroBatch((0,), 1)])
-            _, metrics = self._pair_loss(self.model, batch)
-        self._sums = {}
-        self._add(metrics, batch)
-        return {name: torch.zeros_like(value) for name, value in self._sums.items()}
+
+class _Hooks(TrainerCallback):
+    """What the Trainer calls at its own moments."""
+
+    def __init__(self, trainer: PairTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """The policy is wrapped, and loaded where a run goes on."""
+        self._trainer.on_ready()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """All processes stop, or none: after the same step, with a checkpoint."""
+        if not self._trainer.where.least(int(not self._trainer.stop())):
+            control.should_log = control.should_save = control.should_training_stop = True
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """The steps that a checkpoint holds; 0 where there is none."""
+    return int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
+
+
+@contextlib.contextmanager
+def _saying_what_to_do(folder: Path) -> Iterator[None]:
+    """One line where the disk is full or refuses; other errors pass."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
+        text = " ".join(str(error).split())
+        full = shutil.disk_usage(folder).free < 2**20
+        if not (full or isinstance(error, OSError | SafetensorError) or "PytorchStreamWriter" in text):
+            raise
+        shutil.rmtree(folder / "unfinished", ignore_errors=True)  # what is left of it only takes up room
+        why = "the disk is full" if full or "No space left" in text else text[:200]
+        raise UserError(
+            f"cannot write {folder}: {why}. What was saved before is whole: free some space, and the same command goes on"
+        ) from error
 
 
 def pair_metrics(result: PairLoss, chosen: Response, rejected: Response, has_reference: bool) -> dict[str, Tensor]:

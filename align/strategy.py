@@ -1,0 +1,105 @@
+"""How weights, gradients and optimizer are shared out: accelerate's FSDP2 and DeepSpeed, from the `cluster` node alone.
+
+Both are told by TrainingArguments, so there is no second file of settings. Everything that either library falls back
+to in silence (DDP instead of FSDP on a CPU, one process instead of two) is asserted once the Trainer stands.
+Left out: FSDP1, ZeRO-1 (zero2 without its gain) and pipelines.
+"""
+
+import importlib.util
+import os
+from typing import Any
+
+import accelerate
+import torch
+from accelerate.utils import DistributedType
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import Trainer
+
+from align.config import Strategy, UserError
+from align.launch import Fleet, Place
+
+_TYPES = {
+    Strategy.single: DistributedType.NO,
+    Strategy.fsdp: DistributedType.FSDP,
+    Strategy.zero2: DistributedType.DEEPSPEED,
+    Strategy.zero3: DistributedType.DEEPSPEED,
+}
+_ZERO = {Strategy.zero2: 2, Strategy.zero3: 3}
+
+
+def check(fleet: Fleet) -> None:
+    """Raise `UserError` for a strategy that cannot work here."""
+    name = fleet.strategy.value
+    if fleet.strategy in _ZERO and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(f"cluster.strategy={name} needs deepspeed: pip install deepspeed, or use cluster.strategy=fsdp")
+    if fleet.offload and fleet.strategy not in (Strategy.fsdp, *_ZERO):
+        raise UserError(f"cluster.offload=true works with cluster.strategy=fsdp, zero2 or zero3, not with {name}")
+
+
+def prepare(place: Place) -> None:
+    """What the libraries must find before TrainingArguments are made."""
+    if place.device.type != "cpu" or place.strategy in (Strategy.single, Strategy.ddp):
+        return
+    # accelerate takes sharding for a matter of GPUs, and would run DDP here: tests and laptops need the real one.
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    accelerate.PartialState._prepare_backend = lambda *args, **options: ("gloo", DistributedType.MULTI_GPU)
+    if place.strategy in _ZERO:
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled, for minutes
+
+
+def precision_of_fsdp(place: Place) -> MixedPrecisionPolicy:
+    """Weights are gathered in bf16 and gradients summed over ranks in float32.
+
+    Outputs stay as they are: accelerate's own policy would round every sum of log-probabilities to bf16.
+    """
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16 if place.bf16 else None, reduce_dtype=torch.float32)
+
+
+def arguments(place: Place, clip: float) -> dict[str, Any]:
+    """Fields of TrainingArguments. `clip` is the largest gradient norm."""
+    if place.strategy is Strategy.fsdp:
+        return {
+            "fsdp": True,
+            "fsdp_config": {
+                "version": 2,
+                "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+                "reshard_after_forward": True,
+                "state_dict_type": "SHARDED_STATE_DICT",
+                "cpu_offload": place.offload,
+            },
+        }
+    if place.strategy in _ZERO:
+        return {"deepspeed": _deepspeed(place, clip)}
+    return {"use_cpu": place.device.type == "cpu", "ddp_find_unused_parameters": False}
+
+
+def _deepspeed(place: Place, clip: float) -> dict[str, Any]:
+    stage = _ZERO[place.strategy]
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": place.device.type == "cuda"}
+    if place.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": place.device.type == "cuda"}
+        if stage == 3:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": place.device.type == "cuda"}
+    if stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    return {
+        "zero_optimization": zero,
+        "bf16": {"enabled": place.bf16},
+        "gradient_clipping": clip,
+        "train_micro_batch_size_per_gpu": 1,  # what one batch holds is the plan's of a step, and so is accumulation
+        "gradient_accumulation_steps": 1,
+        "zero_allow_untested_optimizer": True,  # SPPO's RMSprop; the steps are compared with one process's in tests
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+
+
+def check_built(trainer: Trainer, place: Place) -> None:
+    """Assert that the Trainer runs what was asked for: both libraries fall back in silence."""
+    state = trainer.accelerator.state
+    ddp = DistributedType.MULTI_CPU if place.device.type == "cpu" else DistributedType.MULTI_GPU
+    wanted = _TYPES.get(place.strategy, ddp)
+    assert state.distributed_type == wanted, f"accelerate runs {state.distributed_type}, not {wanted}"
+    assert state.num_processes == place.world, f"accelerate sees {state.num_processes} processes of {place.world}"
