@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from align import compose
+from align import compose, slurm
 from align.config import RunConfig, Stopped, UserError
 
 _FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -56,6 +56,7 @@ def main() -> None:
     sys.path.insert(0, "")  # "module:function" of the working folder, for the console script as for python -m
     try:
         _job()
+        slurm.submit()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         if _FULL_ERROR:
             raise

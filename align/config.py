@@ -25,6 +25,10 @@ class UserError(ValueError):
 class Stopped(KeyboardInterrupt):
     """A run was asked to stop (Ctrl-C, SIGTERM) and has written a checkpoint; a sweep stops with it. Shown as one line."""
 
+    def __init__(self, text: str, time_is_up: bool = False) -> None:
+        super().__init__(text)
+        self.time_is_up = time_is_up  # SLURM's warning: the job is to be queued again
+
 
 class ResponseMask(Enum):
     """Which tokens are scored as the response (FACTS: SimPO's code scores the header, TRL and most others do not)."""

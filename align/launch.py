@@ -203,7 +203,10 @@ def join(fleet: Fleet) -> Place:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     alone = fleet.strategy is Strategy.single
-    if not alone:
+    if alone:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)  # of torchrun or srun with one process, which accelerate would take for many
+    else:
         warnings.simplefilter("ignore", FutureWarning)  # of torch at accelerate and DeepSpeed: nobody here can act on it
     if not alone and not torch.distributed.is_initialized():
         try:

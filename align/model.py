@@ -34,6 +34,16 @@ class Start:
     tokenizer: PreTrainedTokenizerBase
 
 
+class NotHereError(UserError):
+    """A hub model whose tokenizer cannot be had: no network, another name, no access."""
+
+
+def stand_in(cfg: ModelConfig) -> Start:
+    """For plans where the hub cannot be reached: the built-in task's tokenizer, whose vocabulary is small."""
+    tokenizer = resolve("align.playground.tokenizer:build_tokenizer", "model.tokenizer")()
+    return Start(path=str(cfg.path), fingerprint="stand-in", tokenizer=tokenizer)
+
+
 def prepare_start(cfg: ModelConfig, cache: Path) -> Start:
     """Load the tokenizer, and make the start model if the configuration describes one. Cached.
 
@@ -175,7 +185,8 @@ def _load_tokenizer(cfg: ModelConfig, path: str, revision: str | None) -> PreTra
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=cfg.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(_cannot_load("model.tokenizer" if cfg.tokenizer else "model.path", path, error)) from error
+        kind = UserError if _is_local(path) else NotHereError
+        raise kind(_cannot_load("model.tokenizer" if cfg.tokenizer else "model.path", path, error)) from error
     if not tokenizer.is_fast:
         raise UserError(f"tokenizer {path} has no tokenizer.json: align needs a fast tokenizer")
     if tokenizer.eos_token_id is None:
@@ -193,11 +204,16 @@ def _load_tokenizer(cfg: ModelConfig, path: str, revision: str | None) -> PreTra
     return tokenizer
 
 
+def _is_local(path: str) -> bool:
+    """Whether a path is meant as one of this machine; the hub's names are owner/name."""
+    return path.startswith(("/", ".", "~")) or Path(path).is_dir()
+
+
 def _cannot_load(key: str, path: str, error: Exception) -> str:
     """One line: which knob, what was tried, and why it failed."""
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     folder = Path(path).expanduser()
-    if path.startswith(("/", ".", "~")) and not folder.is_dir():
+    if _is_local(path) and not folder.is_dir():
         return f"{key}={path} does not exist; it is taken from the working folder {Path.cwd()}"
     if folder.is_dir() and not (folder / "tokenizer.json").is_file():
         reason = "it has no tokenizer.json"

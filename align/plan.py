@@ -1,21 +1,23 @@
 """What would run, in a page of text: data, lengths, steps, micro-batches, memory, the first loss. Starts nothing."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from statistics import fmean
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from align import memory
 from align.batching import MicroBatch, StepSampler, fed_tokens, steps_per_epoch
 from align.config import Layout, ModelConfig, RunConfig, Strategy, UserError
 from align.data import Pairs, pair_lengths, token_counts
 from align.engine import CPU_TOKENS
 from align.launch import Fleet
+from align.memory import Setup, Shape
 from align.model import Start
 from objectives import Objective, Response
 
-_STATE_BYTES = {"adamw": 8, "adam": 8, "rmsprop": 4, "adagrad": 4, "lion": 4, "sgd": 0}  # per trained weight, float32
-_LAYER_BYTES = 34  # per token and hidden unit of a layer in 16 bit, without attention maps: arXiv 2205.05198, section 4
+_GIB = 2**30
+_ENOUGH = 16384  # tokens that keep a GPU busy; where memory is reckoned and not measured, more would be a risk for little
 
 
 def check_batch(cfg: RunConfig, pairs: int, world: int) -> None:
@@ -30,12 +32,6 @@ def check_batch(cfg: RunConfig, pairs: int, world: int) -> None:
         )
 
 
-def settle_strategy(cfg: RunConfig, start: Start, pairs: Pairs, fleet: Fleet) -> Fleet:
-    if fleet.strategy is Strategy.auto:
-        fleet = replace(fleet, strategy=Strategy.ddp)
-    return fleet
-
-
 def total_steps(cfg: RunConfig, pairs: int) -> int:
     """Optimizer steps of the whole run."""
     limit = int(cfg.optimizer.get("max_steps", -1))
@@ -47,7 +43,7 @@ def describe(cfg: RunConfig, start: Start, pairs: Pairs, objective: Objective, w
     """The plan of a run, as it is printed and saved."""
     train, lengths = cfg.train, pair_lengths(pairs.train)
     wanted, layout = cfg.engine.tokens_per_micro_batch, cfg.engine.layout
-    budget = wanted if isinstance(wanted, int) else CPU_TOKENS
+    budget = wanted if isinstance(wanted, int) else tokens_that_fit(cfg, start, pairs, where)
 
     def sampler(layout: Layout) -> StepSampler:
         return StepSampler(
@@ -68,7 +64,7 @@ def describe(cfg: RunConfig, start: Start, pairs: Pairs, objective: Objective, w
         return sum(fed_tokens([lengths[i] for i in b], layout) for b in batches) / sum(map(len, batches))
 
     micro = [len(share) for share in first_shares(layout)]
-    by_memory = ", more where a GPU has the memory" if wanted == "auto" and where.device == "cuda" else ""
+    by_memory = ", or what the GPU turns out to hold" if wanted == "auto" and where.device == "cuda" else ""
     tokens = {kind: tokens_per_pair(kind) for kind in dict.fromkeys([layout, *Layout])}
     others = ", ".join(f"{kind.name} {count:,.0f}" for kind, count in tokens.items() if kind is not layout)
     lines = [
@@ -77,17 +73,25 @@ def describe(cfg: RunConfig, start: Start, pairs: Pairs, objective: Objective, w
         f"data        {cfg.dataset.name}: {_counts(pairs, 'train')}",
         f"held out    {_counts(pairs, 'held_out')}",
         *(f"lengths     {name}: {_quantiles(pairs, column)}" for name, column in _COLUMNS.items()),
-        f"steps       {total_steps(cfg, len(lengths))} of {train.pairs_per_step} pairs "
-        f"({len(sampler(layout))} an epoch), on {where.world} {where.device} process(es), {'bf16' if where.bf16 else 'fp32'}",
-        f"a step      {fmean(micro):.1f} micro-batches a process (at most {max(micro)}) of up to {budget} tokens{by_memory}",
+        f"steps       {total_steps(cfg, len(lengths))} of {train.pairs_per_step} pairs ({len(sampler(layout))} an epoch)",
+        f"processes   {_processes(where)}",
+        f"a step      {train.pairs_per_step // where.world} pairs a process, in {fmean(micro):.1f} micro-batches (at most "
+        f"{max(micro)}) of up to {budget:,} tokens{by_memory}",
         f"layout      {layout.name}: {tokens[layout]:,.0f} tokens a pair go through the model ({others})",
-        f"memory      {_memory(cfg, start, max(budget, *(fed_tokens([pair], layout) for pair in lengths)))}",
+        *_memory(cfg, start, pairs, where, max(budget, _longest(cfg, pairs))),
         f"first loss  {first_loss(objective, pairs)}",
     ]
     return "\n".join(lines)
 
 
 _COLUMNS = {"prompt": "prompt_ids", "chosen": "chosen_ids", "rejected": "rejected_ids"}
+
+
+def _processes(fleet: Fleet) -> str:
+    nodes = f"{fleet.nodes} nodes x " if fleet.nodes > 1 else ""
+    offload = ", offload" if fleet.offload else ""
+    precision = "bf16" if fleet.bf16 else "fp32"
+    return f"{nodes}{fleet.per_node} on {fleet.device}, {fleet.strategy.value}{offload}, {precision}"
 
 
 def _counts(pairs: Pairs, split: str) -> str:
@@ -110,30 +114,97 @@ def _quantiles(pairs: Pairs, column: str) -> str:
     return ", ".join(f"{name} at most {value}" for name, value in at.items()) + f", longest {lengths[-1]} tokens"
 
 
-def _memory(cfg: RunConfig, start: Start, tokens: int) -> str:
-    """An estimate for one process that holds everything: weights, gradients, optimizer, activations."""
-    config, total = shape(cfg.model, start)
-    trained = total // 100 if cfg.model.lora else total  # an adapter is about a hundredth
-    name = str(cfg.optimizer.get("optim", "adamw_torch"))
-    state = next((size for family, size in _STATE_BYTES.items() if name.startswith(family)), 8)
-    layers, hidden = config.num_hidden_layers, config.hidden_size
-    checkpointing = cfg.engine.gradient_checkpointing
-    live = 1 if checkpointing else layers
-    activations = tokens * hidden * (_LAYER_BYTES * live + (4 * layers if checkpointing else 0))
-    parts = {"weights": 4 * total, "gradients": 4 * trained, name: state * trained, "activations about": activations}
-    text = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in parts.items())
-    return f"{sum(parts.values()) / 2**30:.2f} GiB a process: {text} ({total / 1e6:,.1f}M weights in float32)"
+def setup(cfg: RunConfig, start: Start, fleet: Fleet) -> Setup:
+    """What of a run decides its memory."""
+    of_model = shape(cfg.model, start)
+    return Setup(
+        shape=of_model,
+        trained=of_model.parameters // 100 if cfg.model.lora else of_model.parameters,  # an adapter is about a hundredth
+        optimizer=str(cfg.optimizer.get("optim", "adamw_torch")),
+        bf16=fleet.bf16,
+        checkpointing=cfg.engine.gradient_checkpointing,
+        on_gpu=fleet.device == "cuda",
+        world=fleet.world,
+        offload=fleet.offload,
+    )
 
 
-def shape(cfg: ModelConfig, start: Start) -> tuple[AutoConfig, int]:
-    """The model's configuration, and how many weights it has, without loading any."""
-    try:
-        config = AutoConfig.from_pretrained(start.path, revision=cfg.revision, trust_remote_code=cfg.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path={start.path} has no usable config.json: {str(error).splitlines()[0]}") from error
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
-    return config.get_text_config(), sum(p.numel() for p in model.parameters())
+def settle_strategy(cfg: RunConfig, start: Start, pairs: Pairs, fleet: Fleet) -> Fleet:
+    """The fleet with its strategy chosen where that is left to us."""
+    if fleet.strategy is not Strategy.auto:
+        return fleet
+    chosen = memory.choose(setup(cfg, start, fleet), fleet.memory, _longest(cfg, pairs))
+    return replace(fleet, strategy=chosen)
+
+
+def too_large(cfg: RunConfig, start: Start, pairs: Pairs, fleet: Fleet) -> str | None:
+    """A warning, if the GPUs will probably not hold the run."""
+    made, tokens = setup(cfg, start, fleet), _longest(cfg, pairs)
+    if fleet.memory is None or memory.fits(made, fleet.strategy, fleet.memory, tokens):
+        return None
+    need = memory.need(made, fleet.strategy, tokens).total / _GIB
+    others = [name.value for name in memory.which_fit(made, fleet.memory, tokens)]
+    remedy = f"cluster.strategy={others[0]} would" if others else "try cluster.offload=true, more GPUs, or model.lora"
+    return (
+        f"a GPU would need {need:.0f} GiB by cluster.strategy={fleet.strategy.value} and has {fleet.memory / _GIB:.0f}: "
+        f"this run will probably not fit; {remedy}"
+    )
+
+
+def tokens_that_fit(cfg: RunConfig, start: Start, pairs: Pairs, fleet: Fleet) -> int:
+    """Tokens of a micro-batch that a process of the fleet holds, by arithmetic; on a CPU a fixed number."""
+    if fleet.memory is None:
+        return CPU_TOKENS
+    fitting = memory.tokens_that_fit(setup(cfg, start, fleet), fleet.strategy, fleet.memory)
+    return max(_longest(cfg, pairs), min(_ENOUGH, fitting))
+
+
+def _longest(cfg: RunConfig, pairs: Pairs) -> int:
+    """Tokens of the longest pair: what a micro-batch must hold at least."""
+    return max(fed_tokens([pair], cfg.engine.layout) for pair in pair_lengths(pairs.train))
+
+
+def _memory(cfg: RunConfig, start: Start, pairs: Pairs, fleet: Fleet, tokens: int) -> list[str]:
+    """An estimate for one process, and which strategies the devices would hold."""
+    made = setup(cfg, start, fleet)
+    need = memory.need(made, fleet.strategy, tokens)
+    parts = {
+        "weights": need.weights, "gradients": need.gradients, made.optimizer: need.optimizer, "buckets": need.buckets,
+        "gathered": need.passing, "head": need.head, "activations about": need.activations, "the step": need.step,
+    }  # fmt: skip
+    text = ", ".join(f"{part} {size / _GIB:.1f}" for part, size in parts.items() if size >= _GIB / 20)
+    of = f" of {fleet.memory / _GIB:.0f}" if fleet.memory else ""
+    host = f"; {need.host / _GIB:.1f} GiB in host memory" if need.host else ""
+    weights = f"{made.shape.parameters / 1e6:,.1f}M weights"
+    lines = [f"memory      {need.total / _GIB:.2f} GiB{of} a process: {text or 'little of each'}{host} ({weights})"]
+    if fleet.memory is not None:
+        fitting = memory.which_fit(made, fleet.memory, _longest(cfg, pairs))
+        lines.append(f"would fit   {', '.join(s.value for s in fitting) or 'no strategy'}")
+    return lines
+
+
+def shape(cfg: ModelConfig, start: Start) -> Shape:
+    """The model's measures, as far as memory asks: `model.shape` where it says them, else by its config.json."""
+    said = dict(cfg.shape)
+    if not {field.name for field in fields(Shape)} <= said.keys():
+        try:
+            config = AutoConfig.from_pretrained(
+                start.path, revision=cfg.revision, trust_remote_code=cfg.trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"model.path={start.path} has no usable config.json: {reason}") from error
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
+        text = config.get_text_config()
+        said = {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "layers": text.num_hidden_layers,
+            "hidden": text.hidden_size,
+            "vocabulary": model.get_input_embeddings().num_embeddings,
+            **said,
+        }
+    return Shape(**said)
 
 
 def first_loss(objective: Objective, pairs: Pairs) -> str:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import objectives
-from align import arguments, card, config, data, engine, evaluate, launch, model, plan, reference, slurm, strategy, tracking
+from align import arguments, card, config, data, engine, evaluate, launch, memory, model, plan, reference, slurm, strategy, tracking
 from align.config import Launcher, Layout, RunConfig, Stopped, Strategy, UserError
 from align.launch import Fleet, Place
 from align.trainer import MADE_BY, PairData, PairTrainer, step_of
@@ -69,13 +70,15 @@ def run(cfg: RunConfig) -> float | None:
         Stopped: it was asked to stop.
     """
     _quieten()
+    slurm.take_place()
     job = prepare(cfg)
     if cfg.plan:
         _say(job.plan)
         return None
     if not job.results.exists():
         if cfg.cluster.launcher is Launcher.slurm and not launch.inside():
-            slurm.submit(job.dir, plain(cfg))
+            given = replace(cfg, run_dir=str(job.dir.resolve()), cache_dir=str(Path(cfg.cache_dir).expanduser().resolve()))
+            slurm.enqueue(given, job.fleet.per_node, job.fleet.device == "cuda")
             return None
         _train(job)
     else:
@@ -94,13 +97,23 @@ def prepare(cfg: RunConfig) -> Job:
     objective = check(cfg)
     fleet = launch.fleet(cfg.cluster, cfg.plan)
     cache = Path(cfg.cache_dir).expanduser()
-    start = model.prepare_start(cfg.model, cache)
+    try:
+        start = model.prepare_start(cfg.model, cache)
+    except model.NotHereError as error:
+        if not cfg.plan:
+            raise
+        _say(f"align: {error}; the plan counts tokens by the built-in tokenizer: more of them, the same steps")
+        start = model.stand_in(cfg.model)
     pairs = data.prepare(cfg.dataset, cfg.train, cfg.model.system_message, start, cache)
     check_data(cfg, objective, start, pairs, fleet)
     fleet = plan.settle_strategy(cfg, start, pairs, fleet)
     if not cfg.plan:
         strategy.check(fleet)
-    if warning := arguments.high_learning_rate(cfg.optimizer, plan.shape(cfg.model, start)[1]):
+        if cfg.cluster.launcher is Launcher.slurm and not launch.inside():
+            slurm.check()
+    if warning := arguments.high_learning_rate(cfg.optimizer, plan.shape(cfg.model, start).parameters):
+        warnings.warn(warning, UserWarning, stacklevel=2)
+    if warning := plan.too_large(cfg, start, pairs, fleet):
         warnings.warn(warning, UserWarning, stacklevel=2)
     identity = _identity(plain(cfg), objective, start, pairs, fleet)
     names = f"{cfg.model.name}-{cfg.dataset.name}-{cfg.objective['name']}"
@@ -302,7 +315,7 @@ class _Training:
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
         at = int(trainer.state.global_step)
         if at < self.job.steps:
-            raise Stopped(f"at step {at} of {self.job.steps}, with a checkpoint")
+            raise Stopped(f"at step {at} of {self.job.steps}, with a checkpoint", request.signal == signal.SIGUSR2)
 
     def _at_step_zero(self, trainer: PairTrainer) -> None:
         """The reference column and the start policy's figures: made before step 1, read again where a run goes on."""
@@ -390,13 +403,15 @@ class _Training:
         if self.where.device.type == "cpu":
             return engine.CPU_TOKENS
         if self.where.sharded or self.where.strategy is Strategy.zero2:
-            fits = plan.tokens_that_fit(self.cfg, self.job.start, self.job.fleet)
+            fits = plan.tokens_that_fit(self.cfg, self.job.start, self.job.pairs, self.job.fleet)
         else:
             lengths = data.pair_lengths(self.job.pairs.train)
             longest = sorted(range(len(lengths)), key=lambda i: -sum(lengths[i]))[:8]
             groups = [data.as_group(self.job.pairs.train[i]) for i in longest]
             needs = sorted(self.objective.needs & engine.COMPUTED - {"logp", "length"})
-            fits = engine.token_budget(policy, groups, self.layout, needs, self.where)
+            need = memory.need(plan.setup(self.cfg, self.job.start, self.job.fleet), self.where.strategy, 1)
+            later = need.optimizer + need.buckets
+            fits = engine.token_budget(policy, groups, self.layout, needs, self.where, later)
         fits = self.where.least(fits)
         self._say(f"engine.tokens_per_micro_batch={fits}, by free memory")
         return fits

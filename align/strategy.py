@@ -77,16 +77,20 @@ def arguments(place: Place, clip: float) -> dict[str, Any]:
 
 def _deepspeed(place: Place, clip: float) -> dict[str, Any]:
     stage = _ZERO[place.strategy]
-    zero: dict[str, Any] = {"stage": stage, "overlap_comm": place.device.type == "cuda"}
+    on_gpu = place.device.type == "cuda"
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": on_gpu}
+    if not on_gpu:
+        zero["reduce_bucket_size"] = 10**6  # the default of 5e8 takes gigabytes, whatever the model
     if place.offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": place.device.type == "cuda"}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
         if stage == 3:
-            zero["offload_param"] = {"device": "cpu", "pin_memory": place.device.type == "cuda"}
+            zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
     if stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
     return {
         "zero_optimization": zero,
         "bf16": {"enabled": place.bf16},
+        "data_types": {"grad_accum_dtype": "fp32"},  # else micro-batches are summed up in bf16
         "gradient_clipping": clip,
         "train_micro_batch_size_per_gpu": 1,  # what one batch holds is the plan's of a step, and so is accumulation
         "gradient_accumulation_steps": 1,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.batching import MicroBatch, StepSampler, fed_tokens, plan_micro_batches, plan_step, steps_per_epoch
+from align.batching import MicroBatch, StepSampler, deal, fed_tokens, plan_micro_batches, plan_step, steps_per_epoch
 from align.config import Layout
 
 pairs_ = st.tuples(st.integers(1, 1500), st.integers(1, 1500), st.integers(1, 1500))
@@ -126,6 +126,60 @@ def test_like_lengths_stay_together_in_padded_rows(lengths, world, budget):
     assert all(below[1] <= above[0] for below, above in pairwise(runs))
 
 
+# Dealt to the ranks ---------------------------------------------------------------------------------------------------
+
+SHORT = (1, 1, 1)  # shorter than, or as short as, any
+
+
+@settings(deadline=None)  # a machine may be busy
+@given(st.lists(pairs_, min_size=1, max_size=60), st.integers(1, 12), layouts, budgets)
+def test_every_pair_is_counted_once_whatever_the_ranks_and_the_shortest_fills_up(lengths, world, layout, budget):
+    lengths = [SHORT] * 3 + lengths + [SHORT]  # others of the data: a step must not touch them
+    pairs = list(range(3, len(lengths) - 1))[::-1]
+    ranks = deal(pairs, lengths, world, layout, budget)
+    batches = [batch for rank in ranks for batch in rank]
+    each = [(i, counts) for batch in batches for i, counts in zip(batch.pairs, batch.counted, strict=True)]
+    assert sorted(i for i, counts in each if counts) == sorted(pairs)
+    fillers = [i for i, counts in each if not counts]
+    assert len(fillers) == -len(pairs) % world < world and set(fillers) <= set(pairs)
+    least = min(fed_tokens([lengths[i]], layout) for i in pairs)
+    assert all(fed_tokens([lengths[i]], layout) == least for i in fillers)
+
+    assert len(ranks) == world and len({len(rank) for rank in ranks}) == 1
+    assert all(batch.pairs for batch in batches)  # none is empty
+    assert all(len(b.pairs) == 1 or fed_tokens([lengths[i] for i in b.pairs], layout) <= budget for b in batches)
+    assert {batch.pairs_in_step for batch in batches} == {len(pairs)}
+
+
+@settings(deadline=None)  # a machine may be busy
+@given(lengths_, worlds, layouts, budgets)
+def test_pairs_that_divide_evenly_are_dealt_as_planned_and_nothing_is_filled_up(lengths, world, layout, budget):
+    lengths = dealt(lengths, world)
+    made = deal(range(len(lengths)), lengths, world, layout, budget)
+    assert all(all(batch.counted) for rank in made for batch in rank)
+    assert [[list(batch.pairs) for batch in rank] for rank in made] == plan_step(lengths, world, layout, budget)
+
+
+def test_more_ranks_than_pairs_have_a_pair_each():
+    # Fed tokens of the pairs of this step, 4 and 2: 30 and 8. The shorter, 2, goes to all but one.
+    lengths = [SHORT, SHORT, (2, 7, 1), SHORT, (10, 10, 12)]
+    ranks = deal([4, 2], lengths, 5, Layout.shared, budget=100)
+    assert sorted(ranks, key=lambda rank: (rank[0].pairs, rank[0].counted)) == [
+        *[[MicroBatch((2,), (False,), 2)]] * 3,
+        [MicroBatch((2,), (True,), 2)],
+        [MicroBatch((4,), (True,), 2)],
+    ]
+
+
+def test_a_hand_worked_step_of_three_pairs_on_two_ranks():
+    # Fed tokens 10, 30 and 8; with the 8 twice, 56 in two batches: 30 and 10; then the 8s to the lighter: 30, 10 + 8 + 8.
+    lengths = [(4, 4, 4), (10, 10, 12), (2, 7, 1)]
+    assert deal([0, 1, 2], lengths, 2, Layout.shared, budget=40) == [
+        [MicroBatch((1,), (True,), 3)],
+        [MicroBatch((0, 2, 2), (True, True, False), 3)],
+    ]
+
+
 # The sampler --------------------------------------------------------------------------------------------------------
 
 
@@ -135,7 +189,11 @@ def sampler(rank=0, world=1, pairs=50, pairs_per_step=16, seed=1, budget=200, la
 
 
 def pairs_of(steps):
-    return [sorted(i for micro in step for i in micro.pairs) for step in steps]
+    """Counted ones."""
+    return [
+        sorted(i for micro in step for i, counts in zip(micro.pairs, micro.counted, strict=True) if counts)
+        for step in steps
+    ]
 
 
 def test_an_epoch_holds_every_pair_once_and_each_epoch_has_an_order_of_its_own():
@@ -149,11 +207,12 @@ def test_an_epoch_holds_every_pair_once_and_each_epoch_has_an_order_of_its_own()
     assert pairs_of(steps) == first
 
 
+@pytest.mark.parametrize("world", [2, 3, 8, 64])
 @pytest.mark.parametrize("layout", Layout, ids=lambda layout: layout.name)
-def test_the_pairs_of_a_step_depend_neither_on_ranks_nor_on_layout_nor_on_budget(layout):
+def test_the_pairs_of_a_step_depend_neither_on_ranks_nor_on_layout_nor_on_budget(layout, world):
     alone = pairs_of(sampler())
-    ranks = [pairs_of(sampler(rank=r, world=2, layout=layout, budget=90)) for r in range(2)]
-    assert [sorted(a + b) for a, b in zip(*ranks, strict=True)] == alone
+    ranks = [pairs_of(sampler(rank=r, world=world, layout=layout, budget=90)) for r in range(world)]
+    assert [sorted(sum(shares, [])) for shares in zip(*ranks, strict=True)] == alone
 
 
 def test_every_micro_batch_knows_what_its_sum_is_divided_by():
@@ -161,8 +220,21 @@ def test_every_micro_batch_knows_what_its_sum_is_divided_by():
     assert all(isinstance(micro, MicroBatch) and micro.pairs_in_step == 2 for micro in last)
 
 
-def test_the_last_step_takes_what_the_ranks_can_share_evenly():
-    # 53 = 3 * 16 + 5: two ranks share 4 of the last 5, eight none.
-    assert steps_per_epoch(53, 16, world=2) == 4
-    assert sum(len(micro.pairs) for r in range(2) for micro in list(sampler(r, 2, pairs=53))[-1]) == 4
-    assert steps_per_epoch(53, 16, world=8) == 3
+def test_one_process_counts_all_that_it_feeds():
+    assert all(all(micro.counted) for step in sampler() for micro in step)
+
+
+@pytest.mark.parametrize("world", [1, 2, 8])
+def test_the_last_step_takes_all_that_is_left_whatever_the_ranks(world):
+    # 53 = 3 * 16 + 5: two ranks feed 6 in the last step, eight ranks 8, and 5 are counted.
+    ranks = [list(sampler(rank, world, pairs=53)) for rank in range(world)]
+    assert {len(steps) for steps in ranks} == {len(sampler(0, world, pairs=53))} == {4}
+    last = [micro for steps in ranks for micro in steps[-1]]
+    assert sum(len(micro.pairs) for micro in last) == {1: 5, 2: 6, 8: 8}[world]
+    assert sum(sum(micro.counted) for micro in last) == 5
+    assert {micro.pairs_in_step for micro in last} == {5}
+
+
+@pytest.mark.parametrize("pairs, steps", [(53, 4), (49, 4), (48, 3), (47, 3), (16, 1), (1, 1)])
+def test_an_epoch_has_a_step_more_for_what_is_left(pairs, steps):
+    assert steps_per_epoch(pairs, 16) == steps == len(sampler(pairs=pairs))

@@ -12,12 +12,13 @@ import datasets
 import pytest
 import torch
 from conftest import ROOT
+from filelock import FileLock
 from oracle import group, oracle, tiny
 from safetensors.torch import load_file
 
 from align import engine, reference
 from align.batching import fed_tokens
-from align.config import Layout, UserError
+from align.config import Layout, Strategy, UserError
 from align.data import as_group, pair_lengths
 from align.launch import Place
 
@@ -130,6 +131,21 @@ def test_what_decides_the_numbers_is_in_the_key(other, tmp_path, seen):
     assert responses(seen) == 2 * PAIRS and len(shards(tmp_path)) == 12
 
 
+@pytest.mark.parametrize(
+    "bf16, alike",
+    [
+        (False, [list(Strategy)]),
+        (True, [[Strategy.single, Strategy.ddp], [Strategy.fsdp, Strategy.zero2, Strategy.zero3]]),  # weights in bf16
+    ],
+)
+def test_strategies_share_a_column_where_their_forwards_round_alike(bf16, alike, tmp_path, seen):
+    for number, strategies in enumerate(alike, start=1):
+        for strategy in strategies:
+            where = Place(device=torch.device("cpu"), bf16=bf16, rank=0, world=1, strategy=strategy)
+            logps(tmp_path, where=where)
+            assert len(shards(tmp_path)) == 6 * number and responses(seen) == 2 * PAIRS * number
+
+
 def test_after_a_failure_only_the_missing_shards_are_computed(tmp_path, monkeypatch, seen):
     whole = logps(tmp_path / "whole")
     seen.clear()
@@ -174,9 +190,8 @@ def test_what_others_left_in_the_folder_is_harmless_and_stays(tmp_path, seen):
     } == {name: left[name] for name in ("notes.txt", "00000-of-00003.safetensors")}
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_two_at_once_share_the_shards_out(world, tmp_path, monkeypatch, seen):
-    """Two ranks of a run, or two runs of a sweep: threads with a policy each. The first waits until the second is there."""
+def test_two_runs_at_once_share_the_shards_out(tmp_path, monkeypatch, seen):
+    """Two runs of a sweep: threads with a policy each. The first waits until the second is there."""
     whole = logps(tmp_path / "whole")
     seen.clear()
     counting, both, who = reference.response_statistics, threading.Barrier(2, timeout=60), []
@@ -190,10 +205,10 @@ def test_two_at_once_share_the_shards_out(world, tmp_path, monkeypatch, seen):
     monkeypatch.setattr(reference, "response_statistics", together)
     made = {}
 
-    def work(rank):
-        made[rank] = logps(tmp_path / "shared", rank=rank if world == 2 else 0, world=world)
+    def work(run):
+        made[run] = logps(tmp_path / "shared")
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    threads = [threading.Thread(target=work, args=(run,)) for run in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -222,6 +237,16 @@ def test_one_that_is_done_waits_for_the_shard_that_another_is_about(tmp_path, mo
     assert torch.equal(logps(tmp_path / "shared"), whole)  # it has done all but the first, and waited for that
     slow.join(60)
     assert torch.equal(made[0], whole) and responses(seen) == 2 * PAIRS
+
+
+def test_a_damaged_shard_is_said_and_not_taken_for_numbers(tmp_path):
+    logps(tmp_path)
+    third = shards(tmp_path)[2]
+    third.write_bytes(third.read_bytes()[:40])
+    with pytest.raises(UserError, match=rf"{third.name} is damaged .*: delete it and start again"):
+        logps(tmp_path)
+    third.unlink()
+    logps(tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path):
@@ -289,3 +314,59 @@ def test_two_processes_at_once_compute_every_shard_once(tmp_path):
         assert (one.wait(120), other.wait(120)) == (0, 0), one.stderr.read() + other.stderr.read()
     assert sum(count for _, count in logged(log)) == 2 * PAIRS
     assert torch.equal(logps(tmp_path / "shared"), whole)
+
+
+def take_part(rank: int, world: int, store: str, folder: str) -> None:
+    """What a rank below does: the column, into `folder`; a line of `log` for every forward and for every shard written."""
+    out = Path(folder)
+    reference._SHARD_PAIRS = OF_A_SHARD
+    torch.set_num_threads(1)
+    statistics, write = reference.response_statistics, reference._write
+
+    def note(what: str, number: int) -> None:
+        with (out / "log").open("a") as file:
+            file.write(f"{what}-{rank} {number}\n")
+
+    def count(policy, batch, names):
+        note("forward", len(batch.length))
+        return statistics(policy, batch, names)
+
+    def count_files(file, values):
+        note("wrote", int(file.name[:5]))
+        write(file, values)
+
+    reference.response_statistics, reference._write = count, count_files
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    torch.save(logps(out / "cache", rank=rank, world=world), out / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("world", [2, 3])  # shards of four pairs, and one of two: only three ranks must be filled up
+def test_the_ranks_of_a_run_work_on_one_shard_in_step_and_get_the_column_of_one_process(world, tmp_path):
+    """Another run, which is the test, holds the first shard and lets go of it: rank 0 alone may wait for its lock."""
+    whole = logps(tmp_path / "whole")
+    cache = tmp_path / "cache" / "reference" / shards(tmp_path / "whole")[0].parent.name
+    cache.mkdir(parents=True)
+    with FileLock(cache / "00000-of-00006.safetensors.lock"):
+        args = (world, str(tmp_path / "store"), str(tmp_path))
+        ranks = torch.multiprocessing.spawn(take_part, args=args, nprocs=world, join=False)
+        until = time.monotonic() + 120
+        while len(shards(tmp_path / "cache")) < 5:
+            assert time.monotonic() < until and all(process.is_alive() for process in ranks.processes)
+            time.sleep(0.02)
+        time.sleep(0.3)
+        assert not (cache / "00000-of-00006.safetensors").exists()
+    while not ranks.join(timeout=1):
+        assert time.monotonic() < until
+    columns = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    torch.testing.assert_close(columns[0], whole, rtol=1e-6, atol=1e-6)
+    assert all(torch.equal(column, columns[0]) for column in columns)
+    events = logged(tmp_path / "log")
+    assert [number for name, number in events if name == "wrote-0"] == [1, 2, 3, 4, 5, 0]
+    assert not [name for name, _ in events if name.startswith("wrote") and name != "wrote-0"]
+    forwards = [[count for name, count in events if name == f"forward-{rank}"] for rank in range(world)]
+    assert len({len(counts) for counts in forwards}) == 1 and len(forwards[0]) >= 6
+    fed = {2: PAIRS, 3: 5 * 6 + 3}[world]
+    assert sum(map(sum, forwards)) == 2 * fed

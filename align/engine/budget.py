@@ -13,12 +13,10 @@ from align.config import Layout, UserError
 from align.engine.forward import response_statistics
 from align.engine.layout import Group, collate
 from align.launch import Place
+from align.memory import MOST_TOKENS, USABLE
 
 CPU_TOKENS = 4096  # twice as many were 2% faster and took nearly twice the memory (benchmarks/RESULTS.md)
-_MOST = 65536  # beyond it a GPU only needs more memory
 _PROBES = (2048, 6144)
-_SPARE = 0.85  # of the free memory: allocations of many sizes leave gaps
-_OPTIMIZER_BYTES = 8  # per trained weight: AdamW's two moments, which come with the first step
 
 
 def token_budget(
@@ -27,12 +25,14 @@ def token_budget(
     layout: Layout,
     statistics: Sequence[str],
     where: Place,
+    later: int,
 ) -> int:
     """Tokens of a micro-batch for a policy that is `attach`ed in `layout` and on its device.
 
     Args:
         groups: real ones, the longest first; together at least some thousand tokens, or they are repeated.
         statistics: those that the objective needs.
+        later: bytes that training needs beside it, and a forward and backward do not show: optimizer state, buckets.
 
     Raises:
         UserError: the longest group does not fit.
@@ -63,10 +63,8 @@ def token_budget(
             policy.zero_grad(set_to_none=True)
         peaks.append((batch.input_ids.numel(), torch.cuda.max_memory_allocated(device) - before))
     torch.cuda.empty_cache()
-    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    state = _OPTIMIZER_BYTES + (4 if where.world > 1 else 0)  # buckets in which gradients travel
-    free = torch.cuda.mem_get_info(device)[0] - state * trained
-    return fitting_tokens(peaks, int(_SPARE * free))
+    free = torch.cuda.mem_get_info(device)[0] - later
+    return fitting_tokens(peaks, int(USABLE * free))
 
 
 def fitting_tokens(peaks: Sequence[tuple[int, int]], free: int) -> int:
@@ -75,4 +73,4 @@ def fitting_tokens(peaks: Sequence[tuple[int, int]], free: int) -> int:
     if many == few:  # the second probe did not fit
         return few
     per_token = max(1.0, (high - low) / (many - few))
-    return max(few, min(_MOST, int(few + (free - low) / per_token)))
+    return max(few, min(MOST_TOKENS, int(few + (free - low) / per_token)))
