@@ -211,9 +211,7 @@ def join(fleet: Fleet) -> Place:
     if not alone and not torch.distributed.is_initialized():
         try:
             torch.distributed.init_process_group(
-                "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
-                timeout=_PATIENCE,
-                device_id=device if device.type == "cuda" else None,
+                "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=_PATIENCE
             )
         except (RuntimeError, ValueError) as error:
             meeting = f"{os.environ.get('MASTER_ADDR', 'MASTER_ADDR')}:{os.environ.get('MASTER_PORT', 'MASTER_PORT')}"
@@ -303,7 +301,7 @@ def start(fleet: Fleet, logs: Path, function: Callable[..., Any], *args: Any) ->
                 if process.pid is not None:
                     process.kill()
                     process.join()
-    return _verdict(len(processes), ended, logs, stopped=bool(asked))
+    return _verdict(len(processes), ended, logs, asked)
 
 
 def _watch(processes: list[BaseProcess], asked: list[float]) -> dict[int, int]:
@@ -343,7 +341,7 @@ def _passing_on_signals(processes: list[BaseProcess]) -> Iterator[list[float]]:
             signal.signal(number, handler)
 
 
-def _verdict(world: int, ended: dict[int, int], logs: Path, stopped: bool) -> Any:
+def _verdict(world: int, ended: dict[int, int], logs: Path, asked: list[float]) -> Any:
     """What rank 0 returned, or the failure that came first."""
     said: dict[int, dict[str, Any]] = {}
     for rank in range(world):
@@ -355,8 +353,9 @@ def _verdict(world: int, ended: dict[int, int], logs: Path, stopped: bool) -> An
         return said[0]["text"]
     if texts["user"]:
         raise UserError(texts["user"][0])
-    if texts["stopped"] or stopped:
-        raise Stopped((*texts["stopped"], "before the first step")[0])
+    if texts["stopped"] or asked:
+        at_once = "at once, without a checkpoint" if len(asked) > 1 else "before the first step"
+        raise Stopped((*texts["stopped"], at_once)[0])
     for rank, status in ended.items():  # one that a signal ended could not speak; the others only say that it is gone
         if status < 0:
             memory = "; out of memory? try a smaller engine.tokens_per_micro_batch or fewer cluster.processes"

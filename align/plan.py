@@ -175,6 +175,8 @@ def _memory(cfg: RunConfig, start: Start, pairs: Pairs, fleet: Fleet, tokens: in
     text = ", ".join(f"{part} {size / _GIB:.1f}" for part, size in parts.items() if size >= _GIB / 20)
     of = f" of {fleet.memory / _GIB:.0f}" if fleet.memory else ""
     host = f"; {need.host / _GIB:.1f} GiB in host memory" if need.host else ""
+    if fleet.world > 1 and fleet.strategy is not Strategy.zero3:  # which divides the weights as it reads them
+        host += f"; {4 * made.shape.parameters / _GIB:.1f} GiB of host memory while the model loads"
     weights = f"{made.shape.parameters / 1e6:,.1f}M weights"
     lines = [f"memory      {need.total / _GIB:.2f} GiB{of} a process: {text or 'little of each'}{host} ({weights})"]
     if fleet.memory is not None:

@@ -7,18 +7,26 @@ from conftest import ROOT
 
 LAYERS = [
     {"config"},
-    {"cache", "compose", "batching", "launch"},
-    {"model", "engine"},
+    {"cache", "compose", "batching", "memory", "launch"},
+    {"model", "engine", "strategy"},
     {"rows", "sampling", "arguments", "tracking"},
     {"data"},
     {"reference", "trainer", "evaluate"},
-    {"plan", "card"},
+    {"plan", "card", "slurm"},
     {"run"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 INSIDE = {"engine": [{"layout"}, {"attention", "head"}, {"forward"}, {"budget"}, {"__init__"}]}  # packages, likewise
-OWNERS = {"wandb": "tracking", "trackio": "tracking", "peft": "model", "hydra": "compose", "flash_attn": "engine"}
+OWNERS = {
+    "wandb": "tracking",
+    "trackio": "tracking",
+    "peft": "model",
+    "hydra": "compose",
+    "flash_attn": "engine",
+    "deepspeed": "strategy",
+    "submitit": "slurm",
+}
 
 
 def imports(file) -> set[str]:

@@ -199,9 +199,18 @@ def test_a_plan_says_what_would_run_and_starts_nothing(align, monkeypatch, tiny_
     # 40 pairs, of which 5% of the prompts are held out: 38; 4 full steps of 8 and one of 6 an epoch, two epochs.
     assert "38 pairs" in result.out and "10 of 8 pairs (5 an epoch)" in result.out
     assert "0.693147" in result.out  # ln 2
-    assert f"of up to {CPU_TOKENS} tokens" in result.out  # auto, on a CPU
+    assert "processes   1 on cpu, single, fp32" in result.out
+    assert "8 pairs a process" in result.out and f"of up to {CPU_TOKENS:,} tokens" in result.out  # auto, on a CPU
     assert "layout      shared: " in result.out and "(packed " in result.out
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_plan_deals_a_step_to_the_processes_and_counts_the_same_steps(align, tiny_llama, pairs_file):
+    words = ["plan=true", "cluster=cpu_2", "optimizer.num_train_epochs=2", "optimizer.max_steps=-1"]
+    result = align(*quick(tiny_llama, pairs_file, *words))
+    assert result.status == 0, result.err
+    assert "10 of 8 pairs (5 an epoch)" in result.out  # as by one process
+    assert "processes   2 on cpu, ddp, fp32" in result.out and "4 pairs a process" in result.out
 
 
 @pytest.mark.parametrize(
@@ -227,7 +236,7 @@ def test_a_value_far_outside_the_published_range_warns_and_says_why(align, tiny_
     ):
         plan("objective=simpo", "objective.beta=0.1")
     with pytest.warns(UserWarning, match="optimizer.learning_rate=2e-05 is far above the published"):
-        plan("model.parameters=9000000000", "optimizer.learning_rate=2e-5")
+        plan("model.shape.parameters=9000000000", "optimizer.learning_rate=2e-5")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plan("objective.beta=0.05")
@@ -352,13 +361,15 @@ def test_a_judge_adds_win_rates_lengths_and_kl(align, tiny_llama, pairs_file, fo
     assert len(samples) == 2 and len(samples[0]["policy"]) == 4
 
 
-def test_two_processes_do_not_train_in_one_folder(align, tiny_llama, pairs_file, folder):
+def test_two_processes_do_not_train_in_one_folder(align, monkeypatch, tiny_llama, pairs_file, folder):
     from filelock import FileLock
 
+    monkeypatch.setattr(run_module, "_ENDING", 0.1)  # for the processes of a run that was killed, which are ending
     folder.mkdir()
-    with FileLock(folder / ".lock-0"):
+    with FileLock(folder / ".lock"):
         result = align(*quick(tiny_llama, pairs_file, f"run_dir={folder}"))
     assert result.status == 1 and "another process is training in" in result.err
+    assert [file.name for file in folder.iterdir()] == [".lock"]
 
 
 def test_rows_too_few_for_the_global_batch_are_refused_with_what_to_type(align, tiny_llama, tmp_path):
