@@ -159,7 +159,9 @@ def fleet(cfg: ClusterConfig, plan: bool = False) -> Fleet:
         memory = torch.cuda.get_device_properties(0).total_memory
     world, strategy = nodes * per_node, cfg.strategy
     if world > 1 and strategy is Strategy.single:
-        raise UserError(f"cluster.strategy=single is one process, and this run has {world}: use ddp, fsdp, zero2 or zero3")
+        raise UserError(
+            f"cluster.strategy=single is one process, and this run has {world}: use ddp, fsdp, zero2 or zero3"
+        )
     if world == 1 and strategy in (Strategy.auto, Strategy.ddp):
         strategy = Strategy.single
     return Fleet(
@@ -207,7 +209,8 @@ def join(fleet: Fleet) -> Place:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             os.environ.pop(name, None)  # of torchrun or srun with one process, which accelerate would take for many
     else:
-        warnings.simplefilter("ignore", FutureWarning)  # of torch at accelerate and DeepSpeed: nobody here can act on it
+        # torch's, at accelerate and DeepSpeed: nobody here can act on them.
+        warnings.simplefilter("ignore", FutureWarning)
     if not alone and not torch.distributed.is_initialized():
         try:
             torch.distributed.init_process_group(
@@ -221,9 +224,7 @@ def join(fleet: Fleet) -> Place:
                     "torchrun --rdzv-endpoint=localhost:0"
                 ) from error
             raise UserError(f"the processes cannot meet at {meeting}: {' '.join(str(error).split())[:200]}") from error
-    return Place(
-        device=device, bf16=fleet.bf16, rank=rank, world=world, strategy=fleet.strategy, offload=fleet.offload
-    )
+    return Place(device=device, bf16=fleet.bf16, rank=rank, world=world, strategy=fleet.strategy, offload=fleet.offload)
 
 
 def leave() -> None:
@@ -255,8 +256,9 @@ def heeding_signals() -> Iterator[StopRequest]:
     """A request to stop is noted, not obeyed at once; where Ctrl-C is ignored (a worker of `start`) it stays so."""
     request = StopRequest()
     before: dict[int, Any] = {}
+    numbers: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        for number in numbers:
             before[number] = signal.getsignal(number)
             if before[number] is not signal.SIG_IGN:
                 signal.signal(number, request)
@@ -367,13 +369,16 @@ def _verdict(world: int, ended: dict[int, int], logs: Path, asked: list[float]) 
     raise UserError(f"process {silent[0]} of {world} ended with status {ended[silent[0]]}; see {logs}")
 
 
-def _work(
-    rank: int, fleet: Fleet, port: int, logs: Path, function: Callable[..., Any], args: tuple[Any, ...]
-) -> None:
+def _end_with(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
+
+
+def _work(rank: int, fleet: Fleet, port: int, logs: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """The body of a process: take the place, run, and leave word of how it ended."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to everyone; the parent passes on SIGTERM
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": fleet.world, "LOCAL_WORLD_SIZE": fleet.per_node}

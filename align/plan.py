@@ -17,7 +17,7 @@ from align.model import Start
 from objectives import Objective, Response
 
 _GIB = 2**30
-_ENOUGH = 16384  # tokens that keep a GPU busy; where memory is reckoned and not measured, more would be a risk for little
+_ENOUGH = 16384  # tokens keep a GPU busy: where memory is reckoned and not measured, more would be a risk for little
 
 
 def check_batch(cfg: RunConfig, pairs: int, world: int) -> None:
@@ -119,7 +119,7 @@ def setup(cfg: RunConfig, start: Start, fleet: Fleet) -> Setup:
     of_model = shape(cfg.model, start)
     return Setup(
         shape=of_model,
-        trained=of_model.parameters // 100 if cfg.model.lora else of_model.parameters,  # an adapter is about a hundredth
+        trained=of_model.parameters // (100 if cfg.model.lora else 1),  # an adapter is about a hundredth
         optimizer=str(cfg.optimizer.get("optim", "adamw_torch")),
         bf16=fleet.bf16,
         checkpointing=cfg.engine.gradient_checkpointing,

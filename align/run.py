@@ -29,7 +29,22 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import objectives
-from align import arguments, card, config, data, engine, evaluate, launch, memory, model, plan, reference, slurm, strategy, tracking
+from align import (
+    arguments,
+    card,
+    config,
+    data,
+    engine,
+    evaluate,
+    launch,
+    memory,
+    model,
+    plan,
+    reference,
+    slurm,
+    strategy,
+    tracking,
+)
 from align.config import Launcher, Layout, RunConfig, Stopped, Strategy, UserError
 from align.launch import Fleet, Place
 from align.trainer import MADE_BY, PairData, PairTrainer, step_of
@@ -77,7 +92,9 @@ def run(cfg: RunConfig) -> float | None:
         return None
     if not job.results.exists():
         if cfg.cluster.launcher is Launcher.slurm and not launch.inside():
-            given = replace(cfg, run_dir=str(job.dir.resolve()), cache_dir=str(Path(cfg.cache_dir).expanduser().resolve()))
+            given = replace(
+                cfg, run_dir=str(job.dir.resolve()), cache_dir=str(Path(cfg.cache_dir).expanduser().resolve())
+            )
             slurm.enqueue(given, job.fleet.per_node, job.fleet.device == "cuda")
             return None
         _train(job)

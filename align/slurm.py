@@ -65,7 +65,9 @@ def submit() -> None:
         jobs = executor.map_array(work, [run.cfg for run in runs])
     except (submitit.core.utils.FailedJobError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split()).replace("sbatch: error: ", "")
-        raise UserError(f"SLURM refuses the job: {reason[:400]}; what it is asked for is under cluster.slurm") from error
+        raise UserError(
+            f"SLURM refuses the job: {reason[:400]}; what it is asked for is under cluster.slurm"
+        ) from error
     for run, job in zip(runs, jobs, strict=True):
         print(f"job {job.job_id}  {run.cfg.run_dir}\n  log  {job.paths.stdout}")
     print("squeue shows them, scancel <job> stops one; the same command again goes on where it stopped")
