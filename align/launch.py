@@ -162,8 +162,12 @@ def fleet(cfg: ClusterConfig, plan: bool = False) -> Fleet:
         raise UserError(
             f"cluster.strategy=single is one process, and this run has {world}: use ddp, fsdp, zero2 or zero3"
         )
-    if world == 1 and strategy in (Strategy.auto, Strategy.ddp):
+    if world == 1 and strategy is Strategy.ddp:
         strategy = Strategy.single
+    if cfg.offload and strategy in (Strategy.single, Strategy.ddp):
+        raise UserError(
+            f"cluster.offload=true works with fsdp, zero2 or zero3, not with {strategy.value}: set cluster.strategy"
+        )
     return Fleet(
         device="cuda" if on_gpu else "cpu",
         bf16=has_bf16 and cfg.precision is not Precision.fp32,
