@@ -166,8 +166,10 @@ def fleet(cfg: ClusterConfig, plan: bool = False) -> Fleet:
         strategy = Strategy.single
     if cfg.offload and strategy in (Strategy.single, Strategy.ddp):
         raise UserError(
-            f"cluster.offload=true works with fsdp, zero2 or zero3, not with {strategy.value}: set cluster.strategy"
+            f"cluster.offload=true works with cluster.strategy=fsdp, zero2 or zero3, not with {strategy.value}"
         )
+    if cfg.offload and not on_gpu:
+        raise UserError("cluster.offload=true moves to the host what a GPU need not hold, and this run is on the CPU")
     return Fleet(
         device="cuda" if on_gpu else "cpu",
         bf16=has_bf16 and cfg.precision is not Precision.fp32,
