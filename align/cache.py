@@ -1,12 +1,14 @@
-"""Build a folder once, whoever asks: many runs, many ranks, at the same moment, killed at any moment.
+"""Files that are whole or not there. Build a folder once, whoever asks: many runs, many ranks, at the same moment, killed at any moment.
 
 A folder under the cache exists only when it is whole: it is built beside its place and renamed into it, under a
 lock that the others wait for. Nothing here ever deletes what a build has finished.
 """
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -38,3 +40,10 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
         build(unfinished)
         unfinished.replace(folder)
     return folder
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write `value` as JSON: whole, or not at all."""
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(value, indent=2, default=str))
+    unfinished.replace(file)

@@ -32,7 +32,9 @@ def shipped(folder: str) -> Path:
 CONF = shipped("conf")
 
 #: Nodes that take keys of their own, checked where they are known; typed without the `+` that Hydra asks for.
-_OPEN = r"^((?:objective|optimizer)\.|(?:model\.(?:lora|init)|dataset\.(?:columns|mix))[.=])"
+_OPEN = (
+    r"^((?:objective|optimizer)\.|(?:model\.(?:lora|init|shape)|dataset\.(?:columns|mix)|cluster\.slurm\.options)[.=])"
+)
 
 
 def _default_choices() -> dict[str, str]:

@@ -9,8 +9,8 @@ import difflib
 import hashlib
 import importlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -352,6 +352,20 @@ def resolve(reference: str, key: str) -> Callable[..., Any]:
         raise UserError(f'{key}={reference} is not "module:function" of something importable: {error}') from error
     assert callable(function)
     return function
+
+
+def plain(cfg: RunConfig) -> dict[str, Any]:
+    """The resolved configuration as plain values, for YAML, JSON and trackers."""
+
+    def value(node: Any) -> Any:
+        if isinstance(node, Enum):
+            return node.value
+        if isinstance(node, Mapping):
+            return {str(name): value(inner) for name, inner in node.items()}
+        return [value(inner) for inner in node] if isinstance(node, list) else node
+
+    made: dict[str, Any] = value(asdict(cfg))
+    return made
 
 
 def fingerprint(*parts: Any) -> str:

@@ -188,7 +188,10 @@ def _memory(cfg: RunConfig, start: Start, pairs: Pairs, fleet: Fleet, tokens: in
 def shape(cfg: ModelConfig, start: Start) -> Shape:
     """The model's measures, as far as memory asks: `model.shape` where it says them, else by its config.json."""
     said = dict(cfg.shape)
-    if not {field.name for field in fields(Shape)} <= said.keys():
+    known = {field.name for field in fields(Shape)}
+    if unknown := said.keys() - known:
+        raise UserError(f"unknown key model.shape.{min(unknown)}; model.shape has {', '.join(sorted(known))}")
+    if not known <= said.keys():
         try:
             config = AutoConfig.from_pretrained(
                 start.path, revision=cfg.revision, trust_remote_code=cfg.trust_remote_code

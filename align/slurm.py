@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ _TO_CHECKPOINT = 300  # seconds between SLURM's warning that the time is up and 
 
 @dataclass(frozen=True, kw_only=True)
 class _Queued:
+    run: Callable[[RunConfig], object]
     cfg: RunConfig
     per_node: int
     on_gpu: bool
@@ -41,9 +43,9 @@ def check() -> None:
         )
 
 
-def enqueue(cfg: RunConfig, per_node: int, on_gpu: bool) -> None:
-    """Take a checked run whose `run_dir` is set; `submit` hands in all that one command makes."""
-    _queue.append(_Queued(cfg=cfg, per_node=per_node, on_gpu=on_gpu))
+def enqueue(run: Callable[[RunConfig], object], cfg: RunConfig, per_node: int, on_gpu: bool) -> None:
+    """Take a checked run whose `run_dir` is set, and what runs it; `submit` hands in all that one command makes."""
+    _queue.append(_Queued(run=run, cfg=cfg, per_node=per_node, on_gpu=on_gpu))
 
 
 def submit() -> None:
@@ -62,14 +64,14 @@ def submit() -> None:
     executor = submitit.SlurmExecutor(folder=str(logs / "%j"))
     try:
         executor.update_parameters(**_parameters(first.cfg.cluster, first.per_node, first.on_gpu))
-        jobs = executor.map_array(work, [run.cfg for run in runs])
+        jobs = executor.map_array(work, [queued.run for queued in runs], [queued.cfg for queued in runs])
     except (submitit.core.utils.FailedJobError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split()).replace("sbatch: error: ", "")
         raise UserError(
             f"SLURM refuses the job: {reason[:400]}; what it is asked for is under cluster.slurm"
         ) from error
-    for run, job in zip(runs, jobs, strict=True):
-        print(f"job {job.job_id}  {run.cfg.run_dir}\n  log  {job.paths.stdout}")
+    for queued, job in zip(runs, jobs, strict=True):
+        print(f"job {job.job_id}  {queued.cfg.run_dir}\n  log  {job.paths.stdout}")
     print("squeue shows them, scancel <job> stops one; the same command again goes on where it stopped")
 
 
@@ -120,14 +122,12 @@ def take_place() -> None:
     }
 
 
-def work(cfg: RunConfig) -> None:
+def work(run: Callable[[RunConfig], object], cfg: RunConfig) -> None:
     """What each task of a job does. Leaves with a status that is not 0 where the run is not complete."""
-    from align import run  # torch and transformers, on the compute node only
-
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit ignores it
     signal.signal(signal.SIGUSR2, _time_is_up)
     try:
-        run.run(cfg)
+        run(cfg)
     except UserError as error:
         sys.exit(f"align: {error}")
     except Stopped as stop:

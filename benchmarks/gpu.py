@@ -774,7 +774,8 @@ def choose_budget(bench: Bench, way: Ours, options: argparse.Namespace) -> tuple
     longest = sorted(bench.steps[0].pairs, key=_longest, reverse=True)
     try:
         names = wanted(OBJECTIVES["dpo"])
-        return engine.token_budget(bench.model, longest, way.layout, names, bench.where), "the engine's auto"
+        moments = 8 * sum(weight.numel() for weight in bench.weights)  # AdamW's, which come with the first step
+        return engine.token_budget(bench.model, longest, way.layout, names, bench.where, moments), "the engine's auto"
     except Exception as error:
         bench.model.zero_grad(set_to_none=True)
         return _GUESS, f"a guess, for the engine's auto failed: {reason(error)}"

@@ -33,7 +33,7 @@ def measure(vocabulary: int, budget: int) -> dict[str, float]:
             policy, pairs, {"name": "simpo"}, Path(folder), layout=Layout.shared, pairs_per_step=64, budget=budget
         )
         batch = max(next(iter(trainer.get_train_dataloader())), key=lambda batch: batch["responses"].fed_tokens)
-    small = [trainer.train_dataset[MicroBatch((0,), 1)]]
+    small = [trainer.train_dataset[MicroBatch((0,), (True,), 1)]]
     trainer.training_step(policy, small)  # makes the gradients
     memory = common.Memory()
     memory.start()

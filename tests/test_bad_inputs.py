@@ -1,5 +1,6 @@
 """One table of commands that must be refused: in one line that names what is wrong and what to type instead."""
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 from conftest import pair_row, quick, save_tiny, write_jsonl
 from omegaconf import OmegaConf
 
@@ -15,6 +17,7 @@ from align.arguments import OWNED
 from align.config import RunConfig
 
 Setup = Callable[[Path, Path], object]  # (working folder, tiny model) -> whatever
+Patch = Callable[[pytest.MonkeyPatch], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +27,7 @@ class Bad:
     words: tuple[str, ...]
     says: tuple[str, ...]
     setup: Setup = lambda folder, model: None
+    machine: Patch = lambda monkeypatch: None
     alone: bool = False
     tracker: str = "none"
     env: dict[str, str] = field(default_factory=dict)
@@ -98,6 +102,25 @@ def hidden_row_6():
     return rows(*(empty(i) if i == 5 else pair_row(i) for i in range(8)))
 
 
+def gpus(number):
+    """A machine with so many GPUs."""
+    return lambda monkeypatch: monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
+
+
+def without(package):
+    """A machine that lacks a package."""
+    find = importlib.util.find_spec
+
+    def find_others(name, *more):
+        return None if name == package else find(name, *more)
+
+    return lambda monkeypatch: monkeypatch.setattr(importlib.util, "find_spec", find_others)
+
+
+def without_slurm(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name, *more, **options: None)
+
+
 TINY = ("model=tiny_llama", "dataset.path=pairs.jsonl")  # a randomly initialised model, described by model.init
 
 KEYS = [
@@ -106,7 +129,7 @@ KEYS = [
     bad("key in objective", "objective.btea=1", says=("objective.btea", "objective.beta", "objective.label_smoothing")),
     bad("key in optimizer", "optimizer.learning_rat=1", says=("optimizer.learning_rat", "learning_rate")),
     bad("key in dataset", "dataset.pth=x", says=("dataset.pth", "did you mean dataset.path?")),
-    bad("key in cluster", "cluster.gpus=2", says=("cluster.gpus", "device, precision, cpu_threads")),
+    bad("key in cluster", "cluster.gpus=2", says=("cluster.gpus", "device, nodes, processes, strategy")),
     bad(
         "plus before an unknown key",
         "+sead=1",
@@ -365,6 +388,7 @@ MODELS = [
         "both path and init", *TINY, "model.path=./model", alone=True, says=("model.path", "or model.init", "not both")
     ),
     bad("no folder", "model.path=./nope", says=("model.path=./nope", "does not exist")),
+    bad("measure of a model", "++model.shape={paramters: 1}", says=("model.shape", "paramters")),
     bad("hub model", "model.path=nobody/nothing", says=("model.path=nobody/nothing", "hub", "HF_TOKEN")),
     bad("hub tokenizer", "model.tokenizer=nobody/nothing", says=("model.tokenizer=nobody/nothing", "hub", "HF_TOKEN")),
     bad(
@@ -471,7 +495,6 @@ RUNS = [
         says=("engine.tokens_per_micro_batch must be a whole number of tokens or auto, not 'many'",),
     ),
     bad("part of a token", "engine.tokens_per_micro_batch=2.5", says=("engine.tokens_per_micro_batch", "2.5")),
-    bad("bf16 on a CPU", "cluster.precision=bf16", says=("cluster.precision=bf16", "cpu", "use fp32 or auto")),
     bad("top_p", "evaluation.top_p=0", says=("evaluation.top_p must lie in (0, 1]",)),
     bad(
         "folder of another run",
@@ -493,12 +516,95 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize("case", [*KEYS, *GROUPS, *OBJECTIVES, *OPTIMIZERS, *DATA, *MODELS, *RUNS])
+CLUSTER = [
+    bad("bf16 on a CPU", "cluster.precision=bf16", says=("cluster.precision=bf16", "cpu", "use fp32 or auto")),
+    bad("strategy", "cluster.strategy=zero1", says=("cluster.strategy", "'zero1'", "single, ddp, fsdp, zero2, zero3")),
+    bad("no processes", "cluster.processes=0", says=("cluster.processes must be above 0, not 0",)),
+    bad("no nodes", "cluster.nodes=0", says=("cluster.nodes must be above 0, not 0",)),
+    bad("memory below 0", "cluster.gpu_memory_gib=-1", says=("cluster.gpu_memory_gib must be above 0, not -1",)),
+    bad(
+        "eight GPUs where there is none",
+        *(*TINY, "cluster=gpus_8"),
+        alone=True,
+        machine=gpus(0),
+        says=("8 GPUs", "this machine has 0", "cluster=auto", "cluster.device=cpu"),
+    ),
+    bad(
+        "eight GPUs where there are two",
+        *(*TINY, "cluster=gpus_8"),
+        alone=True,
+        machine=gpus(2),
+        says=("8 GPUs", "this machine has 2", "cluster.processes=2"),
+    ),
+    bad(
+        "a GPU where there is none",
+        *(*TINY, "cluster=gpu_1"),
+        alone=True,
+        machine=gpus(0),
+        says=("1 GPU", "this machine has 0", "cluster=auto"),
+    ),
+    bad(
+        "single on two processes",
+        "cluster=cpu_2",
+        "cluster.strategy=single",
+        says=("cluster.strategy=single", "this run has 2", "use ddp, fsdp, zero2 or zero3"),
+    ),
+    bad(
+        "nodes without a launcher",
+        "cluster.nodes=2",
+        says=("cluster.nodes=2", "cluster.launcher=slurm", "torchrun --nnodes 2 --nproc-per-node 1", "-m align"),
+    ),
+    bad(
+        "processes that torchrun has not started",
+        "cluster.processes=2",
+        env={"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "RANK": "0"},
+        says=("has started 4 processes", "cluster asks for 1 x 2", "cluster.nodes=1 cluster.processes=4"),
+    ),
+    bad(
+        "offload with ddp",
+        "cluster=cpu_2",
+        "cluster.strategy=ddp",
+        "cluster.offload=true",
+        says=("cluster.offload=true", "cluster.strategy=fsdp, zero2 or zero3", "not with ddp"),
+    ),
+    bad("offload of one process", "cluster.offload=true", says=("cluster.offload=true", "on the CPU")),
+    bad(
+        "offload in a plan",
+        "plan=true",
+        "cluster=cpu_2",
+        "cluster.strategy=ddp",
+        "cluster.offload=true",
+        says=("cluster.offload=true", "cluster.strategy=fsdp, zero2 or zero3", "not with ddp"),
+    ),
+    bad(
+        "zero3 without DeepSpeed",
+        "cluster=cpu_2",
+        "cluster.strategy=zero3",
+        machine=without("deepspeed"),
+        says=("cluster.strategy=zero3 needs deepspeed", "pip install deepspeed", "cluster.strategy=fsdp"),
+    ),
+    bad(
+        "slurm without submitit",
+        "cluster.launcher=slurm",
+        machine=without("submitit"),
+        says=("cluster.launcher=slurm needs submitit", "pip install submitit"),
+    ),
+    bad(
+        "slurm where there is none",
+        "cluster.launcher=slurm",
+        machine=without_slurm,
+        says=("cluster.launcher=slurm needs sbatch, srun, scontrol", "login node", "cluster=auto"),
+    ),
+]
+
+
+@pytest.mark.parametrize("case", [*KEYS, *GROUPS, *OBJECTIVES, *OPTIMIZERS, *DATA, *MODELS, *RUNS, *CLUSTER])
 def test_a_bad_input_is_refused_in_one_line(case, align, tiny_llama, pairs_file, tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     for name, value in case.env.items():
         monkeypatch.setenv(name, value)
+    case.machine(monkeypatch)
     case.setup(tmp_path, tiny_llama)
     before = set(tmp_path.rglob("*"))
 

@@ -208,4 +208,4 @@ def test_the_tokens_that_fit_lie_on_a_line_through_the_probes(peaks, free, token
 
 def test_a_cpu_has_a_fixed_budget_and_runs_no_probe():
     where = Place(device=torch.device("cpu"), bf16=False, rank=0, world=1)
-    assert token_budget(None, [], Layout.shared, (), where) == CPU_TOKENS
+    assert token_budget(None, [], Layout.shared, (), where, later=0) == CPU_TOKENS

@@ -13,6 +13,7 @@ LAYERS = [
     {"data"},
     {"reference", "trainer", "evaluate"},
     {"plan", "card", "slurm"},
+    {"train"},
     {"run"},
     {"__main__"},
 ]

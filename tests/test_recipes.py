@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 import objectives
 from align import run
 from align.compose import CONF, shipped
-from align.config import Device, Precision
+from align.config import Device, Launcher, Precision, Strategy
 
 RECIPES = sorted(file for file in (shipped("experiments") / "recipe").glob("*.yaml") if file.stem != "none")
 GROUP_FILES = sorted(file for file in CONF.glob("*/*.yaml"))
@@ -263,6 +263,29 @@ def test_every_yaml_composes_to_a_run_that_passes_the_checks(file, composed):
     if file.parent.name == "objective":
         assert chosen["name"] == file.stem
         objectives.build(chosen)
+
+
+CLUSTERS = {  # device, nodes, processes on each, strategy, launcher
+    "auto": (Device.auto, 1, None, Strategy.auto, Launcher.local),
+    "cpu": (Device.cpu, 1, None, Strategy.auto, Launcher.local),
+    "cpu_2": (Device.cpu, 1, 2, Strategy.auto, Launcher.local),
+    "gpu_1": (Device.gpu, 1, 1, Strategy.auto, Launcher.local),
+    "gpus_8": (Device.gpu, 1, 8, Strategy.auto, Launcher.local),
+    "h100x8": (Device.gpu, 1, 8, Strategy.fsdp, Launcher.local),
+    "slurm_1x8": (Device.gpu, 1, 8, Strategy.auto, Launcher.slurm),
+    "slurm_2x8": (Device.gpu, 2, 8, Strategy.auto, Launcher.slurm),
+}
+
+
+@pytest.mark.parametrize("name", sorted({file.stem for file in CONF.glob("cluster/*.yaml")} | CLUSTERS.keys()))
+def test_a_cluster_is_what_its_name_says(name, composed):
+    (cfg,) = composed("objective=wpo", "model=gemma2_9b", f"cluster={name}")
+    cluster = cfg.cluster
+    made = (cluster.device, cluster.nodes, cluster.processes, cluster.strategy, cluster.launcher)
+    assert made == CLUSTERS[name]
+    assert not cluster.offload and cluster.precision is Precision.auto
+    assert cluster.gpu_memory_gib == (80 if name == "h100x8" else None)
+    assert cfg.train.pairs_per_step == 128 and 128 % (cluster.nodes * (cluster.processes or 1)) == 0
 
 
 @pytest.mark.parametrize("file", sorted(CONF.glob("dataset/*.yaml")), ids=lambda file: file.stem)

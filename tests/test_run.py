@@ -1,5 +1,6 @@
 """A run as its user meets it: its folder, its second time, other trackers, an objective of one's own."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,12 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import ROOT, pair_row, quick, write_jsonl
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from align import run as run_module
+from align import train as train_module
 from align.engine import CPU_TOKENS
+from align.trainer import MADE_BY
 
 
 @pytest.fixture
@@ -28,6 +32,8 @@ def test_a_run_folder_holds_what_a_person_needs(align, tiny_gemma2, pairs_file, 
     assert result.status == 0, result.err
     for name in ("plan.txt", "first_pair.txt", "metrics.jsonl", "results.json", "model/README.md", "model/config.json"):
         assert (folder / name).stat().st_size > 0, name
+    columns = load_file(folder / "reference.safetensors")
+    assert {name: tuple(column.shape) for name, column in columns.items()} == {"train": (38, 2), "held_out": (2, 2)}
     config = OmegaConf.load(folder / "config.yaml")
     assert (config.seed, config.objective.base.name, config.train.truncation) == (5, "dpo", "papers")
     results = json.loads((folder / "results.json").read_text())
@@ -66,7 +72,7 @@ def test_a_second_run_over_the_same_data_and_start_model_does_no_reference_forwa
     def refuse(*args):
         raise AssertionError("a forward for a reference that is cached")
 
-    monkeypatch.setattr(run_module.reference, "response_statistics", refuse)
+    monkeypatch.setattr(train_module.reference, "response_statistics", refuse)
     for words in (("objective.beta=0.05",), ("objective=sppo",), ("objective=wpo", "seed=3")):
         result = align(*quick(tiny_llama, pairs_file, *words))
         assert result.status == 0, result.err
@@ -76,9 +82,9 @@ def test_a_reference_free_objective_computes_no_reference_for_its_training_pairs
     align, monkeypatch, tiny_llama, pairs_file, folder
 ):
     made = []
-    original = run_module.reference.reference_logps
+    original = train_module.reference.reference_logps
     monkeypatch.setattr(
-        run_module.reference, "reference_logps", lambda *a, **k: made.append(k["name"]) or original(*a, **k)
+        train_module.reference, "reference_logps", lambda *a, **k: made.append(k["name"]) or original(*a, **k)
     )
     assert align(*quick(tiny_llama, pairs_file, f"run_dir={folder}", "objective=simpo")).status == 0
     assert made == ["held_out"]
@@ -86,7 +92,7 @@ def test_a_reference_free_objective_computes_no_reference_for_its_training_pairs
 
 def test_the_same_command_again_trains_nothing_and_shows_the_table(align, monkeypatch, tiny_llama, pairs_file):
     first = align(*quick(tiny_llama, pairs_file))
-    monkeypatch.setattr(run_module.model, "load_policy", None)  # calling it would fail
+    monkeypatch.setattr(train_module.model, "load_policy", None)  # calling it would fail
     again = align(*quick(tiny_llama, pairs_file))
     assert again.status == 0 and "This run is complete" in again.out
     assert first.out.splitlines()[-5:] == again.out.splitlines()[-5:]
@@ -108,7 +114,7 @@ def test_a_start_model_that_changed_in_its_folder_is_another_run(align, tiny_lla
 
 
 def test_a_judge_that_fails_costs_no_model_and_the_next_try_trains_nothing(
-    align, tiny_llama, pairs_file, folder, tmp_path
+    align, monkeypatch, tiny_llama, pairs_file, folder, tmp_path
 ):
     (tmp_path / "bad_judge.py").write_text(
         "fails = [True]\ndef judge(prompt, answer):\n    assert not fails[0]\n    return 1.0\n"
@@ -122,12 +128,84 @@ def test_a_judge_that_fails_costs_no_model_and_the_next_try_trains_nothing(
         align(*words)
     assert (folder / "model" / "model.safetensors").exists() and not (folder / "results.json").exists()
     sys.modules["bad_judge"].fails[0] = False
+    monkeypatch.setattr(train_module.reference, "reference_logps", None)  # the run folder has the column
     again = align(*words)
     assert again.status == 0 and "going on from" in again.out and (folder / "results.json").exists()
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == [0, 1, 2, 2]  # at the start, two steps, after the last
     before, after = (load_file(folder / at / "model.safetensors") for at in ("checkpoints/checkpoint-2", "model"))
     assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_a_checkpoint_counts_once_it_is_whole(tmp_path):
+    assert train_module.last_checkpoint(tmp_path / "checkpoints") is None
+    for name in ("checkpoint-2", "checkpoint-10", "unfinished/checkpoint-12", "checkpoint-11"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "trainer_state.json").write_text("{}")
+        if name != "checkpoint-11":
+            (tmp_path / name / MADE_BY).write_text("{}")
+    assert train_module.last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_the_newest_checkpoints_are_kept_whole_and_say_who_wrote_them(align, tiny_llama, pairs_file, folder):
+    words = ["optimizer.max_steps=4", "train.save_every_steps=1", "train.keep_checkpoints=2"]
+    assert align(*quick(tiny_llama, pairs_file, f"run_dir={folder}", *words)).status == 0
+    kept = sorted(folder.glob("checkpoints/**/checkpoint-*"))
+    assert [path.relative_to(folder / "checkpoints").as_posix() for path in kept] == ["checkpoint-3", "checkpoint-4"]
+    for checkpoint in kept:
+        assert json.loads((checkpoint / MADE_BY).read_text()) == {"strategy": "single", "processes": 1}
+        assert {"model.safetensors", "optimizer.pt", "trainer_state.json"} <= {
+            file.name for file in checkpoint.iterdir()
+        }
+
+
+@pytest.mark.parametrize(
+    "strategy, processes, says",
+    [
+        ("single", 1, None),
+        ("ddp", 4, None),  # weights and optimizer in one piece, as one process writes them
+        ("fsdp", 2, "was written by fsdp on 2 process(es), and this is single on 1: go on with cluster.strategy=fsdp,"),
+        ("zero2", 4, "go on with cluster.strategy=zero2 cluster.processes=4,"),
+        ("zero3", 1, "go on with cluster.strategy=zero3 cluster.processes=1,"),
+    ],
+)
+def test_a_checkpoint_that_this_strategy_cannot_read_is_refused_with_the_one_that_can(
+    align, tiny_llama, pairs_file, folder, strategy, processes, says
+):
+    words = quick(tiny_llama, pairs_file, f"run_dir={folder}", "optimizer.max_steps=1", "train.save_every_steps=1")
+    assert align(*words).status == 0
+    (folder / "results.json").unlink()
+    made_by = folder / "checkpoints" / "checkpoint-1" / MADE_BY
+    made_by.write_text(json.dumps({"strategy": strategy, "processes": processes}))
+    again = align(*words)
+    if says is None:
+        assert again.status == 0 and "going on from" in again.out and (folder / "results.json").exists()
+    else:
+        assert again.status == 1 and again.err.count("\n") == 1 and not (folder / "results.json").exists()
+        assert says in again.err and "or begin anew with another run_dir=" in again.err
+
+
+def test_a_full_disk_stops_the_run_in_one_line_and_costs_nothing_that_was_saved(
+    align, monkeypatch, tiny_llama, pairs_file, folder
+):
+    words = ["optimizer.max_steps=3", "train.save_every_steps=1"]
+    original, saves = transformers.Trainer._save_checkpoint, []
+
+    def full(self, *args):
+        saves.append(self.state.global_step)
+        original(self, *args)
+        if len(saves) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(transformers.Trainer, "_save_checkpoint", full)
+    stopped = align(*quick(tiny_llama, pairs_file, f"run_dir={folder}", *words))
+    assert stopped.status == 1 and stopped.err.splitlines()[-1].startswith("align: cannot write ")
+    assert "the disk is full" in stopped.err and "free some space" in stopped.err
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["checkpoint-1"]
+    again = align(*quick(tiny_llama, pairs_file, f"run_dir={folder}", *words))
+    assert again.status == 0 and "going on from" in again.out and saves == [1, 2, 2, 3]
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 2, 3, 3]
 
 
 def test_a_changed_objective_file_is_another_run(align, tiny_llama, pairs_file, tmp_path):
@@ -191,7 +269,7 @@ def test_lora_trains_the_adapter_only_and_its_reference_is_the_start_model(align
 
 
 def test_a_plan_says_what_would_run_and_starts_nothing(align, monkeypatch, tiny_llama, pairs_file, tmp_path):
-    monkeypatch.setattr(run_module.model, "load_policy", None)
+    monkeypatch.setattr(train_module.model, "load_policy", None)
     result = align(
         *quick(tiny_llama, pairs_file, "plan=true", "optimizer.num_train_epochs=2", "optimizer.max_steps=-1")
     )
@@ -236,7 +314,7 @@ def test_a_value_far_outside_the_published_range_warns_and_says_why(align, tiny_
     ):
         plan("objective=simpo", "objective.beta=0.1")
     with pytest.warns(UserWarning, match="optimizer.learning_rate=2e-05 is far above the published"):
-        plan("model.shape.parameters=9000000000", "optimizer.learning_rate=2e-5")
+        plan("++model.shape.parameters=9000000000", "optimizer.learning_rate=2e-5")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plan("objective.beta=0.05")
@@ -349,11 +427,21 @@ def test_the_local_trackers_take_a_run(align, monkeypatch, tiny_llama, pairs_fil
         assert list((folder / "tensorboard").glob("events.*"))
 
 
-def test_a_judge_adds_win_rates_lengths_and_kl(align, tiny_llama, pairs_file, folder, tmp_path):
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_judge_adds_win_rates_lengths_and_kl(align, monkeypatch, tiny_llama, pairs_file, folder, tmp_path, adapter):
+    """Of the policy as the run folder's model/ has it."""
+    judged, load = [], train_module.model.load_trained
+    monkeypatch.setattr(train_module.model, "load_trained", lambda *args: judged.append(load(*args)) or judged[-1])
+    if adapter:
+        pytest.importorskip("peft")
     (tmp_path / "my_judge.py").write_text("def short(prompt, answer):\n    return 1 / (1 + len(answer))\n")
     words = ["dataset.judge=my_judge:short", "evaluation.prompts=2", "evaluation.max_new_tokens=8"]
+    words += ["model.lora={r: 4, target_modules: all-linear}"] if adapter else []
     result = align(*quick(tiny_llama, pairs_file, f"run_dir={folder}", *words))
     assert result.status == 0, result.err
+    saved = load_file(folder / "model" / ("adapter_model.safetensors" if adapter else "model.safetensors"))
+    used = {name.replace(".default", ""): value for name, value in judged[0].state_dict().items()}
+    assert saved and all(torch.equal(value, used[name]) for name, value in saved.items())
     results = json.loads((folder / "results.json").read_text())
     assert results["start"]["win_rate"] == 0.5 and results["start"]["kl_policy_start"] == 0
     assert 0 <= results["trained"]["win_rate"] <= 1 and results["trained"]["sample_length"] <= 8

@@ -1,5 +1,6 @@
 """Steps: how a batch is split, resumed or dealt to processes changes nothing; gates stop what is wrong."""
 
+import copy
 import json
 import os
 import signal
@@ -13,7 +14,9 @@ import torch
 from conftest import ROOT, pair_row, quick, save_tiny, write_jsonl
 from safetensors.torch import load_file
 
-from align import run as run_module
+from align import reference, trainer
+from align import train as train_module
+from align.batching import StepSampler, deal
 from align.trainer import PairTrainer
 
 
@@ -69,6 +72,47 @@ def test_one_micro_batch_of_eight_pairs_equals_eight_of_one(
     scale = max(gradient.norm() for gradient in whole.values())
     for name, gradient in whole.items():
         assert (gradient - split[name]).norm() <= 1e-6 * scale, name
+
+
+@pytest.mark.parametrize("world", [3, 11])  # fewer than the pairs of a step, and more
+def test_pairs_that_only_fill_a_step_up_weigh_nothing(align, monkeypatch, tmp_path, tiny_gemma2, world):
+    """One process is fed the shares of all ranks, fillers too, in steps, evaluation and reference: nothing changes."""
+    held = write_jsonl(tmp_path / "held.jsonl", [pair_row(i, group="odd" if i % 2 else "even") for i in range(50, 57)])
+    train_file = write_jsonl(tmp_path / "train.jsonl", [pair_row(i, group="even") for i in range(40)])
+    words = ["objective=wpo", f"dataset.eval_path={held}", "dataset.group_by=group", "optimizer.max_steps=2"]
+    whole = first_gradients(align, monkeypatch, tmp_path / "whole", tiny_gemma2, train_file, *words)
+
+    original, fillers = StepSampler.__iter__, []
+
+    def of_all_ranks(pairs, lengths, _, layout, budget):
+        shares = deal(pairs, lengths, world, layout, budget)
+        fillers.append(sum(not counts for share in shares for micro in share for counts in micro.counted))
+        return [[micro for share in shares for micro in share]]
+
+    def steps_of_all_ranks(self):
+        ranks = [copy.copy(self) for _ in range(world)]
+        for rank, sampler in enumerate(ranks):
+            sampler.world, sampler.rank = world, rank
+        for shares in zip(*map(original, ranks), strict=True):
+            fillers.append(sum(not counts for share in shares for micro in share for counts in micro.counted))
+            yield [micro for share in shares for micro in share]
+
+    monkeypatch.setattr(StepSampler, "__iter__", steps_of_all_ranks)
+    for module in (trainer, reference):
+        monkeypatch.setattr(module, "deal", of_all_ranks)
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))  # a reference column of its own
+    filled = first_gradients(align, monkeypatch, tmp_path / "filled", tiny_gemma2, train_file, *words)
+
+    assert len(fillers) >= 6 and all(fillers)  # two columns, two evaluations, two steps: none could be dealt evenly
+    assert whole.pop("micro_batches") < filled.pop("micro_batches")
+    scale = max(gradient.norm() for gradient in whole.values())
+    for name, gradient in whole.items():
+        assert (gradient - filled[name]).norm() <= 1e-6 * scale, name
+    for prefix in ("train/loss", "eval/loss"):
+        lines = [timeless(metrics(tmp_path / name, prefix)) for name in ("whole", "filled")]
+        assert len(lines[0]) == 2
+        for ours, theirs in zip(*lines, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
 
 
 def test_layouts_and_checkpointing_change_a_run_only_by_rounding(align, tmp_path, tiny_gemma2, pairs_file):
@@ -170,28 +214,28 @@ def test_a_non_finite_loss_stops_the_run_names_the_pairs_and_leaves_the_checkpoi
     result = align(*quick(tiny_llama, pairs_file, *more))
     assert result.status == 1
     assert "step 3: the loss is not finite for pairs row-" in result.err
-    assert run_module.last_checkpoint(folder / "checkpoints").name == "checkpoint-2"
+    assert train_module.last_checkpoint(folder / "checkpoints").name == "checkpoint-2"
     assert not (folder / "results.json").exists()
 
 
 def test_a_reference_that_is_not_the_start_policy_is_refused(align, monkeypatch, tmp_path, tiny_llama, pairs_file):
-    original = run_module.reference.reference_logps
+    original = train_module.reference.reference_logps
     monkeypatch.setattr(
-        run_module.reference, "reference_logps", lambda *args, **kwargs: original(*args, **kwargs) - 3.0
+        train_module.reference, "reference_logps", lambda *args, **kwargs: original(*args, **kwargs) - 3.0
     )
     result = align(*quick(tiny_llama, pairs_file, f"run_dir={tmp_path / 'run'}"))
     assert result.status == 1 and "the reference is not the start policy" in result.err
 
 
 def test_a_trainable_weight_without_a_gradient_is_refused(align, monkeypatch, tmp_path, tiny_llama, pairs_file):
-    original = run_module.model.load_policy
+    original = train_module.model.load_policy
 
     def with_a_spare_weight(*args):
         policy = original(*args)
         policy.spare = torch.nn.Parameter(torch.zeros(2))
         return policy
 
-    monkeypatch.setattr(run_module.model, "load_policy", with_a_spare_weight)
+    monkeypatch.setattr(train_module.model, "load_policy", with_a_spare_weight)
     result = align(*quick(tiny_llama, pairs_file, f"run_dir={tmp_path / 'run'}"))
     assert result.status == 1 and "get no gradient: spare" in result.err
 
@@ -250,10 +294,15 @@ def test_a_run_that_is_killed_and_typed_again_equals_one_that_was_not(
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_one_process_equals_two(tmp_path, tiny_llama, pairs_file, own_cache):
+def test_one_process_equals_two(tmp_path, tiny_llama, own_cache):
+    """Also where pairs cannot be shared evenly: 37 of training, so the last step has 5, and 7 of two held-out groups."""
+    held = write_jsonl(tmp_path / "held.jsonl", [pair_row(i, group="odd" if i % 2 else "even") for i in range(50, 57)])
+    pairs_file = write_jsonl(tmp_path / "train.jsonl", [pair_row(i, group="even") for i in range(37)])
     words = [
         "objective=wpo",
-        "optimizer.max_steps=3",
+        f"dataset.eval_path={held}",
+        "dataset.group_by=group",
+        "optimizer.max_steps=6",  # an epoch, and a step of the next
         "engine.tokens_per_micro_batch=150",
         "optimizer.learning_rate=1e-3",
     ]
@@ -266,6 +315,7 @@ def test_one_process_equals_two(tmp_path, tiny_llama, pairs_file, own_cache):
         done = subprocess.run(line, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert len(one) == len(two) == 6
     for a, b in zip(one, two, strict=True):
         for name in a:
             if not name.endswith("_per_second"):
@@ -273,5 +323,6 @@ def test_one_process_equals_two(tmp_path, tiny_llama, pairs_file, own_cache):
     assert metrics(tmp_path / "one", "eval/loss")[-1] == pytest.approx(
         metrics(tmp_path / "two", "eval/loss")[-1], rel=1e-4, abs=1e-5
     )
+    assert {"eval/accuracy/odd", "eval/accuracy/even"} <= metrics(tmp_path / "two", "eval/loss")[-1].keys()
     for name, value in weights(tmp_path / "one").items():
         torch.testing.assert_close(weights(tmp_path / "two")[name], value, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,341 @@
+"""The training of one prepared run, as each of its processes does it: policy, reference, steps, evaluation, saving.
+
+Everything it makes is in the run folder: metrics.jsonl, start.json, reference.safetensors, checkpoints/, model/,
+samples.jsonl, results.json; it goes on from whatever of that is there. Left out: where configuration, data and
+processes come from (run.py, launch.py), and the step itself (trainer.py).
+"""
+
+import json
+import shutil
+import signal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+import objectives
+from align import arguments, card, config, data, engine, evaluate, launch, memory, model, plan, reference, tracking
+from align.cache import write_json
+from align.config import Layout, RunConfig, Stopped, Strategy, UserError
+from align.launch import Fleet, Place
+from align.trainer import MADE_BY, PairData, PairTrainer, step_of
+from objectives import Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run that is checked and prepared, as it is handed to the processes that train."""
+
+    cfg: RunConfig
+    start: model.Start
+    pairs: data.Pairs
+    fleet: Fleet
+    identity: dict[str, Any]
+    dir: Path
+    plan: str
+
+    @property
+    def results(self) -> Path:
+        """The file whose existence says that the run is complete."""
+        return self.dir / "results.json"
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return plan.total_steps(self.cfg, len(self.pairs.train))
+
+
+def work(job: Job) -> None:
+    """What each process does."""
+    quieten()
+    place = launch.join(job.fleet)
+    try:
+        _Training(job, place).run()
+    finally:
+        launch.leave()
+
+
+def quieten() -> None:
+    """No progress bars and notes of libraries: ours say what matters."""
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def build_objective(cfg: RunConfig) -> Objective:
+    """The objective that the configuration names.
+
+    Raises:
+        UserError: an unknown name or hyperparameter, or a value out of range.
+    """
+    values = dict(cfg.objective)
+    try:
+        if code := values.pop("code", None):
+            objectives.load_file(code)
+        return objectives.build(values)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+class _Training:
+    """One process's part of a run: reference, training, evaluation, saving."""
+
+    def __init__(self, job: Job, place: Place) -> None:
+        self.job, self.cfg, self.where = job, job.cfg, place
+        self.objective = build_objective(job.cfg)
+        self.cache = Path(job.cfg.cache_dir).expanduser()
+        self.checkpoint = last_checkpoint(job.dir / "checkpoints")
+        self.at_start: dict[str, float] = {}
+
+    def run(self) -> None:
+        """Train and evaluate with all processes; then the first one alone asks the judge, where there is one."""
+        job, cfg, where = self.job, self.cfg, self.where
+        policy, layout, attention = self._policy()
+        self.layout, self.attention = layout, attention
+        self.budget = self._tokens_per_micro_batch(policy)
+        trainer = self._trainer(policy)
+        del policy
+        tracker = tracking.start(cfg, job.dir, config.plain(cfg), where.rank)
+        report: _Report | None = None
+        if where.rank == 0:
+            every = cfg.train.eval_every_steps
+            report = _Report(job.dir / "metrics.jsonl", tracker, job.steps, step_of(self.checkpoint), every)
+        trainer.on_metrics = report
+        failed = True
+        results: dict[str, Any] = {}
+        try:
+            self._fit(trainer)
+            measured = {"start": self.at_start, "trained": trainer.evaluate()}
+            results = {side: {k.removeprefix("eval/"): v for k, v in m.items()} for side, m in measured.items()}
+            self._save(trainer)
+            trainer.accelerator.wait_for_everyone()
+            trainer.accelerator.free_memory()
+            del trainer
+            launch.leave()
+            if where.rank == 0:
+                self._finish(results)
+            failed = False
+        except Stopped:
+            failed = False
+            raise
+        finally:
+            if report is not None:
+                report.close()
+            summary = {f"result/{name}": value for name, value in results.get("trained", {}).items()}
+            tracker.finish(summary, failed)
+
+    def _fit(self, trainer: PairTrainer) -> None:
+        trainer.on_ready = lambda: self._at_step_zero(trainer)
+        with launch.heeding_signals() as request:
+            trainer.stop = lambda: request.signal is not None
+            trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+        at = int(trainer.state.global_step)
+        if at < self.job.steps:
+            raise Stopped(f"at step {at} of {self.job.steps}, with a checkpoint", request.signal == signal.SIGUSR2)
+
+    def _at_step_zero(self, trainer: PairTrainer) -> None:
+        """The reference column and the start policy's figures: made before step 1, read again where a run goes on."""
+        columns, figures = self.job.dir / "reference.safetensors", self.job.dir / "start.json"
+        splits = {"train": trainer.train_dataset, "held_out": trainer.eval_dataset}
+        if self.checkpoint is not None:
+            self._say(f"going on from {self.checkpoint}")
+            known = load_file(str(columns))
+            for name, split in splits.items():
+                split.ref_logp = known.get(name)
+            self.at_start = json.loads(figures.read_text())
+            return
+        # Held-out pairs always get the column: they are few, and what is comparable across objectives needs it.
+        wanted = ["held_out"] + (["train"] if "ref_logp" in self.objective.needs else [])
+        made = {name: self._reference(trainer, splits[name], name) for name in wanted}
+        for name, column in made.items():
+            splits[name].ref_logp = column
+        trainer.check_step_zero()
+        self.at_start = trainer.evaluate()
+        if self.where.rank == 0:
+            save_file(made, str(columns.with_suffix(".unfinished")))
+            columns.with_suffix(".unfinished").replace(columns)
+            write_json(figures, self.at_start)
+
+    def _reference(self, trainer: PairTrainer, split: PairData, name: str) -> Tensor:
+        return reference.reference_logps(
+            trainer.model_wrapped,
+            model.policy_fingerprint(self.cfg.model, self.job.start, self.cfg.seed),
+            split.pairs,
+            self.job.pairs.fingerprint,
+            split.lengths,
+            self.where,
+            layout=self.layout,
+            budget=self.budget,
+            pad_token_id=split.pad_token_id,
+            cache=self.cache,
+            name=name,
+        )
+
+    def _say(self, text: str) -> None:
+        if self.where.rank == 0:
+            print(text, flush=True)
+
+    # The policy ----------------------------------------------------------------------------------------------------
+
+    def _policy(self) -> tuple[PreTrainedModel, Layout, str]:
+        """The policy at step 0 and how every process can feed it, checked against its own logits.
+
+        Where weights are divided, the first process checks a whole copy before any is divided.
+        """
+        where = self.where
+        if where.sharded:
+            layout, attention, why = where.from_first(lambda: self._settled(self._whole_policy(where.device)))
+            self.made = arguments.training_arguments(self.cfg, self.job.dir / "checkpoints", where)
+            policy = model.load_policy(self.cfg.model, self.job.start, self.cfg.seed)
+        else:
+            self.made = arguments.training_arguments(self.cfg, self.job.dir / "checkpoints", where)
+            policy = self._whole_policy(where.device)
+            layout, attention, why = self._settled(policy)
+            layouts = list(Layout)  # the plan of a step must be the same for all
+            layout = layouts[-where.least(-layouts.index(layout))]
+        engine.attach(policy, layout, attention)
+        if why:
+            self._say(why)
+        if self.cfg.engine.gradient_checkpointing:  # as the Trainer will, but before memory is measured
+            policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        return policy, layout, attention
+
+    def _settled(self, policy: PreTrainedModel) -> tuple[Layout, str, str | None]:
+        pairs = self.job.pairs.train
+        some = [data.as_group(pair) for pair in pairs.select(range(min(2, len(pairs))))]
+        groups = [(prompt[-32:], [chosen[:32], rejected[:24]]) for prompt, (chosen, rejected) in some]
+        with self.where.autocast():
+            return engine.settle(policy, groups, self.cfg.engine.layout, self.cfg.model.attn_implementation)
+
+    def _whole_policy(self, device: torch.device) -> PreTrainedModel:
+        policy = model.load_policy(self.cfg.model, self.job.start, self.cfg.seed)
+        return policy.to(device)
+
+    def _tokens_per_micro_batch(self, policy: PreTrainedModel) -> int:
+        """The setting, or what fits every process's device."""
+        wanted = self.cfg.engine.tokens_per_micro_batch
+        if isinstance(wanted, int):
+            return wanted
+        if self.where.device.type == "cpu":
+            return engine.CPU_TOKENS
+        if self.where.sharded or self.where.strategy is Strategy.zero2:
+            fits = plan.tokens_that_fit(self.cfg, self.job.start, self.job.pairs, self.job.fleet)
+        else:
+            lengths = data.pair_lengths(self.job.pairs.train)
+            longest = sorted(range(len(lengths)), key=lambda i: -sum(lengths[i]))[:8]
+            groups = [data.as_group(self.job.pairs.train[i]) for i in longest]
+            needs = sorted(self.objective.needs & engine.COMPUTED - {"logp", "length"})
+            need = memory.need(plan.setup(self.cfg, self.job.start, self.job.fleet), self.where.strategy, 1)
+            later = need.optimizer + need.buckets
+            fits = engine.token_budget(policy, groups, self.layout, needs, self.where, later)
+        fits = self.where.least(fits)
+        self._say(f"engine.tokens_per_micro_batch={fits}, by free memory")
+        return fits
+
+    def _trainer(self, policy: PreTrainedModel) -> PairTrainer:
+        tokenizer = self.job.start.tokenizer
+        pad = int(tokenizer.pad_token_id)
+        return PairTrainer(
+            policy,
+            self.made,
+            self.objective,
+            PairData(self.job.pairs.train, None, self.layout, pad),
+            PairData(self.job.pairs.held_out, None, self.layout, pad),
+            tokenizer,
+            self.where,
+            pairs_per_step=self.cfg.train.pairs_per_step,
+            micro_batch_tokens=self.budget,
+        )
+
+    # The end -------------------------------------------------------------------------------------------------------
+
+    def _save(self, trainer: PairTrainer) -> None:
+        folder, unfinished = self.job.dir / "model", self.job.dir / "model.unfinished"
+        if self.where.rank == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        trainer.save_policy(unfinished)
+        if self.where.rank == 0:
+            self.job.start.tokenizer.save_pretrained(unfinished)
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before its results
+            unfinished.replace(folder)
+
+    def _finish(self, results: dict[str, Any]) -> None:
+        """The win rate where there is a judge, the card, and the results, which mark the end."""
+        job, folder = self.job, self.job.dir / "model"
+        if self.cfg.dataset.judge is not None:
+            for side, metrics in zip(("start", "trained"), self._judged(folder), strict=True):
+                results[side] |= metrics
+        rows = card.table(results["start"], results["trained"])
+        (folder / "README.md").write_text(card.model_card(self.cfg, config.plain(self.cfg), job.start, job.pairs, rows))
+        write_json(job.results, results)
+
+    def _judged(self, folder: Path) -> tuple[dict[str, float], dict[str, float]]:
+        """Metrics by the dataset's judge, of the start policy and of the trained one as it was saved."""
+        cfg, alone = self.cfg, replace(self.where, rank=0, world=1, strategy=Strategy.single)
+        trained = model.load_trained(cfg.model, self.job.start, folder).to(alone.device)
+        start_policy = self._whole_policy(alone.device)
+        for policy in (trained, start_policy):
+            engine.attach(policy, self.layout, self.attention)
+        asked = list(dict.fromkeys(self.job.pairs.held_out["conversation"]))[: cfg.evaluation.prompts]
+        return evaluate.compare_with_start(
+            trained,
+            start_policy,
+            self.job.start,
+            [json.loads(conversation) for conversation in asked],
+            config.resolve(str(cfg.dataset.judge), "dataset.judge"),
+            cfg.evaluation,
+            alone,
+            seed=cfg.seed,
+            layout=self.layout,
+            budget=self.budget,
+            samples_file=self.job.dir / "samples.jsonl",
+        )
+
+
+class _Report:
+    """Metrics of rank 0 as they come: a line of metrics.jsonl, the tracker, the progress bar.
+
+    A run that goes on drops the lines behind its checkpoint, so that the file is that of an uninterrupted run.
+    """
+
+    def __init__(
+        self, file: Path, tracker: tracking.Tracker, steps: int, resumed_at: int, eval_every: int | None
+    ) -> None:
+        self._file, self._tracker = file, tracker
+        lines = (
+            [line for line in file.read_text().splitlines() if line.endswith("}")]
+            if file.exists() and resumed_at
+            else []
+        )
+        before = [line for line in lines if json.loads(line)["step"] < resumed_at]
+        at = [line for line in lines if json.loads(line)["step"] == resumed_at]
+        evaluated = eval_every is not None and resumed_at % eval_every == 0  # before it was saved, behind its metrics
+        unfinished = file.with_suffix(".unfinished")
+        unfinished.write_text("".join(f"{line}\n" for line in before + at[: 1 + evaluated]))
+        unfinished.replace(file)
+        self._bar = tqdm(total=steps, initial=resumed_at, desc="training", unit="step", disable=None)
+
+    def __call__(self, step: int, metrics: dict[str, float]) -> None:
+        with self._file.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._tracker.log(step, metrics)
+        if "train/loss" in metrics:
+            self._bar.update(step - self._bar.n)
+            shown = {"loss": metrics["train/loss"], "accuracy": metrics["train/rewards/accuracies"]}
+            self._bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint: one that is there is whole (`PairTrainer._save_checkpoint`)."""
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{MADE_BY}")]
+    return max(whole, key=step_of, default=None)
