@@ -58,9 +58,10 @@ def main() -> None:
         _job()
         slurm.submit()
     except (UserError, HydraException, OmegaConfBaseException) as error:
+        unsent = f"; none of {count} jobs was submitted" if (count := slurm.discard()) else ""
         if _FULL_ERROR:
             raise
-        sys.exit(f"align: {compose.one_line(error)}")
+        sys.exit(f"align: {compose.one_line(error)}{unsent}")
     except KeyboardInterrupt as stop:
         at = f" {stop}" if isinstance(stop, Stopped) else ""
         print(f"align: stopped{at}; the same command goes on from the last checkpoint", file=sys.stderr)

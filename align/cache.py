@@ -5,6 +5,7 @@ lock that the others wait for. Nothing here ever deletes what a build has finish
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -45,5 +46,8 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
 def write_json(file: Path, value: Any) -> None:
     """Write `value` as JSON: whole, or not at all."""
     unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(value, indent=2, default=str))
+    with unfinished.open("w") as out:
+        json.dump(value, out, indent=2, default=str)
+        out.flush()
+        os.fsync(out.fileno())  # a rename may reach the disk before what it renames
     unfinished.replace(file)

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from align.config import ClusterConfig, Device, Launcher, Precision, Stopped, Strategy, UserError
 
-#: Processes wait for each other that long: more than any evaluation that one of them may do alone.
+#: Processes wait for each other that long: more than the first of them takes to write or read anything alone.
 _PATIENCE = timedelta(hours=2)
 _LAST_WORDS = 1.0  # seconds that the others get to say what they know once one has failed
 _TO_CHECKPOINT = 600.0  # seconds from a stop to its checkpoint, at most; a second Ctrl-C does not wait
@@ -112,11 +112,18 @@ class Place:
         return [value for some in lists for value in some]
 
     def from_first(self, decide: Callable[[], Any]) -> Any:
-        """What rank 0's `decide()` returns, on every process."""
+        """What rank 0's `decide()` returns, or its `UserError`, on every process."""
         if self.world == 1:
             return decide()
-        box = [decide() if self.rank == 0 else None]
+        box: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                box[0] = decide()
+            except UserError as error:
+                box[1] = str(error)
         torch.distributed.broadcast_object_list(box, src=0, device=self.device)
+        if box[1] is not None:
+            raise UserError(box[1])
         return box[0]
 
 
@@ -135,6 +142,10 @@ def fleet(cfg: ClusterConfig, plan: bool = False) -> Fleet:
         UserError: more GPUs than there are, bf16 without a GPU, a strategy that contradicts the number of processes.
     """
     elsewhere = plan or (cfg.launcher is Launcher.slurm and not inside())
+    if cfg.launcher is Launcher.slurm and cfg.device is Device.auto:
+        raise UserError(
+            "cluster.launcher=slurm needs cluster.device=gpu or cpu: where this is typed is not where it runs"
+        )
     gpus = torch.cuda.device_count()
     on_gpu = cfg.device is Device.gpu or (cfg.device is Device.auto and gpus > 0)
     per_node = cfg.processes or (max(gpus, 1) if on_gpu else 1)
@@ -149,7 +160,7 @@ def fleet(cfg: ClusterConfig, plan: bool = False) -> Fleet:
             f"torchrun --nnodes {cfg.nodes} --nproc-per-node {per_node} --rdzv-endpoint <host of the first>:29500 -m align ..."
         )
     nodes, per_node = (cfg.nodes, per_node) if not inside() else _outer_world(cfg, per_node)
-    has_bf16 = on_gpu and (elsewhere or torch.cuda.is_bf16_supported())
+    has_bf16 = on_gpu and (elsewhere or torch.cuda.is_bf16_supported(including_emulation=False))
     if cfg.precision is Precision.bf16 and not has_bf16:
         raise UserError(
             f"cluster.precision=bf16 needs a GPU that has it; this run is on {'cuda' if on_gpu else 'cpu'}: use fp32 or auto"
@@ -215,6 +226,8 @@ def join(fleet: Fleet) -> Place:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             os.environ.pop(name, None)  # of torchrun or srun with one process, which accelerate would take for many
     else:
+        if device.type == "cpu":
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # FSDP2 would shard onto a GPU that is there
         # torch's, at accelerate and DeepSpeed: nobody here can act on them.
         warnings.simplefilter("ignore", FutureWarning)
     if not alone and not torch.distributed.is_initialized():
@@ -246,15 +259,16 @@ class StopRequest:
     """Whether this process was asked to stop: SIGTERM, Ctrl-C, or SLURM's warning that the time is up (SIGUSR2)."""
 
     def __init__(self) -> None:
-        self.signal: int | None = None
+        self.came = self.time_is_up = False
 
     def __call__(self, number: int, frame: Any) -> None:
         """The signal handler: remember, and say that it was heard. A second Ctrl-C does not wait."""
-        if self.signal == signal.SIGINT == number and not inside():
+        if self.came and number == signal.SIGINT and not inside():
             raise KeyboardInterrupt
-        if self.signal is None and os.environ.get("RANK", "0") == "0":
+        if not self.came and os.environ.get("RANK", "0") == "0":
             print("align: stopping at the end of this step, with a checkpoint", file=sys.stderr)
-        self.signal = number
+        self.came = True
+        self.time_is_up |= number == signal.SIGUSR2
 
 
 @contextlib.contextmanager
@@ -361,16 +375,19 @@ def _verdict(world: int, ended: dict[int, int], logs: Path, asked: list[float]) 
         return said[0]["text"]
     if texts["user"]:
         raise UserError(texts["user"][0])
-    if texts["stopped"] or asked:
-        at_once = "at once, without a checkpoint" if len(asked) > 1 else "before the first step"
-        raise Stopped((*texts["stopped"], at_once)[0])
+    if texts["stopped"]:
+        raise Stopped(texts["stopped"][0])
+    of_stop = signal.SIGTERM if asked else None  # what it comes to where no training has begun
     for rank, status in ended.items():  # one that a signal ended could not speak; the others only say that it is gone
-        if status < 0:
+        if status < 0 and -status != of_stop:
             memory = "; out of memory? try a smaller engine.tokens_per_micro_batch or fewer cluster.processes"
             hint = memory if -status == signal.SIGKILL else f"; what it printed last is in {logs / f'{rank}.log'}"
             raise UserError(f"process {rank} of {world} was ended by {signal.Signals(-status).name}{hint}")
     if texts["failed"]:
         raise UserError(texts["failed"][0])
+    if asked:
+        long = f"killed, as no checkpoint came in {_TO_CHECKPOINT:.0f} s"
+        raise Stopped("at once, without a checkpoint" if len(asked) > 1 else "before the first step" if ended else long)
     silent = [rank for rank, status in ended.items() if status]
     raise UserError(f"process {silent[0]} of {world} ended with status {ended[silent[0]]}; see {logs}")
 

@@ -11,7 +11,7 @@ killed goes on, so the work is shared out by itself.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -47,6 +47,7 @@ def reference_logps(
     pad_token_id: int,
     cache: Path,
     name: str,
+    between: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """`[N, 2]` float32 nats: ref_logp of the chosen and of the rejected response of each pair. Cached. Collective.
 
@@ -54,6 +55,7 @@ def reference_logps(
         policy: `engine.attach`ed in `layout`, at step 0, wrapped as in training; `weights` tells it from others.
         lengths: `(prompt, chosen, rejected)` tokens of each pair; `budget` is a training micro-batch's.
         name: of the split, for the progress bar and the file.
+        between: called by every process before each shard; it may raise to stop.
 
     Raises:
         UserError: the cache cannot be written.
@@ -89,12 +91,13 @@ def reference_logps(
     with tqdm(total=len(to_do), desc=f"reference log-probabilities, {name}", unit="shard", disable=silent) as bar:
         for wait in (False, True):  # first what no one is about, then what others have not finished
             for number in to_do if not wait else where.from_first(missing):
+                between()
                 with _claimed(files[number], wait, where) as ours:
                     if ours:
                         logps = compute(shards[number])
                         if where.rank == 0:
                             _write(files[number], logps)
-                        bar.update()
+                bar.update(sum(files[i].exists() for i in to_do) - bar.n)
     column: Tensor = where.from_first(lambda: _read(files, shards))
     return column
 

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 
 from align import arguments, card, config, data, launch, model, plan, slurm, strategy, tracking, train
 from align.cache import write_json
-from align.config import Launcher, RunConfig, Strategy, UserError
+from align.config import ClusterConfig, Launcher, Precision, RunConfig, Strategy, UserError
 from align.launch import Fleet
 from align.train import Job, last_checkpoint
 from align.trainer import MADE_BY
@@ -49,7 +49,12 @@ def run(cfg: RunConfig) -> float | None:
             given = replace(
                 cfg, run_dir=str(job.dir.resolve()), cache_dir=str(Path(cfg.cache_dir).expanduser().resolve())
             )
-            slurm.enqueue(run, given, job.fleet.per_node, job.fleet.device == "cuda")
+            slurm.enqueue(
+                run,
+                replace(given, cluster=_as_resolved(cfg.cluster, job.fleet)),
+                job.fleet.per_node,
+                job.fleet.device == "cuda",
+            )
             return None
         _start(job)
     else:
@@ -95,6 +100,11 @@ def prepare(cfg: RunConfig) -> Job:
     return job
 
 
+def _as_resolved(cluster: ClusterConfig, fleet: Fleet) -> ClusterConfig:
+    """What compute nodes must not decide anew: the precision is part of what a run is."""
+    return replace(cluster, precision=Precision.bf16 if fleet.bf16 else Precision.fp32)
+
+
 def _is_first() -> bool:
     """Of several processes that were started from outside, the one that writes and prints."""
     return os.environ.get("RANK", "0") == "0"
@@ -108,13 +118,18 @@ def _say(text: str) -> None:
 def _start(job: Job) -> None:
     """Train in this process, in processes of ours, or as one of several that were started from outside."""
     with contextlib.ExitStack() as held:
-        if _is_first():
+
+        def open_folder() -> None:
             held.enter_context(_own_folder(job.dir))
             check_checkpoint(job)
             _open_folder(job)
+
         if launch.inside() or job.fleet.strategy is Strategy.single:
-            train.work(job)
+            place = launch.join(job.fleet)
+            place.from_first(open_folder)
+            train.work(job, place)
         else:
+            open_folder()
             launch.start(job.fleet, job.dir / "logs", train.work, job)
 
 
@@ -162,7 +177,12 @@ def check_checkpoint(job: Job) -> None:
     checkpoint = last_checkpoint(job.dir / "checkpoints")
     if checkpoint is None:
         return
-    made = json.loads((checkpoint / MADE_BY).read_text())
+    try:
+        made = json.loads((checkpoint / MADE_BY).read_text())
+    except ValueError as error:
+        raise UserError(
+            f"{checkpoint / MADE_BY} is damaged: delete {checkpoint}, and the run goes on from the one before"
+        ) from error
     before, now = Strategy(made["strategy"]), job.fleet.strategy
     whole = {Strategy.single, Strategy.ddp}  # both write weights and optimizer in one piece
     same = before is now or {before, now} <= whole

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 from align.config import ClusterConfig, RunConfig, Stopped, UserError
 
 _TO_CHECKPOINT = 300  # seconds between SLURM's warning that the time is up and the end
+_TO_SPEAK = 30  # seconds that the first task has for its tracker, and to queue the job again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,13 @@ def check() -> None:
 def enqueue(run: Callable[[RunConfig], object], cfg: RunConfig, per_node: int, on_gpu: bool) -> None:
     """Take a checked run whose `run_dir` is set, and what runs it; `submit` hands in all that one command makes."""
     _queue.append(_Queued(run=run, cfg=cfg, per_node=per_node, on_gpu=on_gpu))
+
+
+def discard() -> int:
+    """Forget what is queued, where the command has failed; how many jobs that is."""
+    count = len(_queue)
+    _queue.clear()
+    return count
 
 
 def submit() -> None:
@@ -118,7 +127,7 @@ def take_place() -> None:
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world // nodes),
         "MASTER_ADDR": first.split()[0],
-        "MASTER_PORT": of_srun.get("MASTER_PORT", str(20000 + int(of_srun["SLURM_JOB_ID"]) % 40000)),
+        "MASTER_PORT": of_srun.get("MASTER_PORT", str(12000 + int(of_srun["SLURM_JOB_ID"]) % 20000)),
     }
 
 
@@ -131,10 +140,11 @@ def work(run: Callable[[RunConfig], object], cfg: RunConfig) -> None:
     except UserError as error:
         sys.exit(f"align: {error}")
     except Stopped as stop:
-        print(f"align: stopped {stop}", file=sys.stderr)
-        if stop.time_is_up and os.environ.get("SLURM_PROCID") == "0":
+        if os.environ["SLURM_PROCID"] != "0":
+            time.sleep(_TO_SPEAK)  # the first task that ends takes the others with it
+        elif stop.time_is_up:
             subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
-        sys.exit(1)  # a task that returned would count as done
+        sys.exit(f"align: stopped {stop}")  # a task that returned would count as done
 
 
 def _time_is_up(number: int, frame: object) -> None:

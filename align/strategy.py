@@ -7,6 +7,7 @@ Left out: FSDP1, ZeRO-1 (zero2 without its gain) and pipelines.
 
 import importlib.util
 import os
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -14,6 +15,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from align.config import Strategy, UserError
 from align.launch import Fleet, Place
@@ -84,12 +86,11 @@ def _deepspeed(place: Place, clip: float) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
         if stage == 3:
             zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
-    if stage == 3:
-        zero["stage3_gather_16bit_weights_on_model_save"] = True
     return {
         "zero_optimization": zero,
         "bf16": {"enabled": place.bf16},
-        "data_types": {"grad_accum_dtype": "fp32"},  # else micro-batches are summed up in bf16
+        "data_types": {"grad_accum_dtype": "fp32"},  # else micro-batches are summed up in bf16,
+        "communication_data_type": "fp32",  # and so are processes
         "gradient_clipping": clip,
         "train_micro_batch_size_per_gpu": 1,  # what one batch holds is the plan's of a step, and so is accumulation
         "gradient_accumulation_steps": 1,
@@ -97,6 +98,19 @@ def _deepspeed(place: Place, clip: float) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
+
+
+def float32_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Weights of a DeepSpeed checkpoint as its optimizer has them; what the model holds may be rounded to bf16."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    weights: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))
+    return weights
+
+
+def forget() -> None:
+    """Models that are loaded from here on are whole: transformers would go on to divide them as ZeRO-3 does."""
+    unset_hf_deepspeed_config()
 
 
 def check_built(trainer: Trainer, place: Place) -> None:

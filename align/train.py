@@ -5,9 +5,9 @@ samples.jsonl, results.json; it goes on from whatever of that is there. Left out
 processes come from (run.py, launch.py), and the step itself (trainer.py).
 """
 
+import gc
 import json
 import shutil
-import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,21 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import objectives
-from align import arguments, card, config, data, engine, evaluate, launch, memory, model, plan, reference, tracking
+from align import (
+    arguments,
+    card,
+    config,
+    data,
+    engine,
+    evaluate,
+    launch,
+    memory,
+    model,
+    plan,
+    reference,
+    strategy,
+    tracking,
+)
 from align.cache import write_json
 from align.config import Layout, RunConfig, Stopped, Strategy, UserError
 from align.launch import Fleet, Place
@@ -52,12 +66,11 @@ class Job:
         return plan.total_steps(self.cfg, len(self.pairs.train))
 
 
-def work(job: Job) -> None:
-    """What each process does."""
+def work(job: Job, place: Place | None = None) -> None:
+    """What each process does, at the place that it has taken or takes now."""
     quieten()
-    place = launch.join(job.fleet)
     try:
-        _Training(job, place).run()
+        _Training(job, place or launch.join(job.fleet)).run()
     finally:
         launch.leave()
 
@@ -91,7 +104,10 @@ class _Training:
         self.job, self.cfg, self.where = job, job.cfg, place
         self.objective = build_objective(job.cfg)
         self.cache = Path(job.cfg.cache_dir).expanduser()
-        self.checkpoint = last_checkpoint(job.dir / "checkpoints")
+        self.checkpoint: Path | None = place.from_first(lambda: last_checkpoint(job.dir / "checkpoints"))
+        known = self.checkpoint or job.dir
+        if not place.least(int(known.exists())):
+            raise UserError(f"run_dir: some processes do not see {known}; all nodes must share the folder of the run")
         self.at_start: dict[str, float] = {}
 
     def run(self) -> None:
@@ -117,7 +133,8 @@ class _Training:
             self._save(trainer)
             trainer.accelerator.wait_for_everyone()
             trainer.accelerator.free_memory()
-            del trainer
+            del trainer, self.made
+            strategy.forget()
             launch.leave()
             if where.rank == 0:
                 self._finish(results)
@@ -134,11 +151,17 @@ class _Training:
     def _fit(self, trainer: PairTrainer) -> None:
         trainer.on_ready = lambda: self._at_step_zero(trainer)
         with launch.heeding_signals() as request:
-            trainer.stop = lambda: request.signal is not None
+            self.request = request
+            trainer.stop = lambda: request.came
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
         at = int(trainer.state.global_step)
         if at < self.job.steps:
-            raise Stopped(f"at step {at} of {self.job.steps}, with a checkpoint", request.signal == signal.SIGUSR2)
+            raise Stopped(f"at step {at} of {self.job.steps}, with a checkpoint", request.time_is_up)
+
+    def _stop_before_step_one(self) -> None:
+        """All processes stop, or none."""
+        if not self.where.least(int(not self.request.came)):
+            raise Stopped("before the first step", self.request.time_is_up)
 
     def _at_step_zero(self, trainer: PairTrainer) -> None:
         """The reference column and the start policy's figures: made before step 1, read again where a run goes on."""
@@ -176,6 +199,7 @@ class _Training:
             pad_token_id=split.pad_token_id,
             cache=self.cache,
             name=name,
+            between=self._stop_before_step_one,
         )
 
     def _say(self, text: str) -> None:
@@ -191,7 +215,7 @@ class _Training:
         """
         where = self.where
         if where.sharded:
-            layout, attention, why = where.from_first(lambda: self._settled(self._whole_policy(where.device)))
+            layout, attention, why = where.from_first(self._settled_whole)
             self.made = arguments.training_arguments(self.cfg, self.job.dir / "checkpoints", where)
             policy = model.load_policy(self.cfg.model, self.job.start, self.cfg.seed)
         else:
@@ -206,6 +230,19 @@ class _Training:
         if self.cfg.engine.gradient_checkpointing:  # as the Trainer will, but before memory is measured
             policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         return policy, layout, attention
+
+    def _settled_whole(self) -> tuple[Layout, str, str | None]:
+        """By a whole copy, on the GPU if it has room for one, and gone again."""
+        policy, device = self._whole_policy(torch.device("cpu")), self.where.device
+        if device.type == "cpu" or torch.cuda.mem_get_info(device)[0] > 2 * policy.get_memory_footprint():
+            layout, attention, why = self._settled(policy.to(device))
+        else:
+            layout, _, why = self._settled(policy)
+            attention = engine.backends(device, self.cfg.model.attn_implementation)[0]
+        del policy
+        gc.collect()
+        torch.cuda.empty_cache()
+        return layout, attention, why
 
     def _settled(self, policy: PreTrainedModel) -> tuple[Layout, str, str | None]:
         pairs = self.job.pairs.train

@@ -6,7 +6,6 @@ loop in `training_step`: a sum of pair losses over the pairs of the global batch
 """
 
 import contextlib
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +23,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from align import strategy
 from align.batching import FORWARD_ONLY, MicroBatch, StepSampler, deal, plan_micro_batches
+from align.cache import write_json
 from align.config import Layout, Strategy, UserError
 from align.data import as_group, pair_lengths
 from align.engine import COMPUTED, collate, evaluating, response_statistics, to_device
@@ -162,11 +162,11 @@ class PairTrainer(Trainer):
         model.train()
         self._losses = []
         total = torch.zeros((), device=self.where.device)
-        alone = self.where.strategy is Strategy.ddp  # it alone can wait: the others would keep whole gradients
+        can_wait = self.where.strategy is Strategy.ddp  # the others would keep whole gradients
         for i, batch in enumerate([self._on_device(batch) for batch in inputs]):
             last = i == len(inputs) - 1
             self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed steps in the backward that syncs
-            with self.accelerator.no_sync(model=model) if alone and not last else contextlib.nullcontext():
+            with self.accelerator.no_sync(model=model) if can_wait and not last else contextlib.nullcontext():
                 result, metrics = self._pair_loss(model, batch)
                 loss = (result.loss * batch["counted"]).sum() * (self.where.world / batch["pairs_in_step"])
                 self.accelerator.backward(loss)
@@ -250,7 +250,7 @@ class PairTrainer(Trainer):
             raise UserError(f"at step 1, {len(without)} trainable weights get no gradient: {', '.join(without[:3])}")
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The norm before clipping; stops the run, before the optimizer's step, where it or a loss is not finite."""
+        """The norm before clipping; stops the run, before anything of the step is kept, where it or a loss is not finite."""
         norm = super()._get_grad_norm(model, grad_norm)
         losses = torch.cat([losses for _, losses in self._losses])
         finite = losses.isfinite().all() & torch.as_tensor(norm, device=losses.device).isfinite()
@@ -285,13 +285,12 @@ class PairTrainer(Trainer):
             if self.where.rank == 0:
                 whole = unfinished / f"checkpoint-{self.state.global_step}"
                 made_by = {"strategy": self.where.strategy.value, "processes": self.where.world}
-                (whole / MADE_BY).write_text(json.dumps(made_by))
+                write_json(whole / MADE_BY, made_by)
                 if not (folder / whole.name).exists():  # a save that repeats one is the same
                     whole.replace(folder / whole.name)
-        if self.where.rank == 0:
-            older = sorted(folder.glob("checkpoint-*"), key=step_of)[: -int(self.args.save_total_limit or 1)]
-            for checkpoint in older:
-                shutil.rmtree(checkpoint, ignore_errors=True)
+                for older in sorted(folder.glob("checkpoint-*"), key=step_of)[: -int(self.args.save_total_limit or 1)]:
+                    shutil.rmtree(older, ignore_errors=True)
+            self.accelerator.wait_for_everyone()  # no process ends before it is in its place
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The model's part of a checkpoint. DeepSpeed's is written with its optimizer, in shards."""
@@ -299,10 +298,14 @@ class PairTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
 
     def save_policy(self, folder: Path) -> None:
-        """Write the policy as a Hugging Face model that one process can load. Every process calls it."""
-        state = self.accelerator.get_state_dict(self.model_wrapped)
+        """Write the policy as a Hugging Face model that one process can load, in float32. Every process calls it."""
+        if not self.is_deepspeed_enabled:
+            state = self.accelerator.get_state_dict(self.model_wrapped)
         if self.where.rank == 0:
             with _saying_what_to_do(folder.parent):
+                if self.is_deepspeed_enabled:  # the last step's checkpoint is there
+                    last = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+                    state = strategy.float32_weights(last)
                 policy = self.accelerator.unwrap_model(self.model_wrapped)
                 tied = getattr(policy, "all_tied_weights_keys", {})  # gathered apart, they no longer look like one
                 policy.save_pretrained(folder, state_dict={k: v for k, v in state.items() if k not in tied})
@@ -386,7 +389,8 @@ def _saying_what_to_do(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
         text = " ".join(str(error).split())
-        full = shutil.disk_usage(folder).free < 2**20
+        there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+        full = shutil.disk_usage(there).free < 2**20
         if not (full or isinstance(error, OSError | SafetensorError) or "PytorchStreamWriter" in text):
             raise
         shutil.rmtree(folder / "unfinished", ignore_errors=True)  # what is left of it only takes up room

@@ -1,5 +1,6 @@
 """Statistics of responses under a policy: packed rows, prompts shared, no logits. Start at forward.py."""
 
+from align.engine.attention import backends
 from align.engine.budget import CPU_TOKENS, token_budget
 from align.engine.forward import COMPUTED, attach, evaluating, response_statistics, settle
 from align.engine.layout import Batch, Group, collate, to_device
@@ -10,6 +11,7 @@ __all__ = [
     "Batch",
     "Group",
     "attach",
+    "backends",
     "collate",
     "evaluating",
     "response_statistics",

@@ -1,0 +1,317 @@
+"""The first stage of an iteration: K responses of the policy to every prompt, as rows in files.
+
+    <folder>/manifest.json                   what the responses depend on; other inputs are refused in this folder
+    <folder>/00000-of-00007.jsonl            the rows of a shard of prompts: written whole, or not there
+
+Any number of processes, jobs and machines may be started on one folder: each takes the next shard that no one is
+about, and at the end waits for what others have not finished, or finishes it itself where they were killed. Since
+every response has a seed of its own, it does not matter who draws what. Left out: what the responses are worth
+(annotate), and prompts that are too long for the policy, which are the caller's to drop.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from align.config import UserError, fingerprint
+from align.model import tokenizer_fingerprint
+from align.onpolicy.samplers import Prompt, Sampler, hf_sampler, openai_sampler, prompt_ids, seeds, vllm_sampler
+
+_VERSION = 1  # of rows and seeds: raise it when the same inputs would give others
+_MANIFEST = "manifest.json"
+
+Conversation = list[dict[str, str]]
+
+
+class Backend(Enum):
+    """Who draws the responses."""
+
+    hf = "hf"  # the policy in this process, by transformers
+    vllm = "vllm"  # vLLM in this process
+    openai = "openai"  # servers at `urls`
+
+
+@dataclass
+class SamplingConfig:
+    """How responses are drawn. The knobs behind the first six do not change them, but for rounding."""
+
+    backend: Backend = Backend.hf
+    samples: int = 5  # K, responses to a prompt
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 256  # of a response, its stop token included
+    prompts_per_shard: int = 64  # what a killed process loses at most, and what processes share the work by
+    tokens_per_batch: int = 32768  # backend hf: of prompts and responses that the cache holds at once
+    urls: list[str] = field(default_factory=list)  # backend openai, and so are all below: e.g. http://localhost:8000
+    served_model: str | None = None  # the policy's name there; null: the first that a server lists
+    requests_at_once: int = 64  # over all servers
+    timeout: float = 600.0  # seconds without an answer after which a request is tried again
+    patience: float = 600.0  # seconds without any server after which sampling fails
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResponseRow:
+    """A row of a shard; (iteration, prompt_id, k) is its key."""
+
+    iteration: int
+    prompt_id: str
+    k: int  # of `SamplingConfig.samples`
+    prompt: Conversation | str
+    response: str
+    response_ids: list[int]  # the stop token included
+    finished: bool  # with a stop token; else cut at max_new_tokens
+    origin: str = "policy"  # hybrid data have candidates of other origins
+
+
+def check_sampling(settings: SamplingConfig) -> None:
+    """Raise UserError for values that cannot be."""
+    for name in (
+        "samples", "temperature", "max_new_tokens", "prompts_per_shard", "tokens_per_batch", "requests_at_once",
+        "timeout", "patience",
+    ):  # fmt: skip
+        if not getattr(settings, name) > 0:
+            raise UserError(f"sampling.{name} must be above 0, not {getattr(settings, name)}")
+    if not 0 < settings.top_p <= 1:
+        raise UserError(f"sampling.top_p must lie in (0, 1], not {settings.top_p}")
+    if (settings.backend is Backend.openai) != bool(settings.urls):
+        raise UserError(
+            "sampling.urls goes with sampling.backend=openai: e.g. sampling.backend=openai "
+            "'sampling.urls=[http://localhost:8000]'"
+        )
+
+
+@contextlib.contextmanager
+def open_sampler(
+    settings: SamplingConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    load: Callable[[], PreTrainedModel],
+    path: str,
+) -> Iterator[Sampler]:
+    """The sampler that the settings name. Nothing is loaded before the block is entered, or kept after it.
+
+    Args:
+        load: the policy on its device, for backend hf.
+        path: the policy's folder or name on the hub, for backend vllm.
+
+    Raises:
+        UserError: the backend is not installed, or no server answers.
+    """
+    if settings.backend is Backend.vllm:
+        with vllm_sampler(path, tokenizer) as sampler:
+            yield sampler
+    elif settings.backend is Backend.openai:
+        yield openai_sampler(
+            tokenizer,
+            settings.urls,
+            served_model=settings.served_model,
+            requests_at_once=settings.requests_at_once,
+            timeout=settings.timeout,
+            patience=settings.patience,
+        )
+    else:
+        yield hf_sampler(load(), tokenizer, settings.tokens_per_batch)
+
+
+def sample_prompts(
+    prompts: Sequence[Mapping[str, Any]],
+    opening: AbstractContextManager[Sampler],
+    settings: SamplingConfig,
+    folder: Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    policy: str,
+    seed: int,
+    iteration: int,
+    silent: bool = False,
+) -> None:
+    """Write the rows of all prompts into `folder`, as far as they are not there. Returns when all are.
+
+    Args:
+        prompts: rows with `prompt_id` and `prompt`, a conversation or a plain text.
+        opening: e.g. `open_sampler(...)`; entered only if there is something to draw.
+        policy: a fingerprint that changes when the policy does.
+        silent: without a progress bar.
+
+    Raises:
+        UserError: a prompt without tokens or that comes twice, a folder that holds the responses of other inputs or
+            cannot be written.
+    """
+    check_sampling(settings)
+    ids = _token_ids(prompts, tokenizer)
+    inputs = _inputs(prompts, settings, tokenizer, policy, seed, iteration)
+    starts = range(0, len(prompts), settings.prompts_per_shard)
+    shards = [prompts[at : at + settings.prompts_per_shard] for at in starts]
+    files = _files(folder, len(shards))
+    _claim_folder(folder, {**inputs, "shards": len(shards)})
+
+    def missing() -> list[int]:
+        return [number for number, file in enumerate(files) if not file.exists()]
+
+    def draw(sampler: Sampler, shard: Sequence[Mapping[str, Any]]) -> list[ResponseRow]:
+        asked = [
+            Prompt(token_ids=ids[row["prompt_id"]], seeds=seeds(seed, iteration, row["prompt_id"], settings.samples))
+            for row in shard
+        ]
+        drawn = sampler(
+            asked,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            max_new_tokens=settings.max_new_tokens,
+        )
+        return [
+            ResponseRow(
+                iteration=iteration,
+                prompt_id=row["prompt_id"],
+                k=k,
+                prompt=row["prompt"],
+                response=sample.text,
+                response_ids=sample.response_ids,
+                finished=sample.finished,
+            )
+            for row, samples in zip(shard, drawn, strict=True)
+            for k, sample in enumerate(samples)
+        ]
+
+    if not missing():
+        return
+    bar = tqdm(total=len(prompts), desc=f"responses, iteration {iteration}", unit="prompt", disable=silent)
+    with opening as sampler, bar:
+        for wait in (False, True):  # first what no one is about, then what others have not finished
+            for number in missing():
+                with _claimed(files[number], wait) as ours:
+                    if ours:
+                        _write(files[number], draw(sampler, shards[number]))
+                gone = set(missing())  # others have been at work too
+                bar.update(sum(len(shard) for n, shard in enumerate(shards) if n not in gone) - bar.n)
+
+
+def read_samples(folder: Path) -> list[ResponseRow]:
+    """All rows of a finished folder, in the order of the prompts, the K of each together.
+
+    Raises:
+        UserError: a shard is missing or damaged.
+    """
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+    except OSError as error:
+        raise UserError(f"{folder} holds no responses: it has no {_MANIFEST}") from error
+    rows = []
+    for file in _files(folder, manifest["shards"]):
+        try:
+            with file.open() as lines:
+                rows += [ResponseRow(**json.loads(line)) for line in lines]
+        except FileNotFoundError as error:
+            raise UserError(f"{file} is not there yet: sampling is not finished, start it again") from error
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{file} is damaged ({error}): delete it and sample again") from error
+    expected = manifest["prompt_count"] * manifest["samples"]
+    if len({(row.prompt_id, row.k) for row in rows}) != len(rows) or len(rows) != expected:
+        raise UserError(f"{folder} holds {len(rows)} rows in place of {expected}: delete it and sample again")
+    return rows
+
+
+def _token_ids(prompts: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    """The token ids of each prompt."""
+    ids: dict[str, list[int]] = {}
+    for row in prompts:
+        name = row["prompt_id"]
+        if name in ids:
+            raise UserError(f"prompt {name!r} comes twice: every prompt needs an id of its own")
+        ids[name] = prompt_ids(row["prompt"], tokenizer)
+        if not ids[name]:
+            raise UserError(f"prompt {name!r} is empty")
+    return ids
+
+
+def _inputs(
+    prompts: Sequence[Mapping[str, Any]],
+    settings: SamplingConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    policy: str,
+    seed: int,
+    iteration: int,
+) -> dict[str, Any]:
+    """All that decides the rows and how they lie in files."""
+    return {
+        "iteration": iteration,
+        "seed": seed,
+        "policy": policy,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "prompts": fingerprint([[row["prompt_id"], row["prompt"]] for row in prompts]),
+        "prompt_count": len(prompts),
+        "backend": settings.backend.name,
+        **{name: getattr(settings, name) for name in ("samples", "temperature", "top_p", "max_new_tokens")},
+        "prompts_per_shard": settings.prompts_per_shard,
+        "version": _VERSION,
+    }
+
+
+def _files(folder: Path, shards: int) -> list[Path]:
+    return [folder / f"{number:05}-of-{shards:05}.jsonl" for number in range(shards)]
+
+
+def _lock(file: Path, timeout: float) -> FileLock:
+    """In a folder of their own: the files beside them are for people to read."""
+    return FileLock(file.parent / "locks" / f"{file.name}.lock", timeout=timeout)
+
+
+def _claim_folder(folder: Path, inputs: dict[str, Any]) -> None:
+    """Write the manifest, or compare it with the one that is there."""
+    manifest = folder / _MANIFEST
+    with _writing(folder):
+        (folder / "locks").mkdir(parents=True, exist_ok=True)
+        with _lock(manifest, -1):
+            if not manifest.exists():
+                _replace(manifest, json.dumps(inputs, indent=1) + "\n")
+    there = json.loads(manifest.read_text())
+    other = [f"{name} {there.get(name)}, now {inputs[name]}" for name in inputs if there.get(name) != inputs[name]]
+    if other:
+        raise UserError(f"{folder} holds responses of other inputs ({'; '.join(other)}): delete it, or name another")
+
+
+@contextlib.contextmanager
+def _claimed(file: Path, wait: bool) -> Iterator[bool]:
+    """Whether this process is to draw a shard: it is missing, and the lock is ours."""
+    lock = _lock(file, -1 if wait else 0)
+    try:
+        with _writing(file.parent):
+            lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
+        yield not file.exists()
+    finally:
+        lock.release()
+
+
+def _write(file: Path, rows: Sequence[ResponseRow]) -> None:
+    with _writing(file.parent):
+        _replace(file, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows))
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a file as a whole; the caller holds its lock."""
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(file)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Say what to do where the folder cannot be written."""
+    try:
+        yield
+    except Timeout:  # which is an OSError
+        raise
+    except OSError as error:
+        raise UserError(f"cannot write {folder} ({error}): name another folder") from error

@@ -1,0 +1,76 @@
+"""What every sampler is given and returns. A sampler knows nothing of files, iterations or scores.
+
+Prompts enter as token ids, never as text, so there is one BOS. Every response has a seed of its own, from
+(seed, iteration, prompt id, k), so that it does not depend on what it is drawn together with, except by rounding.
+Distributions are the policy's own, after temperature and top_p: what a model's generation_config adds (top_k,
+penalties) is left out, since samples would not be on-policy.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from align.model import with_one_bos
+
+_SEEDS = 2**31  # what every server takes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A prompt as token ids, and a seed for each response that is wanted."""
+
+    token_ids: Sequence[int]
+    seeds: Sequence[int]  # in [0, 2^31)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A response: its text without special tokens, and the token ids that were drawn."""
+
+    text: str
+    response_ids: list[int]  # the stop token included
+    finished: bool  # it ends with a stop token; else it was cut at max_new_tokens
+
+
+class Sampler(Protocol):
+    """Draws responses of a policy."""
+
+    def __call__(
+        self, prompts: Sequence[Prompt], *, temperature: float, top_p: float, max_new_tokens: int
+    ) -> list[list[Sample]]:
+        """To each prompt a response for each of its seeds.
+
+        Args:
+            temperature: above 0; logits are divided by it.
+            top_p: in (0, 1]; then only the most probable tokens are drawn from that together reach it.
+            max_new_tokens: of a response, the stop token included.
+        """
+
+
+def seeds(seed: int, iteration: int, prompt_id: str, samples: int) -> list[int]:
+    """The seeds of a prompt's K responses. The k-th does not depend on K."""
+
+    def of(k: int) -> int:
+        digest = hashlib.sha256(f"{seed} {iteration} {k} {prompt_id}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") % _SEEDS
+
+    return [of(k) for k in range(samples)]
+
+
+def prompt_ids(prompt: list[dict[str, str]] | str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token ids a policy is given: a conversation through the chat template, a plain text with its BOS."""
+    text: Any = prompt
+    if not isinstance(prompt, str):
+        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    return with_one_bos(tokenizer(text, add_special_tokens=False).input_ids, tokenizer)
+
+
+def as_sample(drawn: Sequence[int], tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> Sample:
+    """The sample that these token ids are; what was drawn behind the first stop token is left out."""
+    end = next((at for at, token in enumerate(drawn, 1) if token in stops), len(drawn))
+    ids = list(drawn[:end])
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    return Sample(text=str(text), response_ids=ids, finished=bool(ids) and ids[-1] in stops)

@@ -1,0 +1,164 @@
+"""A policy in memory, sampled by its own forward with a key-value cache, left padding, in batches of like length.
+
+A prompt is computed once for all its responses: its rows of the cache are repeated for them, and cut out again once
+they are done. The loop is ours and not transformers' `generate`, which computes a prompt for each response, follows
+the model's generation_config, and draws all rows from one random state.
+
+Randomness is one uniform number per response and token, from the response's own seed; the token is where it falls in
+the cumulative probabilities. They are laid in the vocabulary's order, not by falling probability: rounding, which
+differs with the batch, then moves a boundary by 1e-7 but never swaps two tokens.
+
+Left out: weights that are divided among processes (fsdp, zero3), continuous batching, models without a cache.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from align.config import UserError
+from align.engine import evaluating
+from align.model import stop_token_ids
+from align.onpolicy.samplers.base import Prompt, Sample, Sampler, as_sample
+
+
+def hf_sampler(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens_per_batch: int = 32768) -> Sampler:
+    """A sampler of a model that is on its device, `engine.attach`ed or not; autocast is the caller's.
+
+    Args:
+        tokens_per_batch: that the cache of a batch may hold: prompts and the longest responses, each response its own.
+    """
+    stops = stop_token_ids(tokenizer)
+
+    def sample(
+        prompts: Sequence[Prompt], *, temperature: float, top_p: float, max_new_tokens: int
+    ) -> list[list[Sample]]:
+        made: list[list[Sample]] = [[] for _ in prompts]
+        with evaluating(policy):
+            for batch in _batches(prompts, max_new_tokens, tokens_per_batch):
+                some = [prompts[i] for i in batch]
+                try:
+                    drawn = iter(_draw(policy, some, stops, temperature, top_p, max_new_tokens))
+                except torch.OutOfMemoryError as error:
+                    raise UserError(
+                        f"out of memory with {tokens_per_batch} tokens in a batch: set sampling.tokens_per_batch="
+                        f"{tokens_per_batch // 2}"
+                    ) from error
+                for i in batch:
+                    made[i] = [as_sample(next(drawn), tokenizer, stops) for _ in prompts[i].seeds]
+        return made
+
+    return sample
+
+
+def _batches(prompts: Sequence[Prompt], max_new_tokens: int, budget: int) -> Iterator[list[int]]:
+    """Prompts of like length, the longest first, as many as fit the budget with all their responses; at least one."""
+    batch: list[int] = []
+    longest = rows = 0
+    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i].token_ids)):
+        if not prompts[i].seeds:
+            continue
+        rows += len(prompts[i].seeds)
+        longest = longest or len(prompts[i].token_ids)
+        if batch and rows * (longest + max_new_tokens) > budget:
+            yield batch
+            batch, longest, rows = [], len(prompts[i].token_ids), len(prompts[i].seeds)
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _draw(
+    policy: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    stops: Sequence[int],
+    temperature: float,
+    top_p: float,
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """Token ids of every response, those of the first prompt first; behind a stop token they mean nothing."""
+    device = policy.device
+    stop = torch.tensor(stops, device=device)
+    ids, mask = _left_padded(prompts, stops[0], device)  # [B, width]
+    rolls = torch.tensor(  # [R, max_new_tokens] uniform in [0, 1)
+        [_rolls(seed, max_new_tokens) for prompt in prompts for seed in prompt.seeds],
+        dtype=torch.float64,
+        device=device,
+    )
+    of_prompt = torch.tensor([i for i, prompt in enumerate(prompts) for _ in prompt.seeds], device=device)
+    drawn = torch.full((len(rolls), max_new_tokens), stops[0], device=device)  # [R, max_new_tokens]
+
+    cache = DynamicCache(config=policy.config.get_text_config())
+    logits = _next_logits(policy, cache, ids, mask, (mask.cumsum(1) - 1).clamp(min=0))[of_prompt]
+    cache.reorder_cache(of_prompt)  # a row for each response from here on
+    mask, position = mask[of_prompt], mask.sum(1)[of_prompt]
+    row = torch.arange(len(rolls), device=device)  # of `drawn`, for each row of the cache
+    going = torch.ones_like(row, dtype=torch.bool)
+    for step in range(max_new_tokens):
+        token = _choose(logits, rolls[row, step], temperature, top_p)
+        drawn[row, step] = token
+        going &= ~torch.isin(token, stop)
+        still = int(going.sum())
+        if not still or step + 1 == max_new_tokens:
+            break
+        if still <= len(row) // 2:  # the others would cost as much as these
+            cache.reorder_cache(kept := going.nonzero()[:, 0])
+            token, mask, position, row, going = (x[kept] for x in (token, mask, position, row, going))
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        logits = _next_logits(policy, cache, token[:, None], mask, position[:, None])
+        position = position + 1
+    tokens: list[list[int]] = drawn.tolist()
+    return tokens
+
+
+def _rolls(seed: int, count: int) -> list[float]:
+    """Uniform in [0, 1), float64. Python's generator, since it promises the same numbers for all versions."""
+    generator = random.Random(seed)
+    return [generator.random() for _ in range(count)]
+
+
+def _left_padded(prompts: Sequence[Prompt], padding: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(token ids, 1 where they are no padding), `[B, width]` each."""
+    width = max(len(prompt.token_ids) for prompt in prompts)
+    ids = torch.full((len(prompts), width), padding)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        at = width - len(prompt.token_ids)
+        ids[row, at:] = torch.tensor(prompt.token_ids)
+        mask[row, at:] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _next_logits(policy: PreTrainedModel, cache: DynamicCache, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+    """`[b, V]` float32 logits of the token that follows each row of `ids`, which the cache then holds too."""
+    options: dict[str, Any] = {"logits_to_keep": 1} if policy._supports_logits_to_keep() else {}
+    out = policy(
+        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **options
+    )
+    logits: Tensor = out.logits[:, -1].float()
+    return logits
+
+
+def _choose(logits: Tensor, roll: Tensor, temperature: float, top_p: float) -> Tensor:
+    """The token, `[b]`, that each of the uniform numbers `[b]` falls on, by softmax of `[b, V]` logits.
+
+    Raises:
+        UserError: the logits are no numbers.
+    """
+    probs = (logits / temperature).softmax(-1)
+    if top_p < 1:
+        falling = probs.sort(-1, descending=True).values
+        of_better = falling.cumsum(-1) - falling  # the probability of all that come before a token
+        least = falling.masked_fill(of_better >= top_p, 1.0).amin(-1, keepdim=True)
+        probs = probs.masked_fill(probs < least, 0.0)
+    reached = probs.cumsum(-1, dtype=torch.float64)  # float32 would lose the rare tokens of a large vocabulary
+    total = reached[:, -1]
+    if not bool(total.isfinite().all()):
+        raise UserError(
+            "the policy's logits are not finite numbers: it has diverged in training; try a lower learning rate"
+        )
+    token = torch.searchsorted(reached, (roll * total)[:, None], right=True)[:, 0]
+    return token.clamp(max=logits.shape[-1] - 1)  # where roll * total is rounded up to the total

@@ -1,0 +1,143 @@
+"""Servers that speak OpenAI's completions protocol and take token ids: vLLM, SGLang, and hosts that run one of them.
+
+A request is one response with its own seed, many at once; the server's prefix cache computes a prompt once. Sampling
+is spelled out in full, since servers fill what is missing from the model's generation_config. Token ids come back
+where the server can return them (`return_token_ids`); else the text is encoded again, which may split it otherwise.
+A server that decodes greedily whatever it is asked is refused, after a probe.
+
+Left out: that a server really serves this policy, which is whoever starts it to see to.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from align.config import UserError
+from align.model import stop_token_ids
+from align.onpolicy.samplers.base import Prompt, Sample, Sampler, as_sample
+from align.onpolicy.samplers.servers import Send, Servers
+
+_PROBES = 8  # responses at a temperature at which no model gives so many alike
+_PROBE = {"temperature": 2.0, "top_p": 1.0, "max_tokens": 16}
+
+Body = dict[str, Any]  # of a request
+
+
+def openai_sampler(
+    tokenizer: PreTrainedTokenizerBase,
+    urls: Sequence[str],
+    *,
+    served_model: str | None = None,
+    requests_at_once: int = 64,
+    timeout: float = 600.0,
+    patience: float = 600.0,
+) -> Sampler:
+    """A sampler of the model that the servers serve, whose tokenizer this is.
+
+    Args:
+        served_model: its name there; None: the first that a server lists.
+        requests_at_once: over all servers.
+        timeout, patience: seconds, see `Servers`.
+
+    Raises:
+        UserError: here for bad URLs; when sampling, for a server that refuses or is greedy, or if none answers.
+    """
+    stops = stop_token_ids(tokenizer)
+
+    def check(url: str, send: Send, body: Body) -> None:
+        answers = [_choice(send("/completions", {**body, **_PROBE, "seed": seed})) for seed in range(_PROBES)]
+        if len({(answer.get("text"), str(answer.get("token_ids"))) for answer in answers}) == 1:
+            raise UserError(
+                f"{url} gives {_PROBES} equal answers at temperature {_PROBE['temperature']:g}: it decodes greedily, "
+                "whatever it is asked; serve the policy with vLLM or SGLang"
+            )
+
+    servers = Servers(urls, setting="sampling.urls", timeout=timeout, patience=patience, check=check)
+
+    def sample(
+        prompts: Sequence[Prompt], *, temperature: float, top_p: float, max_new_tokens: int
+    ) -> list[list[Sample]]:
+        over = threading.Event()
+        rest: Body = {"n": 1, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "return_token_ids": True}
+        rest |= {"temperature": temperature, "top_p": top_p, "max_tokens": max_new_tokens, "stop_token_ids": stops}
+        rest["model"] = served_model or _first_model(servers)
+        jobs = [{**rest, "prompt": list(p.token_ids), "seed": seed} for p in prompts for seed in p.seeds]
+
+        def draw(body: Body) -> Sample:
+            return _as_sample(_choice(servers.ask("/completions", body, over)), tokenizer, stops)
+
+        drawn = iter(_in_threads(draw, jobs, requests_at_once, over))
+        return [[next(drawn) for _ in prompt.seeds] for prompt in prompts]
+
+    return sample
+
+
+def _first_model(servers: Servers) -> str:
+    listed = servers.ask("/models")
+    try:
+        return str(listed["data"][0]["id"])
+    except (KeyError, IndexError, TypeError):
+        raise UserError("sampling.urls: the server lists no model; name it with sampling.served_model=") from None
+
+
+def _choice(answer: Any) -> Body:
+    """The one response of an answer.
+
+    Raises:
+        UserError: the server speaks another protocol, or ended the response for a reason of its own.
+    """
+    try:
+        choice: Body = answer["choices"][0]
+        reason = choice["finish_reason"]
+    except (KeyError, IndexError, TypeError):
+        raise UserError(f"sampling.urls: this is no answer to a completion: {str(answer)[:200]}") from None
+    if reason not in ("stop", "length"):
+        raise UserError(f"sampling.urls: the server ended a response because of {reason!r}")
+    return choice
+
+
+def _as_sample(choice: Body, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> Sample:
+    ids = choice.get("token_ids")
+    if ids is None:
+        ids = tokenizer(choice["text"], add_special_tokens=False).input_ids
+    if choice["finish_reason"] == "stop" and not set(ids) & set(stops):  # some leave out the token they stopped at
+        told = choice.get("stop_reason", choice.get("matched_stop"))
+        ids = [*ids, told if told in stops else stops[0]]
+    return as_sample(ids, tokenizer, stops)
+
+
+def _in_threads(
+    function: Callable[[Body], Sample], jobs: Sequence[Body], threads: int, over: threading.Event
+) -> list[Sample]:
+    """`[function(job) for job in jobs]`. After the first exception `over` is set, and nobody waits for the others:
+    a pool of the standard library would, for as long as a server is silent."""
+    todo = iter(list(enumerate(jobs)))
+    lock = threading.Lock()
+    done: queue.SimpleQueue[tuple[int, Sample | BaseException]] = queue.SimpleQueue()
+
+    def work() -> None:
+        while not over.is_set():
+            with lock:
+                number, job = next(todo, (-1, {}))
+            if number < 0:
+                return
+            try:
+                done.put((number, function(job)))
+            except BaseException as error:
+                done.put((number, error))
+
+    for _ in range(min(threads, len(jobs))):
+        threading.Thread(target=work, daemon=True).start()
+    results: dict[int, Sample] = {}
+    try:
+        while len(results) < len(jobs):
+            number, result = done.get()
+            if isinstance(result, BaseException):
+                raise result
+            results[number] = result
+    finally:
+        over.set()
+    return [results[number] for number in range(len(jobs))]

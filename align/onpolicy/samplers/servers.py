@@ -1,0 +1,177 @@
+"""Requests to several equal HTTP servers: whichever answers gets the next one, and one that does not is left alone.
+
+A server error, a time-out or a refused connection is tried again, at another server or later, for as long as the
+caller is patient: servers may be killed, and started again at the same address. What a server refuses (a wrong key,
+a bad request) is final. The key, from OPENAI_API_KEY, is sent to these addresses and to no other (redirects are not
+followed), and stands in no message. Left out: streaming, and connections that stay open between requests.
+"""
+
+import http.client
+import itertools
+import json
+import os
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+from urllib.parse import urlsplit
+
+from tqdm import tqdm
+
+from align.config import UserError
+
+#: (path, body or None for GET) -> the parsed answer of one server
+Send = Callable[[str, dict[str, Any] | None], Any]
+
+_PAUSES = (0.25, 30.0)  # seconds for which a server is left alone: after its first failure in a row, and at most
+_WORTH_A_LINE = 2  # failures in a row after which one more is said: a server that is busy now and then is no news
+_TRIES = 5  # of a request at least, where servers take longer to fail than the caller is patient
+_TRY_LATER = (408, 425, 429)  # statuses below 500 that say nothing about the request
+
+
+class _Silent(Exception):  # noqa: N818 - read in `except _Silent`
+    """A server did not answer; the text says how."""
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:
+        """Refuse: the key would go along."""
+
+
+class Servers:
+    """Equal servers behind one `ask`, which many threads may call."""
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        setting: str,
+        timeout: float,
+        patience: float,
+        check: Callable[[str, Send, dict[str, Any]], None] = lambda url, send, body: None,
+    ) -> None:
+        """Nothing is sent yet.
+
+        Args:
+            urls: e.g. http://localhost:8000; /v1 is added where there is no path.
+            setting: the knob that holds the URLs, for messages.
+            timeout: seconds of silence after which a request is given up.
+            patience: seconds after which a request that no server answers is an error.
+            check: called with each server and its first POST, before that is sent, and again after it was away;
+                raises UserError for one that cannot be used.
+
+        Raises:
+            UserError: no URLs, or one that is none, or that holds a key.
+        """
+        if not urls:
+            raise UserError(f"{setting} is empty: give the servers, e.g. '{setting}=[http://localhost:8000]'")
+        self._urls = [_base(url, setting) for url in urls]
+        self._setting, self._timeout, self._patience, self._check = setting, timeout, patience, check
+        self._lock = threading.Lock()
+        self._turns = itertools.count()
+        self._failures = dict.fromkeys(self._urls, 0)  # in a row
+        self._rests_until = dict.fromkeys(self._urls, 0.0)
+        self._checked: set[str] = set()
+        self._checking = {url: threading.Lock() for url in self._urls}
+        self._opener = urllib.request.build_opener(_NoRedirect())
+
+    def ask(self, path: str, body: dict[str, Any] | None = None, over: threading.Event | None = None) -> Any:
+        """The parsed answer of one of the servers to a POST of `body`, or to a GET where there is none.
+
+        Args:
+            path: behind /v1, e.g. "/completions".
+            over: the caller's word that nobody waits for the answer any more.
+
+        Raises:
+            UserError: a server refuses the request, or none has answered for as long as we are patient.
+        """
+        over = over or threading.Event()
+        started, tries = time.monotonic(), 0
+        while True:
+            url, pause = self._next()
+            if over.wait(pause):
+                raise UserError("the request was given up")
+            try:
+                if body is not None:
+                    self._once_checked(url, body)
+                answer = self._send(url, path, body)
+            except _Silent as error:
+                self._rest(url, str(error))
+                tries += 1
+                if tries >= _TRIES and time.monotonic() - started > self._patience:
+                    raise UserError(
+                        f"no answer from {self._setting} in {tries} tries and {self._patience:.0f} s; last, {url}: "
+                        f"{error}. Start the servers, then type the command again: what is finished is kept"
+                    ) from error
+            else:
+                self._failures[url] = 0
+                return answer
+
+    def _next(self) -> tuple[str, float]:
+        """The server whose turn it is among those that do not rest, and how long to wait for it."""
+        with self._lock:
+            at = next(self._turns) % len(self._urls)
+            in_turn = self._urls[at:] + self._urls[:at]
+            url = min(in_turn, key=lambda url: max(self._rests_until[url], time.monotonic()))
+            return url, max(0.0, self._rests_until[url] - time.monotonic())
+
+    def _rest(self, url: str, reason: str) -> None:
+        """Leave a server alone for a while. Requests that were under way together count as one failure."""
+        first, most = _PAUSES
+        with self._lock:
+            if self._rests_until[url] > time.monotonic():
+                return
+            if self._failures[url] == _WORTH_A_LINE:
+                tqdm.write(f"align: {url}: {reason}; trying again", file=sys.stderr)
+            self._rests_until[url] = time.monotonic() + min(most, first * 2 ** self._failures[url])
+            self._failures[url] = min(self._failures[url] + 1, 16)
+
+    def _once_checked(self, url: str, body: dict[str, Any]) -> None:
+        with self._checking[url]:
+            if url not in self._checked:
+                self._check(url, partial(self._send, url), body)
+                self._checked.add(url)
+
+    def _send(self, url: str, path: str, body: dict[str, Any] | None) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("OPENAI_API_KEY", "").strip():
+            headers["Authorization"] = f"Bearer {key}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(url + path, data, headers)
+        try:
+            with self._opener.open(request, timeout=self._timeout) as answer:
+                return json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            text = _said(error).replace(key or "\0", "***")
+            if error.code >= 500 or error.code in _TRY_LATER:
+                raise _Silent(f"status {error.code} {text}") from error
+            if error.code in (401, 403):
+                raise UserError(
+                    f"{url} refuses the key (status {error.code}): set OPENAI_API_KEY to one of it"
+                ) from None
+            raise UserError(f"{url}{path} answers with status {error.code}: {text or error.reason}") from None
+        except (OSError, http.client.HTTPException, ValueError) as error:  # refused, reset, timed out, cut, no JSON
+            self._checked.discard(url)  # it may come back as another
+            raise _Silent(f"{str(getattr(error, 'reason', error)) or type(error).__name__}") from error
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    """The start of what a server wrote beside a status."""
+    try:
+        return " ".join(error.read(2000).decode(errors="replace").split())[:300]
+    except (OSError, http.client.HTTPException):
+        return ""
+
+
+def _base(url: str, setting: str) -> str:
+    """The URL with its path, without a slash at the end."""
+    parts = urlsplit(url)
+    if parts.username or parts.password or parts.query:
+        raise UserError(f"{setting}: an address holds more than host, port and path; a key goes into OPENAI_API_KEY")
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise UserError(f"{setting}: {url!r} is no address such as http://localhost:8000")
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"

@@ -1,0 +1,66 @@
+"""vLLM in this process, for as long as a `with` block lasts: its memory is free again before training.
+
+Written from vLLM's documentation: https://docs.vllm.ai/en/latest/api/vllm/ (LLM, SamplingParams, TokensPrompt).
+vLLM wants other versions of transformers than align, so it is no dependency; in an environment of its own it is a
+server for openai.py. Left out: several processes of align, each with an engine of its own.
+"""
+
+import contextlib
+import gc
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from align.config import UserError
+from align.model import stop_token_ids
+from align.onpolicy.samplers.base import Prompt, Sample, Sampler, as_sample
+
+
+@contextlib.contextmanager
+def vllm_sampler(model: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[Sampler]:
+    """A sampler of the policy in a folder, or of that name on the hub.
+
+    Raises:
+        UserError: vLLM is not installed here.
+    """
+    try:
+        from vllm import LLM, SamplingParams
+        from vllm.distributed import cleanup_dist_env_and_memory
+    except ImportError as error:
+        raise UserError(
+            f"sampling.backend=vllm needs vllm in this environment ({error}); or start `vllm serve {model}` in one of its "
+            "own, and use sampling.backend=openai 'sampling.urls=[http://localhost:8000]'"
+        ) from error
+    stops = stop_token_ids(tokenizer)
+    # Token ids go in and out, so vLLM needs no tokenizer; "vllm": not the model's generation_config
+    engine: Any = LLM(model=model, skip_tokenizer_init=True, enable_prefix_caching=True, generation_config="vllm")
+
+    def sample(
+        prompts: Sequence[Prompt], *, temperature: float, top_p: float, max_new_tokens: int
+    ) -> list[list[Sample]]:
+        options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "max_tokens": max_new_tokens}
+        options |= {"stop_token_ids": stops, "detokenize": False}
+        asked = [({"prompt_token_ids": list(p.token_ids)}, seed) for p in prompts for seed in p.seeds]
+        answers = engine.generate(
+            [prompt for prompt, _ in asked],
+            [SamplingParams(seed=seed, **options) for _, seed in asked],  # one each: a request of n has one seed
+            use_tqdm=False,
+        )
+        drawn = (_with_stop(answer.outputs[0], stops) for answer in answers)  # in the order of the prompts
+        return [[as_sample(next(drawn), tokenizer, stops) for _ in prompt.seeds] for prompt in prompts]
+
+    try:
+        yield sample
+    finally:
+        engine = None  # `sample` holds it too, by this name
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def _with_stop(output: Any, stops: Sequence[int]) -> list[int]:
+    """The token ids of an output, with the token that ended it, where vLLM has not kept it."""
+    ids = list(output.token_ids)
+    if output.finish_reason == "stop" and not set(ids) & set(stops):
+        ids.append(output.stop_reason if output.stop_reason in stops else stops[0])
+    return ids

@@ -1,0 +1,152 @@
+"""ArmoRM: nineteen rewards per response, weighed by a gate that sees only the prompt.
+
+Wang et al. 2024, "Interpretable Preferences via Multi-Objective Reward Modeling and Mixture-of-Experts",
+https://arxiv.org/abs/2406.12845, and the card of https://huggingface.co/RLHFlow/ArmoRM-Llama3-8B-v0.1:
+
+    rewards = W h_last                                    [19], h_last the hidden state of the text's last token
+    gate    = scale * softmax(MLP(h_prompt) / temperature)  [19], h_prompt that of the last user/assistant boundary
+    score   = sum_i gate_i * (rewards @ transform)_i      transform takes the reward for length out of the others
+
+The head is ours, from that description: the model's own code does not import on transformers 5, and without it
+`AutoModelForSequenceClassification` puts a random head on this checkpoint.
+
+Not proven, as the true weights were not at hand; only the first can fail silently:
+
+- The boundary: the first token of the last `<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n`, so h_prompt
+  is the hidden state of the `<|eot_id|>` that ends the user's turn.
+- The gate's temperature where config.json has no `gating_temperature` (10), that it divides before the softmax, and
+  that `logit_scale` multiplies after it. ReLU between the MLP's layers, none behind the last.
+- The names of the weights (`model.*`, `regression_layer.weight`, `gating.layers.N.*`, `gating.logit_scale`,
+  `reward_transform_matrix`), and the MLP's shape where config.json has no `gating_hidden_dim` (1024) and
+  `gating_n_hidden` (3). A checkpoint with other names or shapes is refused.
+
+Before scores of the true weights are believed: the model's card shows the score of one conversation; compare.
+Left out: the nineteen rewards one by one, and the gate.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel, PreTrainedModel
+
+from align.config import UserError
+from align.launch import Place
+from align.onpolicy.annotate import ScorerConfig
+from align.onpolicy.scorers import models
+from align.onpolicy.scorers.base import Identity, Item, Kind, Scores
+
+_BOUNDARY = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+
+
+class Gating(nn.Module):
+    """Weights of the rewards, from the prompt's hidden state."""
+
+    def __init__(self, hidden: int, objectives: int, config: LlamaConfig) -> None:
+        super().__init__()
+        inner = getattr(config, "gating_hidden_dim", 1024)
+        widths = [hidden, *[inner] * getattr(config, "gating_n_hidden", 3), objectives]
+        self.temperature = float(getattr(config, "gating_temperature", 10))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        self.logit_scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, prompt_state: Tensor) -> Tensor:
+        """`[b, hidden]` -> `[b, objectives]`, which sum to `logit_scale`."""
+        x = prompt_state
+        for layer in self.layers[:-1]:
+            x = torch.relu(layer(x))
+        return self.logit_scale * torch.softmax(self.layers[-1](x) / self.temperature, dim=-1)
+
+
+class ArmoRM(LlamaPreTrainedModel):
+    """A Llama with ArmoRM's head."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        objectives = getattr(config, "num_objectives", 19)
+        self.model = LlamaModel(config)
+        self.regression_layer = nn.Linear(config.hidden_size, objectives, bias=False)
+        self.reward_transform_matrix = nn.Parameter(torch.eye(objectives), requires_grad=False)
+        self.gating = Gating(config.hidden_size, objectives, config)
+        self.post_init()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, last: Tensor, boundary: Tensor) -> Tensor:
+        """`[b]` scores; `last` and `boundary`, `[b]`, are the positions of the two hidden states."""
+        states = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        row = torch.arange(len(states), device=states.device)
+        rewards = self.regression_layer(states[row, last])  # [b, objectives]
+        return (self.gating(states[row, boundary]) * (rewards @ self.reward_transform_matrix.to(rewards.dtype))).sum(-1)
+
+
+class ArmoRMScorer:
+    """ArmoRM over the conversation and each response."""
+
+    def __init__(self, cfg: ScorerConfig, where: Place) -> None:
+        self._cfg, self._where = cfg, where
+        self._config = models.load_config(cfg)
+        if self._config.model_type != "llama":
+            raise UserError(f"scorer.path={cfg.path} is a {self._config.model_type} and not the Llama that ArmoRM is")
+        self._tokenizer = models.load_tokenizer(cfg)
+        self._boundary: list[int] = self._tokenizer(_BOUNDARY, add_special_tokens=False).input_ids
+        self._max_length = models.max_length(cfg, self._config, self._tokenizer)
+        self.identity = Identity(
+            kind=Kind.pointwise,
+            name=models.name(cfg),
+            revision=models.revision(cfg, self._config),
+            template=str(self._tokenizer.chat_template),
+            settings={
+                "max_length": self._max_length,
+                "system_message": cfg.system_message.name,
+                "bf16": where.bf16,
+            },
+        )
+
+    @cached_property
+    def _model(self) -> PreTrainedModel:
+        return models.load_weights(ArmoRM, self._cfg, self._config, self._where)
+
+    @torch.inference_mode()
+    def __call__(self, items: Sequence[Item]) -> list[Scores]:
+        """[K] scores; NaN where a response is so long that its prompt was cut away; `cut_tokens` says what was."""
+        texts = [ids for item in items for ids in models.render(item, self._tokenizer, self._cfg)]
+        rows = [models.cut(ids, self._max_length) for ids in texts]
+        boundaries = [self._find_boundary(ids, lost) for ids, lost in rows]
+        scores = [math.nan] * len(rows)
+        usable = [i for i, at in enumerate(boundaries) if at is not None]
+        for some in models.batches([len(rows[i][0]) for i in usable], self._cfg.tokens_per_batch):
+            chosen = [usable[at] for at in some]
+            ids, mask = models.pad([rows[i][0] for i in chosen], 0, self._where.device)
+            last, boundary = (
+                torch.tensor(at, device=self._where.device)
+                for at in ([len(rows[i][0]) - 1 for i in chosen], [boundaries[i] for i in chosen])
+            )
+            for i, value in zip(chosen, self._model(ids, mask, last, boundary).float().tolist(), strict=True):
+                scores[i] = value
+        values, lost_tokens = iter(scores), iter([lost for _, lost in rows])
+        return [
+            Scores(
+                values=[next(values) for _ in item.responses],
+                counts=[{"cut_tokens": next(lost_tokens)} for _ in item.responses],
+            )
+            for item in items
+        ]
+
+    def _find_boundary(self, ids: list[int], lost: int) -> int | None:
+        """Where the last boundary begins; None where it was cut away.
+
+        Raises:
+            UserError: there is none, so the chat template is not Llama-3's.
+        """
+        width = len(self._boundary)
+        for at in range(len(ids) - width, -1, -1):
+            if ids[at : at + width] == self._boundary:
+                return at
+        if lost:
+            return None
+        raise UserError(
+            f"the chat template of {self._cfg.path} does not write {_BOUNDARY!r} before an answer, as Llama-3's does: "
+            "ArmoRM's gate needs it; take the checkpoint's own tokenizer"
+        )

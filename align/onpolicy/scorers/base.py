@@ -1,0 +1,94 @@
+"""What a scorer is: told a prompt and its K responses, it gives each a number, or each pair a probability.
+
+Two kinds, as the published data were made with both: ArmoRM gives a number per response, PairRM says who beats whom.
+`select.py` turns either into what a pair needs, so nothing here does. Left out: files, shards and resuming
+(annotate.py); how a scorer is named and made (registry.py).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol
+
+Prompt = list[dict[str, str]] | str  # messages of {role, content}, the last of them the user's; or a plain text
+
+
+class Kind(Enum):
+    """What a scorer says."""
+
+    pointwise = "pointwise"  # a number per response; higher is better, in the scorer's own unit
+    pairwise = "pairwise"  # P(a beats b) for every ordered pair of a prompt's responses
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """Who scored. Recorded with the scores: two scorers that could disagree differ in it.
+
+    Attributes:
+        name: the kind of scorer and what it loaded: "reward_model:Skywork/...".
+        revision: a hub commit, or a fingerprint of local weights or code.
+        template: how prompt and response were put into one text: the chat template, or a sentence where there is none.
+        settings: whatever else can change a score: the maximal length, the precision.
+    """
+
+    kind: Kind
+    name: str
+    revision: str
+    template: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """A prompt with its K responses."""
+
+    prompt: Prompt
+    responses: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What is said of an item.
+
+    Attributes:
+        values: pointwise [K]; pairwise [K][K], row i, column j is P(response i beats response j), with
+            P_ij + P_ji = 1 and 1/2 on the diagonal. NaN where nothing can be said.
+        counts: [K] what was cut or spent, per response, always with the same keys; pairwise, of the comparisons in
+            which response i stood first. Empty: nothing to count.
+    """
+
+    values: Sequence[float] | Sequence[Sequence[float]]
+    counts: Sequence[Mapping[str, int]] = ()
+
+
+class Scorer(Protocol):
+    """Scores items. Loads what it needs at the first call, so that one whose scores are all there costs nothing.
+
+    A third party's is made by a function of (`ScorerConfig`, `align.launch.Place`): see registry.py.
+    """
+
+    @property
+    def identity(self) -> Identity:
+        """Who scores; known before anything heavy is loaded."""
+
+    def __call__(self, items: Sequence[Item]) -> list[Scores]:
+        """Scores of each item, in their order; of an item alone they are the same as among others."""
+
+
+def last_turn(prompt: Prompt) -> str:
+    """What was asked: the last message of a conversation, or the plain text."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def as_text(prompt: Prompt) -> str:
+    """A conversation as plain text: one user turn is its content, more are "role: content" with a blank line between."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def as_messages(prompt: Prompt) -> list[dict[str, str]]:
+    """A plain text becomes one user turn."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt

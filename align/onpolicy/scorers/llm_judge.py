@@ -1,0 +1,216 @@
+"""A language model as judge, over any OpenAI-compatible endpoint: which of two responses is better, in both orders.
+
+The judge answers with one of two letters, m for the first response and M for the second, as AlpacaEval 2's does
+(https://arxiv.org/abs/2404.04475): one token each, in no order, and no figure a judge might like. Where the server
+gives log-probabilities, P(first) = p(m) / (p(m) + p(M)) at the token of the verdict; else the letter in the text
+decides; a text without one clear letter counts as 1/2, and as `unreadable_verdicts`. Judges favour a place, so
+P(A beats B) = (P(A | A first) + 1 - P(B | B first)) / 2. Equal texts are not asked about.
+
+Answers are waited for while servers are busy, fail or are started again; the key is OPENAI_API_KEY and stands in no
+message or file (samplers/servers.py). Left out: judging a response alone, batch files, and what a server that died had
+charged for answers that never came.
+"""
+
+import math
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align.config import UserError
+from align.launch import Place
+from align.onpolicy.annotate import JudgeConfig, ScorerConfig
+from align.onpolicy.samplers.servers import Servers
+from align.onpolicy.scorers.base import Identity, Item, Kind, Scores, as_text
+
+FIRST, SECOND = "m", "M"  # {first} is called m, {second} M
+PLACES = ("{prompt}", "{first}", "{second}")
+TEMPLATE = '''Two assistants were given the same prompt. Decide whose output a careful person would prefer: the one that \
+does what was asked, is right, and says no more than helps. Neither the order nor the length of the outputs counts.
+
+"prompt": """{prompt}"""
+
+{"model": "m", "output": """{first}"""}
+
+{"model": "M", "output": """{second}"""}
+
+Answer with one letter and nothing else: m if the output of model m is better, M if that of model M is.'''
+_ASK = {"temperature": 0.0, "max_tokens": 8, "logprobs": True, "top_logprobs": 5}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """One answer of the judge."""
+
+    first_wins: float | None  # probability; None: the text could not be read
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class JudgeScorer:
+    """P(a beats b) by a model behind `judge.urls`. `counts` are per response that stood first; see `dollars`."""
+
+    def __init__(self, cfg: ScorerConfig, where: Place) -> None:
+        if cfg.judge.served_model is None:
+            raise UserError(
+                "scorer.name=llm_judge needs scorer.judge.served_model, the name that its server knows it by"
+            )
+        self._cfg = cfg.judge
+        self._servers = Servers(
+            cfg.judge.urls, setting="scorer.judge.urls", timeout=cfg.judge.timeout, patience=cfg.judge.patience
+        )
+        self._template = _template(cfg.template)
+        self._request = {key: value for key, value in {**_ASK, **cfg.judge.request}.items() if value is not None}
+        self._without_logprobs = False  # found out by asking
+        self.identity = Identity(
+            kind=Kind.pairwise,
+            name=f"llm_judge:{cfg.judge.served_model}",
+            revision=cfg.revision or "as served",
+            template=self._template,
+            settings={"request": self._request},
+        )
+
+    def __call__(self, items: Sequence[Item]) -> list[Scores]:
+        """[K][K] P(i beats j) of each item.
+
+        Raises:
+            UserError: the server refuses the request, or none has answered for `judge.patience` seconds.
+        """
+        asked = {
+            (number, i, j): fill(self._template, as_text(item.prompt), first, second)
+            for number, item in enumerate(items)
+            for i, first in enumerate(item.responses)
+            for j, second in enumerate(item.responses)
+            if first != second
+        }
+        verdicts = dict(zip(asked, self._ask_all(list(asked.values())), strict=True))
+        return [_scores(number, len(item.responses), verdicts) for number, item in enumerate(items)]
+
+    def _ask_all(self, texts: list[str]) -> list[Verdict]:
+        """The verdicts, in order, `requests_at_once` at a time; the first failure stops the others."""
+        over = threading.Event()
+        with ThreadPoolExecutor(self._cfg.requests_at_once) as pool:
+            try:
+                futures = [pool.submit(self._ask, text, over) for text in texts]
+                failed = [f for f in wait(futures, return_when=FIRST_EXCEPTION).done if f.exception() is not None]
+                return [future.result() for future in failed[:1] or futures]
+            finally:
+                over.set()  # those that wait to ask again, also after Ctrl-C
+                pool.shutdown(cancel_futures=True)
+
+    def _ask(self, text: str, over: threading.Event) -> Verdict:
+        """The verdict on one filled template."""
+        body = {
+            "model": self._cfg.served_model,
+            "messages": [{"role": "user", "content": text}],
+            **self._request,
+        }
+        if not self._without_logprobs:
+            try:
+                return read_answer(self._servers.ask("/chat/completions", body, over))
+            except UserError as error:
+                if "logprob" not in str(error).lower():
+                    raise
+                self._without_logprobs = True  # this server refuses to give them: the text of the verdict decides
+        for key in ("logprobs", "top_logprobs"):
+            body.pop(key, None)
+        return read_answer(self._servers.ask("/chat/completions", body, over))
+
+
+def dollars(counts: Mapping[str, int], cfg: JudgeConfig) -> float:
+    """What the tokens of these counts cost at the prices of the configuration."""
+    return (
+        counts.get("prompt_tokens", 0) * cfg.dollars_per_million_prompt_tokens
+        + counts.get("completion_tokens", 0) * cfg.dollars_per_million_completion_tokens
+    ) / 1e6
+
+
+def fill(template: str, prompt: str, first: str, second: str) -> str:
+    """The judge's message. In one pass: a response may itself speak of {second}."""
+    values = dict(zip(PLACES, (prompt, first, second), strict=True))
+    return re.sub("|".join(map(re.escape, PLACES)), lambda place: values[place[0]], template)
+
+
+def read_answer(answer: Any) -> Verdict:
+    """The verdict in a chat completion.
+
+    Raises:
+        UserError: it is no chat completion.
+    """
+    try:
+        choice, usage = answer["choices"][0], answer.get("usage") or {}
+        text = choice["message"]["content"] or ""
+        by_logprobs = _by_logprobs((choice.get("logprobs") or {}).get("content") or [])
+        return Verdict(
+            first_wins=_by_text(text) if by_logprobs is None else by_logprobs,
+            prompt_tokens=int(usage.get("prompt_tokens", 0)),
+            completion_tokens=int(usage.get("completion_tokens", 0)),
+        )
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"the judge answers with no chat completion: {str(answer)[:200]!r}; is scorer.judge.urls the address of an "
+            "OpenAI-compatible server, with its /v1?"
+        ) from error
+
+
+def _by_logprobs(tokens: list[dict[str, Any]]) -> float | None:
+    """P(first) at the first token that is a verdict; None where none is."""
+    for token in tokens:
+        if token["token"].strip() not in (FIRST, SECOND):
+            continue
+        mass = {FIRST: 0.0, SECOND: 0.0}
+        alternatives = {option["token"]: option for option in [*(token.get("top_logprobs") or []), token]}
+        for option in alternatives.values():  # "m" and " m" are one verdict
+            if option["token"].strip() in mass:
+                mass[option["token"].strip()] += math.exp(option["logprob"])
+        total = mass[FIRST] + mass[SECOND]
+        return mass[FIRST] / total if total > 0 else None
+    return None
+
+
+def _by_text(text: str) -> float | None:
+    """1 or 0 by the one letter that stands alone in the text; None where there is none, or both."""
+    letters = set(re.findall(rf"(?<![\w'])[{FIRST}{SECOND}](?!\w)", text))
+    return float(letters == {FIRST}) if len(letters) == 1 else None
+
+
+def _scores(number: int, count: int, verdicts: dict[tuple[int, int, int], Verdict]) -> Scores:
+    """The K x K matrix of one item; pairs that were not asked about are equal."""
+
+    def first_wins(i: int, j: int) -> float:
+        verdict = verdicts.get((number, i, j))
+        return 0.5 if verdict is None or verdict.first_wins is None else verdict.first_wins
+
+    def spent(i: int) -> dict[str, int]:
+        own = [verdicts[number, i, j] for j in range(count) if (number, i, j) in verdicts]
+        return {
+            "prompt_tokens": sum(verdict.prompt_tokens for verdict in own),
+            "completion_tokens": sum(verdict.completion_tokens for verdict in own),
+            "unreadable_verdicts": sum(verdict.first_wins is None for verdict in own),
+        }
+
+    wins = [[(first_wins(i, j) + 1 - first_wins(j, i)) / 2 for j in range(count)] for i in range(count)]
+    return Scores(values=wins, counts=[spent(i) for i in range(count)])
+
+
+def _template(given: str | None) -> str:
+    """The template itself, or that of a file.
+
+    Raises:
+        UserError: no such file, or a place is missing.
+    """
+    if given is None:
+        return TEMPLATE
+    file = Path(given).expanduser()
+    is_template = "{" in given
+    if not is_template and not file.is_file():
+        raise UserError(f"scorer.template={given} is neither a template nor a file that holds one")
+    template = given if is_template else file.read_text()
+    if missing := [place for place in PLACES if place not in template]:
+        raise UserError(
+            f"scorer.template lacks {', '.join(missing)}; it must ask for {FIRST} if the first is better, else {SECOND}"
+        )
+    return template

@@ -1,0 +1,191 @@
+"""What the scorers that are models share: loading without guesses, batches by tokens, and padding that changes nothing.
+
+Weights are safetensors and no remote code runs. A model whose checkpoint lacks a weight, or has one that nothing
+reads, is refused: transformers would fill the head with random numbers and only log it, and scores of a random head
+look like scores. The head computes in float32: a bfloat16 number around 10 comes in steps of 1/16, which makes ties.
+Left out: models that do not fit one device, quantisation.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from align.config import UserError
+from align.launch import Place
+from align.model import merge_system_message
+from align.onpolicy.annotate import ScorerConfig
+from align.onpolicy.scorers.base import Item, as_messages
+
+_DECIDES = ("*.safetensors", "config.json", "tokenizer*.json", "special_tokens_map.json", "chat_template.jinja")
+_SOME = 3  # names in an error
+
+
+def load_config(cfg: ScorerConfig) -> PretrainedConfig:
+    """The model's configuration, and with it the commit of a hub model.
+
+    Raises:
+        UserError: no path, or nothing there that can be read.
+    """
+    if cfg.path is None:
+        raise UserError(f"scorer.name={cfg.name} needs scorer.path: a hub name or a folder")
+    try:
+        return AutoConfig.from_pretrained(_path(cfg), revision=cfg.revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(_cannot_load(cfg, error)) from error
+
+
+def load_tokenizer(cfg: ScorerConfig) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(_path(cfg), revision=cfg.revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(_cannot_load(cfg, error)) from error
+
+
+def load_weights(kind: Any, cfg: ScorerConfig, config: PretrainedConfig, where: Place) -> PreTrainedModel:
+    """The model on its device, ready to score: `kind.from_pretrained` with every weight accounted for.
+
+    Raises:
+        UserError: it cannot be loaded, or the checkpoint and the model do not have the same weights; they are named.
+    """
+    try:
+        model, loading = kind.from_pretrained(
+            _path(cfg),
+            revision=cfg.revision,
+            config=config,
+            dtype=torch.bfloat16 if where.bf16 else torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise UserError(_cannot_load(cfg, error)) from error
+    problems = {
+        "lacks": loading["missing_keys"],
+        "has weights that this model does not read:": loading["unexpected_keys"],
+        "has weights of another shape:": loading["mismatched_keys"],
+    }
+    said = [f"{problem} {_some(keys)}" for problem, keys in problems.items() if keys]
+    if said:
+        raise UserError(
+            f"scorer.path={cfg.path} is no checkpoint for scorer.name={cfg.name}: it {'; it '.join(said)}; "
+            "its scores would come from random weights"
+        )
+    _head_in_float32(model)
+    return model.to(where.device).eval()
+
+
+def revision(cfg: ScorerConfig, config: PretrainedConfig) -> str:
+    """The commit of a hub model, or sixteen hex digits of a folder's weights, configuration and tokenizer."""
+    folder = Path(_path(cfg))
+    if not folder.is_dir():
+        return str(getattr(config, "_commit_hash", None) or cfg.revision or "unknown")
+    digest = xxhash.xxh3_128()
+    for file in sorted({file for pattern in _DECIDES for file in folder.glob(pattern)}):
+        digest.update(file.name.encode())
+        with file.open("rb") as content:
+            while block := content.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def name(cfg: ScorerConfig) -> str:
+    """The kind of scorer and its model; a folder by its last name, so that moving it makes no other scorer."""
+    folder = Path(_path(cfg))
+    return f"{cfg.name}:{folder.resolve().name if folder.is_dir() else cfg.path}"
+
+
+def render(item: Item, tokenizer: PreTrainedTokenizerBase, cfg: ScorerConfig) -> list[list[int]]:
+    """[K] token ids of the conversation with each response, by the chat template, which alone decides about the BOS.
+
+    Raises:
+        UserError: the template refuses the conversation.
+    """
+    messages = merge_system_message(as_messages(item.prompt), cfg.system_message)
+    texts = []
+    for response in item.responses:
+        try:
+            texts.append(
+                tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": response}], tokenize=False)
+            )
+        except Exception as error:  # Jinja raises whatever the template's author chose
+            system = messages[0]["role"] == "system"
+            hint = ": set scorer.system_message=merge" if system else "; give a template that takes it"
+            raise UserError(f"the chat template of {cfg.path} refuses a conversation ({error}){hint}") from error
+    # The tokenizer would put a second BOS in front of the template's.
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False).input_ids
+    return ids
+
+
+def max_length(cfg: ScorerConfig, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that a text may have: what was asked for, within what the model can take."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
+    return int(min(cfg.max_length or positions, positions, tokenizer.model_max_length))
+
+
+def cut(ids: list[int], length: int) -> tuple[list[int], int]:
+    """At most `length` tokens, and how many were cut: behind the first, a BOS mostly, so that the response is kept."""
+    if len(ids) <= length:
+        return ids, 0
+    return [*ids[:1], *ids[len(ids) - length + 1 :]], len(ids) - length
+
+
+def batches(lengths: Sequence[int], budget: int, equal: bool = False) -> Iterator[list[int]]:
+    """Indices of rows that go through the model together, longest first: at most `budget` tokens, padding included.
+
+    `equal`: only rows of one length together, for models that padding would confuse.
+    """
+    some: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        full = (len(some) + 1) * lengths[some[0]] > budget if some else False
+        if some and (full or (equal and lengths[i] != lengths[some[0]])):
+            yield some
+            some = []
+        some.append(i)
+    if some:
+        yield some
+
+
+def pad(rows: Sequence[list[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`[b, width]` token ids, padded on the right, and their mask: a causal model then never sees the padding."""
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [pad_token_id] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return ids.to(device), mask.to(device)
+
+
+def _head_in_float32(model: PreTrainedModel) -> None:
+    """Everything outside the backbone: weights and what it is given. Nothing to do where all is float32."""
+
+    def cast(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs)
+
+    for part in model.children():
+        if part is not model.base_model:
+            part.float().register_forward_pre_hook(cast)
+
+
+def _path(cfg: ScorerConfig) -> str:
+    return str(Path(str(cfg.path)).expanduser()) if str(cfg.path).startswith("~") else str(cfg.path)
+
+
+def _some(keys: Any) -> str:
+    """`a, b, c and 7 more`."""
+    names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
+    more = f" and {len(names) - _SOME} more" if len(names) > _SOME else ""
+    return ", ".join(names[:_SOME]) + more
+
+
+def _cannot_load(cfg: ScorerConfig, error: Exception) -> str:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    where = "as a folder with config.json, safetensors and a tokenizer, or from the hub (network, access, HF_TOKEN?)"
+    return f"scorer.path={cfg.path} cannot be loaded {where}: {reason}"

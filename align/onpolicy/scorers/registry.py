@@ -1,0 +1,103 @@
+"""Scorers by name: those here, those of installed packages, and "module:function".
+
+A package registers through the entry-point group `align.scorers`; the entry point names a function of
+(`ScorerConfig`, `Place`) that returns a `Scorer`, the same that "module:function" names. A setting that the chosen
+scorer would not read is refused, as whoever wrote it believes that it does something.
+Left out: torch, until a scorer is made.
+"""
+
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from align.config import UserError, closest, resolve
+from align.onpolicy.annotate import ScorerConfig
+from align.onpolicy.scorers.base import Identity, Scorer
+
+if TYPE_CHECKING:  # torch: not needed to look a name up
+    from align.launch import Place
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BuiltIn:
+    """Where a scorer is made, and the keys of `ScorerConfig` that it reads; of a nested node the first word."""
+
+    make: str
+    reads: tuple[str, ...]
+
+
+_HERE = "align.onpolicy.scorers"
+_MODEL = ("path", "revision", "max_length", "tokens_per_batch", "system_message")
+_BUILT_IN = {
+    "program": _BuiltIn(make=f"{_HERE}.program:ProgramScorer", reads=("path",)),
+    "reward_model": _BuiltIn(make=f"{_HERE}.reward_model:RewardModelScorer", reads=(*_MODEL, "template")),
+    "armorm": _BuiltIn(make=f"{_HERE}.armorm:ArmoRMScorer", reads=_MODEL),
+    "pairrm": _BuiltIn(make=f"{_HERE}.pairrm:PairRMScorer", reads=("path", "revision", "tokens_per_batch")),
+    "llm_judge": _BuiltIn(make=f"{_HERE}.llm_judge:JudgeScorer", reads=("revision", "template", "judge")),
+}
+
+
+def available() -> list[str]:
+    """Names of all scorers: ours and those of installed packages."""
+    return sorted({*_BUILT_IN, *(entry.name for entry in importlib.metadata.entry_points(group="align.scorers"))})
+
+
+def build(cfg: ScorerConfig, where: "Place") -> Scorer:
+    """The scorer that the configuration describes; models run on `where.device`.
+
+    Raises:
+        UserError: an unknown name, a setting that it does not read or that is out of range, a model that is not there.
+    """
+    _check(cfg)
+    if ":" in cfg.name:
+        make = resolve(cfg.name, "scorer.name")
+    elif cfg.name in _BUILT_IN:
+        _check_unread(cfg, _BUILT_IN[cfg.name].reads)
+        make = resolve(_BUILT_IN[cfg.name].make, "scorer.name")
+    else:
+        make = _of_a_package(cfg.name)
+    scorer = make(cfg, where)
+    if not callable(scorer) or not isinstance(getattr(scorer, "identity", None), Identity):
+        raise UserError(
+            f"scorer.name={cfg.name} made a {type(scorer).__name__}, which is no scorer: {_HERE}.base says what one is"
+        )
+    return scorer
+
+
+def _of_a_package(name: str) -> Callable[..., Any]:
+    entries = list(importlib.metadata.entry_points(group="align.scorers", name=name))
+    if not entries:
+        names = available()
+        raise UserError(
+            f"scorer.name={name} is unknown{closest(name, names)}; there are {', '.join(names)}, and module:function"
+        )
+    make: Callable[..., Any] = entries[0].load()
+    return make
+
+
+def _check(cfg: ScorerConfig) -> None:
+    """Raise for values that no scorer can use."""
+    above_0 = {
+        "max_length": cfg.max_length,
+        "tokens_per_batch": cfg.tokens_per_batch,
+        "judge.requests_at_once": cfg.judge.requests_at_once,
+        "judge.timeout": cfg.judge.timeout,
+    }
+    for key, value in above_0.items():
+        if value is not None and value <= 0:
+            raise UserError(f"scorer.{key} must be above 0, not {value}")
+    for key, value in {
+        "patience": cfg.judge.patience,
+        "dollars_per_million_prompt_tokens": cfg.judge.dollars_per_million_prompt_tokens,
+        "dollars_per_million_completion_tokens": cfg.judge.dollars_per_million_completion_tokens,
+    }.items():
+        if value < 0:
+            raise UserError(f"scorer.judge.{key} must be 0 or above, not {value}")
+
+
+def _check_unread(cfg: ScorerConfig, reads: tuple[str, ...]) -> None:
+    given, default = asdict(cfg), asdict(ScorerConfig())
+    for key in given:
+        if given[key] != default[key] and key not in ("name", *reads):
+            raise UserError(f"scorer.{key} does nothing with scorer.name={cfg.name}, which reads {', '.join(reads)}")

@@ -1,0 +1,261 @@
+"""Which two of a prompt's K candidates become its pair, and how likely each is to win. Pure: no files, no models.
+
+The rules are the published ones:
+
+- chosen: the highest score. Rejected: the lowest score, or, in WPO's first version, any of the others at random
+  (Zhou et al. 2024, https://arxiv.org/abs/2406.11827).
+- ties: the shortest of the best; of the worst, the one closest in length to the chosen (WPO's second version,
+  https://github.com/wzhouad/WPO). SPPO's code takes the first of both.
+- win_prob: the mean over all K of P(it beats j), itself included as 1/2, where P(i beats j) is the sigmoid of the
+  difference of scores (SPPO: Wu et al. 2024, https://arxiv.org/abs/2405.00675, and scripts/compute_prob.py of
+  https://github.com/uclaml/SPPO); or P(chosen beats rejected), the `chosen_probs` of the same file.
+- prompts whose samples are all identical are dropped (SimPO: on_policy_data_gen/post_process.py of
+  https://github.com/princeton-nlp/SimPO).
+
+Ours: a pair of equal scores is dropped too, as it prefers nothing; and candidates of further sources are no opponents
+where the policy has samples of its own, as `win_prob` is against a fresh sample of the policy.
+Left out: what a row of align has besides (the prompt, the chat turns), and empty responses, which data.py drops.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from random import Random
+
+from align.config import UserError
+
+Matrix = Sequence[Sequence[float]]  # [K][K]: row i, column j is P(candidate i beats candidate j)
+
+POLICY = "policy"  # the origin of what the policy itself sampled
+ROUNDING = 1e-3  # by which P(i beats j) + P(j beats i) may miss 1: scorers round, but an order effect is no rounding
+
+
+class Rejected(Enum):
+    """Which candidate is rejected."""
+
+    worst = "worst"  # the lowest score
+    random = "random"  # any whose text is not the chosen one's
+
+
+class WinProb(Enum):
+    """What the win probability of a response is taken against."""
+
+    all = "all"  # the policy's samples, itself included: SPPO's soft target
+    pair = "pair"  # the other of the pair
+
+
+@dataclass
+class SelectionConfig:
+    """How candidates become pairs."""
+
+    rejected: Rejected = Rejected.worst
+    win_prob: WinProb = WinProb.all
+    temperature: float = 1.0  # P(i beats j) = sigmoid(score difference / temperature); 0: the higher score wins surely
+    min_gap: float = 0.0  # between the scores of a pair; of mean wins where the scorer only compares
+    drop_identical: bool = True  # prompts to which all samples of the policy are one text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A response that may enter the pair."""
+
+    text: str
+    length: int  # tokens
+    score: float | None = None  # higher is better, in the scorer's unit; None: only who beats whom is known
+    origin: str = POLICY  # or the name of a further source: hybrid data have answers that the policy did not sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredPrompt:
+    """A prompt's K candidates with what the scorer said of them."""
+
+    id: str
+    candidates: Sequence[Candidate]
+    preferences: Matrix | None = None  # None: from the scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """A pair. Where candidates have no scores, theirs are their mean wins over all K."""
+
+    chosen: str
+    rejected: str
+    chosen_score: float
+    rejected_score: float
+    chosen_win_prob: float  # in [0, 1]
+    rejected_win_prob: float  # in [0, 1]
+    chosen_index: int  # among the candidates
+    rejected_index: int
+    chosen_origin: str
+    rejected_origin: str
+
+
+class Dropped(Enum):
+    """Why a prompt has no pair, in the order in which it is looked at; the value is what people read."""
+
+    too_few = "fewer than two candidates"
+    not_finite = "a score is not a finite number"
+    identical = "all samples are identical"
+    equal_texts = "chosen and rejected are identical"
+    equal_scores = "chosen and rejected score the same"
+    small_gap = "scores closer than min_gap"
+
+
+def preferences(scores: Sequence[float], temperature: float) -> list[list[float]]:
+    """[K][K] P(i beats j) = sigmoid((s_i - s_j) / temperature); at temperature 0 it is 1, 0, or 1/2 for a tie.
+
+    A score that is not finite makes its row and column NaN or certain: `select_pair` drops such prompts.
+
+    Raises:
+        UserError: the temperature is below 0.
+    """
+    if not temperature >= 0:
+        raise UserError(f"the temperature of preferences must be 0 or above, not {temperature}")
+
+    def wins(gap: float) -> float:
+        steepness = gap / temperature if temperature else (gap * math.inf if gap else 0.0)
+        return 0.5 * (1 + math.tanh(steepness / 2))  # the sigmoid, without its overflow
+
+    return [[wins(s_i - s_j) for s_j in scores] for s_i in scores]
+
+
+def win_probs(preferences: Matrix, weights: Sequence[float] | None = None) -> list[float]:
+    """[K] P(i beats an opponent): the mean over all K, itself included, which makes their mean 1/2.
+
+    `weights` [K] says how often each of the K is met as an opponent; None: equally often, as samples are.
+    """
+    weights = [1.0] * len(preferences) if weights is None else weights
+    # fsum, as a plain sum depends on the order, which would decide ties.
+    return [math.fsum(w * p for w, p in zip(weights, row, strict=True)) / math.fsum(weights) for row in preferences]
+
+
+def select_pair(
+    candidates: Sequence[Candidate], preferences: Matrix, config: SelectionConfig, rng: Random
+) -> Selection | Dropped:
+    """The pair of one prompt, or why it has none. What ties leave open goes to the first candidate.
+
+    `preferences` is [K][K], P(candidate i beats candidate j); `rng` is for a rejected one at random.
+
+    Raises:
+        UserError: some candidates have scores and others not, or the preferences are no [K][K] probabilities with
+            P(i beats j) + P(j beats i) = 1.
+    """
+    given = [candidate.score for candidate in candidates if candidate.score is not None]
+    _check_shapes(candidates, given, preferences)
+    if len(candidates) < 2:
+        return Dropped.too_few
+    if not all(math.isfinite(number) for numbers in (given, *preferences) for number in numbers):
+        return Dropped.not_finite
+    _check_probabilities(preferences)
+    samples = [candidate.text for candidate in candidates if candidate.origin == POLICY]
+    if config.drop_identical and len(samples) > 1 and len(set(samples)) == 1:
+        return Dropped.identical
+
+    scores = given or win_probs(preferences)
+    chosen = min(range(len(candidates)), key=lambda i: (-scores[i], candidates[i].length))
+    rejected = _rejected(chosen, candidates, scores, config, rng)
+    if candidates[chosen].text == candidates[rejected].text:
+        return Dropped.equal_texts
+    if scores[chosen] == scores[rejected]:
+        return Dropped.equal_scores
+    if scores[chosen] - scores[rejected] < config.min_gap:
+        return Dropped.small_gap
+
+    win_w, win_l = _pair_win_probs(chosen, rejected, candidates, preferences, config)
+    return Selection(
+        chosen=candidates[chosen].text,
+        rejected=candidates[rejected].text,
+        chosen_score=scores[chosen],
+        rejected_score=scores[rejected],
+        chosen_win_prob=win_w,
+        rejected_win_prob=win_l,
+        chosen_index=chosen,
+        rejected_index=rejected,
+        chosen_origin=candidates[chosen].origin,
+        rejected_origin=candidates[rejected].origin,
+    )
+
+
+def select(
+    prompts: Iterable[ScoredPrompt], config: SelectionConfig, seed: int
+) -> tuple[dict[str, Selection], dict[str, int]]:
+    """Pairs by prompt id, in the order of the prompts, and how many prompts were dropped for which reason.
+
+    A prompt's pair depends on the seed and its id, not on the other prompts; iterations give seeds of their own.
+
+    Raises:
+        UserError: a prompt comes twice, or is not one that `select_pair` takes; it is named.
+    """
+    pairs: dict[str, Selection] = {}
+    dropped: Counter[Dropped] = Counter()
+    seen: set[str] = set()
+    for prompt in prompts:
+        if prompt.id in seen:
+            raise UserError(f"prompt {prompt.id!r} comes twice")
+        seen.add(prompt.id)
+        try:
+            made = select_pair(prompt.candidates, _preferences(prompt, config), config, Random(f"{seed} {prompt.id}"))
+        except UserError as error:
+            raise UserError(f"prompt {prompt.id!r}: {error}") from error
+        if isinstance(made, Dropped):
+            dropped[made] += 1
+        else:
+            pairs[prompt.id] = made
+    return pairs, {reason.value: dropped[reason] for reason in Dropped if dropped[reason]}
+
+
+def _preferences(prompt: ScoredPrompt, config: SelectionConfig) -> Matrix:
+    """The scorer's [K][K], or that of its scores."""
+    if prompt.preferences is not None:
+        return prompt.preferences
+    scores = [candidate.score for candidate in prompt.candidates if candidate.score is not None]
+    if len(scores) < len(prompt.candidates):
+        raise UserError("it has neither a score for every candidate nor preferences")
+    return preferences(scores, config.temperature)
+
+
+def _check_shapes(candidates: Sequence[Candidate], given: Sequence[float], preferences: Matrix) -> None:
+    """Raise where some scores or preferences are missing."""
+    if given and len(given) < len(candidates):
+        raise UserError(f"{len(given)} of {len(candidates)} candidates have scores: score all of them, or none")
+    if any(len(side) != len(candidates) for side in (preferences, *preferences)):
+        raise UserError(
+            f"preferences of {len(candidates)} candidates must be {len(candidates)} rows of as many numbers"
+        )
+
+
+def _check_probabilities(preferences: Matrix) -> None:
+    """Raise for what cannot be P(i beats j), such as a judge asked in one order only."""
+    for i, row in enumerate(preferences):
+        for j, p in enumerate(row):
+            if not 0 <= p <= 1:
+                raise UserError(f"P({i} beats {j}) is {p}, which is no probability")
+            if abs(p + preferences[j][i] - 1) > ROUNDING:
+                both = f"P({i} beats {j}) is {p} and P({j} beats {i}) is {preferences[j][i]}"
+                raise UserError(f"{both}; they must add up to 1: take the mean of both orders, and 1/2 against itself")
+
+
+def _rejected(
+    chosen: int, candidates: Sequence[Candidate], scores: Sequence[float], config: SelectionConfig, rng: Random
+) -> int:
+    """Index of the rejected candidate. Its text can be the chosen one's, where a scorer contradicts itself."""
+    others = [i for i in range(len(candidates)) if i != chosen]
+    if config.rejected is Rejected.random:
+        # In the order of texts, not of candidates: the choice is then the same however they are listed.
+        different = [i for i in others if candidates[i].text != candidates[chosen].text] or others
+        different.sort(key=lambda i: (candidates[i].text, scores[i]))
+        return different[int(rng.random() * len(different))]  # Python promises random() for all versions, not choice()
+    return min(others, key=lambda i: (scores[i], abs(candidates[i].length - candidates[chosen].length)))
+
+
+def _pair_win_probs(
+    chosen: int, rejected: int, candidates: Sequence[Candidate], preferences: Matrix, config: SelectionConfig
+) -> tuple[float, float]:
+    """Win probabilities of the chosen and the rejected candidate."""
+    if config.win_prob is WinProb.pair:
+        return preferences[chosen][rejected], 1 - preferences[chosen][rejected]
+    own = [float(candidate.origin == POLICY) for candidate in candidates]
+    wins = win_probs(preferences, own if any(own) else None)
+    return wins[chosen], wins[rejected]
