@@ -148,18 +148,7 @@ def fleet(cfg: ClusterConfig, plan: bool = False) -> Fleet:
         )
     gpus = torch.cuda.device_count()
     on_gpu = cfg.device is Device.gpu or (cfg.device is Device.auto and gpus > 0)
-    per_node = cfg.processes or (max(gpus, 1) if on_gpu else 1)
-    if on_gpu and not elsewhere and per_node > gpus and not inside():
-        raise UserError(
-            f"cluster: {per_node} GPUs are asked for and this machine has {gpus}: "
-            + (f"set cluster.processes={gpus}" if gpus else "try cluster=auto, or cluster.device=cpu")
-        )
-    if cfg.launcher is Launcher.local and not inside() and not plan and cfg.nodes > 1:
-        raise UserError(
-            f"cluster.nodes={cfg.nodes} needs somebody to start the processes on each: cluster.launcher=slurm, or "
-            f"torchrun --nnodes {cfg.nodes} --nproc-per-node {per_node} --rdzv-endpoint <host of the first>:29500 -m align ..."
-        )
-    nodes, per_node = (cfg.nodes, per_node) if not inside() else _outer_world(cfg, per_node)
+    nodes, per_node = _processes(cfg, gpus if on_gpu else None, elsewhere)
     has_bf16 = on_gpu and (elsewhere or torch.cuda.is_bf16_supported(including_emulation=False))
     if cfg.precision is Precision.bf16 and not has_bf16:
         raise UserError(
@@ -168,82 +157,110 @@ def fleet(cfg: ClusterConfig, plan: bool = False) -> Fleet:
     memory = int(cfg.gpu_memory_gib * 2**30) if cfg.gpu_memory_gib else None
     if memory is None and on_gpu and gpus:
         memory = torch.cuda.get_device_properties(0).total_memory
-    world, strategy = nodes * per_node, cfg.strategy
-    if world > 1 and strategy is Strategy.single:
-        raise UserError(
-            f"cluster.strategy=single is one process, and this run has {world}: use ddp, fsdp, zero2 or zero3"
-        )
-    if world == 1 and strategy is Strategy.ddp:
-        strategy = Strategy.single
-    if cfg.offload and strategy in (Strategy.single, Strategy.ddp):
-        raise UserError(
-            f"cluster.offload=true works with cluster.strategy=fsdp, zero2 or zero3, not with {strategy.value}"
-        )
-    if cfg.offload and not on_gpu:
-        raise UserError("cluster.offload=true moves to the host what a GPU need not hold, and this run is on the CPU")
     return Fleet(
         device="cuda" if on_gpu else "cpu",
         bf16=has_bf16 and cfg.precision is not Precision.fp32,
         nodes=nodes,
         per_node=per_node,
-        strategy=strategy,
+        strategy=_strategy(cfg, nodes * per_node, on_gpu),
         offload=cfg.offload,
         memory=memory if on_gpu else None,
         cpu_threads=cfg.cpu_threads,
     )
 
 
-def _outer_world(cfg: ClusterConfig, per_node: int) -> tuple[int, int]:
-    """(nodes, processes per node) as started from outside; what the command says must agree."""
-    world = int(os.environ["WORLD_SIZE"])
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    if cfg.processes is not None and cfg.nodes * cfg.processes != world:
+def _processes(cfg: ClusterConfig, gpus: int | None, elsewhere: bool) -> tuple[int, int]:
+    """(nodes, processes per node); `gpus` of this machine, None for a run on CPUs."""
+    per_node = cfg.processes or max(gpus or 0, 1)
+    if inside():  # as started from outside; what the command says must agree
+        world = int(os.environ["WORLD_SIZE"])
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        if cfg.processes is not None and cfg.nodes * cfg.processes != world:
+            raise UserError(
+                f"torchrun or srun has started {world} processes, and cluster asks for {cfg.nodes} x {cfg.processes}: "
+                f"add cluster.nodes={max(1, world // local)} cluster.processes={local}"
+            )
+        return max(1, world // local), local
+    if gpus is not None and not elsewhere and per_node > gpus:
         raise UserError(
-            f"torchrun or srun has started {world} processes, and cluster asks for {cfg.nodes} x {cfg.processes}: "
-            f"add cluster.nodes={max(1, world // local)} cluster.processes={local}"
+            f"cluster: this machine has {gpus} of the {per_node} GPUs that are asked for: "
+            + (f"set cluster.processes={gpus}" if gpus else "try cluster=auto, or cluster.device=cpu")
         )
-    return max(1, world // local), local
+    if cfg.nodes > 1 and not elsewhere:
+        raise UserError(
+            f"cluster.nodes={cfg.nodes} needs somebody to start the processes on each: cluster.launcher=slurm, or "
+            f"torchrun --nnodes {cfg.nodes} --nproc-per-node {per_node} --rdzv-endpoint <host of the first>:29500 -m align ..."
+        )
+    return cfg.nodes, per_node
+
+
+def _strategy(cfg: ClusterConfig, world: int, on_gpu: bool) -> Strategy:
+    """The strategy, or `auto` where memory will decide."""
+    strategy = cfg.strategy
+    if world == 1 and strategy is Strategy.ddp:
+        strategy = Strategy.single
+    if world > 1 and strategy is Strategy.single:
+        raise UserError(
+            f"cluster.strategy=single is one process, and this run has {world}: use ddp, fsdp, zero2 or zero3"
+        )
+    if cfg.offload and strategy in (Strategy.single, Strategy.ddp):
+        raise UserError(
+            f"cluster.offload=true works with cluster.strategy=fsdp, zero2 or zero3, not with {strategy.value}"
+        )
+    if cfg.offload and not on_gpu:
+        raise UserError("cluster.offload=true moves to the host what a GPU need not hold, and this run is on the CPU")
+    return strategy
 
 
 def join(fleet: Fleet) -> Place:
     """This process's place in the fleet, connected to the others.
 
     Raises:
-        UserError: the port at which the processes meet is taken.
+        UserError: the processes cannot meet.
     """
-    rank, world = int(os.environ.get("RANK", 0)), fleet.world
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if fleet.device == "cpu":
-        shared = max(1, (os.cpu_count() or 1) // fleet.per_node) if world > 1 else None
-        if threads := fleet.cpu_threads or shared:
-            torch.set_num_threads(threads)
-            os.environ["OMP_NUM_THREADS"] = str(threads)  # else accelerate sets its own number, and warns
+    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cpu") if fleet.device == "cpu" else torch.device("cuda", local)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    alone = fleet.strategy is Strategy.single
-    if alone:
+    else:
+        _share_cores(fleet)
+    if fleet.strategy is Strategy.single:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             os.environ.pop(name, None)  # of torchrun or srun with one process, which accelerate would take for many
-    else:
-        if device.type == "cpu":
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # FSDP2 would shard onto a GPU that is there
-        # torch's, at accelerate and DeepSpeed: nobody here can act on them.
-        warnings.simplefilter("ignore", FutureWarning)
-    if not alone and not torch.distributed.is_initialized():
-        try:
-            torch.distributed.init_process_group(
-                "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=_PATIENCE
-            )
-        except (RuntimeError, ValueError) as error:
-            meeting = f"{os.environ.get('MASTER_ADDR', 'MASTER_ADDR')}:{os.environ.get('MASTER_PORT', 'MASTER_PORT')}"
-            if "EADDRINUSE" in str(error) or "already in use" in str(error):
-                raise UserError(
-                    f"the processes cannot meet at {meeting}, that port is in use: set MASTER_PORT to a free one, or "
-                    "torchrun --rdzv-endpoint=localhost:0"
-                ) from error
-            raise UserError(f"the processes cannot meet at {meeting}: {' '.join(str(error).split())[:200]}") from error
-    return Place(device=device, bf16=fleet.bf16, rank=rank, world=world, strategy=fleet.strategy, offload=fleet.offload)
+    elif not torch.distributed.is_initialized():
+        _connect(device)
+    return Place(
+        device=device,
+        bf16=fleet.bf16,
+        rank=rank,
+        world=fleet.world,
+        strategy=fleet.strategy,
+        offload=fleet.offload,
+    )
+
+
+def _share_cores(fleet: Fleet) -> None:
+    shared = max(1, (os.cpu_count() or 1) // fleet.per_node) if fleet.world > 1 else None
+    if threads := fleet.cpu_threads or shared:
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # else accelerate sets its own number, and warns
+
+
+def _connect(device: torch.device) -> None:
+    if device.type == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # FSDP2 would shard onto a GPU that is there
+    warnings.simplefilter("ignore", FutureWarning)  # torch's, at accelerate and DeepSpeed
+    try:
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        torch.distributed.init_process_group(backend, timeout=_PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        meeting = f"{os.environ.get('MASTER_ADDR', 'MASTER_ADDR')}:{os.environ.get('MASTER_PORT', 'MASTER_PORT')}"
+        if "EADDRINUSE" in str(error) or "already in use" in str(error):
+            raise UserError(
+                f"the processes cannot meet at {meeting}, that port is in use: set MASTER_PORT to a free one, or "
+                "torchrun --rdzv-endpoint=localhost:0"
+            ) from error
+        raise UserError(f"the processes cannot meet at {meeting}: {' '.join(str(error).split())[:200]}") from error
 
 
 def leave() -> None:
