@@ -4,14 +4,21 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: run test quick lint check clean
+.PHONY: run test test-matrix test-slurm quick lint check clean
 
 run: $(VENV)/.installed  ## the built-in task; ARGS="objective=wpo" for another
 	$(BIN)/python -m align $(ARGS)
 
 test: $(VENV)/.installed-dev  ## every test, the slow ones too
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not matrix and not slurm"
+
+test-matrix: $(VENV)/.installed-dev  ## every strategy by every starter on both models: 20 minutes
+	$(BIN)/python -m pytest -m matrix tests/test_strategies.py
+
+test-slurm: $(VENV)/.installed-dev  ## jobs on a real SLURM of one node, which it installs and starts: root on Debian or Ubuntu
+	timeout 30 sinfo >/dev/null 2>&1 || tests/slurm_node.sh
+	$(BIN)/python -m pytest -m slurm tests/test_slurm.py
 
 quick: $(VENV)/.installed-dev  ## the tests that take under two minutes
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"

@@ -5,19 +5,22 @@ A job that is preempted is queued again by SLURM, and one whose time is up asks 
 folder goes on from its last checkpoint. Jobs are submitit's; left out: waiting for them.
 """
 
+import contextlib
 import importlib.util
+import io
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from align.config import ClusterConfig, RunConfig, Stopped, UserError
+from align.config import ClusterConfig, Launcher, RunConfig, Stopped, UserError, resolve
 
 _TO_CHECKPOINT = 300  # seconds between SLURM's warning that the time is up and the end
 _TO_SPEAK = 30  # seconds that the first task has for its tracker, and to queue the job again
@@ -71,11 +74,14 @@ def submit() -> None:
     _queue.clear()
     logs = Path(str(first.cfg.run_dir)).parent / "slurm"
     executor = submitit.SlurmExecutor(folder=str(logs / "%j"))
+    said = io.StringIO()  # what sbatch prints where it refuses, which the error says too
     try:
         executor.update_parameters(**_parameters(first.cfg.cluster, first.per_node, first.on_gpu))
-        jobs = executor.map_array(work, [queued.run for queued in runs], [queued.cfg for queued in runs])
+        names = [f"{queued.run.__module__}:{queued.run.__qualname__}" for queued in runs]
+        with contextlib.redirect_stderr(said):
+            jobs = executor.map_array(work, names, [queued.cfg for queued in runs])
     except (submitit.core.utils.FailedJobError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split()).replace("sbatch: error: ", "")
+        reason = " ".join(str(error).replace("\nsbatch: error: ", "; ").replace("sbatch: error: ", "").split())
         raise UserError(
             f"SLURM refuses the job: {reason[:400]}; what it is asked for is under cluster.slurm"
         ) from error
@@ -131,21 +137,42 @@ def take_place() -> None:
     }
 
 
-def work(run: Callable[[RunConfig], object], cfg: RunConfig) -> None:
+def work(run: str, cfg: RunConfig) -> None:
     """What each task of a job does. Leaves with a status that is not 0 where the run is not complete."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit ignores it
+    signal.signal(signal.SIGTERM, _to_leave)  # submitit ignores it
     signal.signal(signal.SIGUSR2, _time_is_up)
     try:
-        run(cfg)
+        function = resolve(run, "a job")  # torch is imported here: the signals are heeded by then
+        here = replace(cfg.cluster, launcher=Launcher.local)  # else a task that is alone would submit itself
+        function(replace(cfg, cluster=here))
     except UserError as error:
         sys.exit(f"align: {error}")
     except Stopped as stop:
         if os.environ["SLURM_PROCID"] != "0":
             time.sleep(_TO_SPEAK)  # the first task that ends takes the others with it
-        elif stop.time_is_up:
-            subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
-        sys.exit(f"align: stopped {stop}")  # a task that returned would count as done
+        print(f"align: stopped {stop}", file=sys.stderr, flush=True)
+        if os.environ["SLURM_PROCID"] == "0" and (stop.time_is_up or _has_grace()):
+            subprocess.run(["scontrol", "requeue", _job_name()], check=True)
+        sys.exit(1)  # a task that returned would count as done
+
+
+def _job_name() -> str:
+    """As scontrol takes it: SLURM_JOB_ID of an array's last task is that of the whole array."""
+    of_array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{of_array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if of_array else os.environ["SLURM_JOB_ID"]
+
+
+def _has_grace() -> bool:
+    """Whether this job is preempted with a GraceTime: SLURM queues it again only if it is still there at its end."""
+    shown = subprocess.run(
+        ["scontrol", "show", "job", "--oneliner", _job_name()], capture_output=True, text=True
+    ).stdout
+    return "JobState=RUNNING" in shown and re.search(r"PreemptTime=\d", shown) is not None
 
 
 def _time_is_up(number: int, frame: object) -> None:
     raise Stopped("before the first step, as the time is up", time_is_up=True)
+
+
+def _to_leave(number: int, frame: object) -> None:
+    raise Stopped("before the first step")
