@@ -14,6 +14,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -31,6 +32,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from align import lifeline
 from align.config import ClusterConfig, Device, Launcher, Precision, Stopped, Strategy, UserError
 
 #: Processes wait for each other that long: more than the first of them takes to write or read anything alone.
@@ -327,7 +329,11 @@ def start(fleet: Fleet, logs: Path, function: Callable[..., Any], *args: Any) ->
     store = torch.distributed.TCPStore("127.0.0.1", 0, fleet.world, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
     processes: list[BaseProcess] = [
-        context.Process(target=_work, args=(rank, fleet, store.port, logs, function, args), name=f"align-{rank}")
+        context.Process(
+            target=lifeline.call,
+            args=(os.getpid(), pickle.dumps((_work, (rank, fleet, store.port, logs, function, args)))),
+            name=f"align-{rank}",
+        )
         for rank in range(fleet.world)
     ]
     with _passing_on_signals(processes) as asked:
@@ -409,16 +415,8 @@ def _verdict(world: int, ended: dict[int, int], logs: Path, asked: list[float]) 
     raise UserError(f"process {silent[0]} of {world} ended with status {ended[silent[0]]}; see {logs}")
 
 
-def _end_with(parent: BaseProcess) -> None:
-    parent.join()
-    os._exit(1)
-
-
 def _work(rank: int, fleet: Fleet, port: int, logs: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """The body of a process: take the place, run, and leave word of how it ended."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to everyone; the parent passes on SIGTERM
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": fleet.world, "LOCAL_WORLD_SIZE": fleet.per_node}

@@ -353,7 +353,8 @@ class _Report:
         )
         before = [line for line in lines if json.loads(line)["step"] < resumed_at]
         at = [line for line in lines if json.loads(line)["step"] == resumed_at]
-        evaluated = eval_every is not None and resumed_at % eval_every == 0  # before it was saved, behind its metrics
+        # What was evaluated at that step was written before it was saved, behind its metrics.
+        evaluated = eval_every is not None and resumed_at % eval_every == 0 and resumed_at < steps
         unfinished = file.with_suffix(".unfinished")
         unfinished.write_text("".join(f"{line}\n" for line in before + at[: 1 + evaluated]))
         unfinished.replace(file)

@@ -356,6 +356,7 @@ class PairTrainer(Trainer):
             members = [i for i, name in enumerate(groups) if name == group]
             means[f"accuracy/{group}"] = right[members].mean().item()
         named = {f"{metric_key_prefix}/{name}": value for name, value in means.items()}
+        self.control.should_evaluate = False  # done: else the end of an epoch would ask again
         if self.on_metrics is not None:
             self.on_metrics(self.state.global_step, named)
         return named
@@ -375,6 +376,8 @@ class _Hooks(TrainerCallback):
         """All processes stop, or none: after the same step, with a checkpoint."""
         if not self._trainer.where.least(int(not self._trainer.stop())):
             control.should_log = control.should_save = control.should_training_stop = True
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = False  # the run evaluates at its end, and would do it twice
 
 
 def step_of(checkpoint: Path | None) -> int:

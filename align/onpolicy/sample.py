@@ -11,6 +11,7 @@ every response has a seed of its own, it does not matter who draws what. Left ou
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
@@ -150,8 +151,8 @@ def sample_prompts(
     inputs = _inputs(prompts, settings, tokenizer, policy, seed, iteration)
     starts = range(0, len(prompts), settings.prompts_per_shard)
     shards = [prompts[at : at + settings.prompts_per_shard] for at in starts]
-    files = _files(folder, len(shards))
-    _claim_folder(folder, {**inputs, "shards": len(shards)})
+    files = _files(folder, inputs)
+    _claim_folder(folder, inputs)
 
     def missing() -> list[int]:
         return [number for number, file in enumerate(files) if not file.exists()]
@@ -205,7 +206,7 @@ def read_samples(folder: Path) -> list[ResponseRow]:
     except OSError as error:
         raise UserError(f"{folder} holds no responses: it has no {_MANIFEST}") from error
     rows = []
-    for file in _files(folder, manifest["shards"]):
+    for file in _files(folder, manifest):
         try:
             with file.open() as lines:
                 rows += [ResponseRow(**json.loads(line)) for line in lines]
@@ -255,7 +256,9 @@ def _inputs(
     }
 
 
-def _files(folder: Path, shards: int) -> list[Path]:
+def _files(folder: Path, inputs: Mapping[str, Any]) -> list[Path]:
+    """The shards of these inputs, in the order of the prompts."""
+    shards = math.ceil(inputs["prompt_count"] / inputs["prompts_per_shard"])
     return [folder / f"{number:05}-of-{shards:05}.jsonl" for number in range(shards)]
 
 

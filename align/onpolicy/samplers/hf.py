@@ -150,10 +150,7 @@ def _choose(logits: Tensor, roll: Tensor, temperature: float, top_p: float) -> T
     """
     probs = (logits / temperature).softmax(-1)
     if top_p < 1:
-        falling = probs.sort(-1, descending=True).values
-        of_better = falling.cumsum(-1) - falling  # the probability of all that come before a token
-        least = falling.masked_fill(of_better >= top_p, 1.0).amin(-1, keepdim=True)
-        probs = probs.masked_fill(probs < least, 0.0)
+        probs = probs.masked_fill(probs < _least_kept(probs, top_p), 0.0)
     reached = probs.cumsum(-1, dtype=torch.float64)  # float32 would lose the rare tokens of a large vocabulary
     total = reached[:, -1]
     if not bool(total.isfinite().all()):
@@ -162,3 +159,15 @@ def _choose(logits: Tensor, roll: Tensor, temperature: float, top_p: float) -> T
         )
     token = torch.searchsorted(reached, (roll * total)[:, None], right=True)[:, 0]
     return token.clamp(max=logits.shape[-1] - 1)  # where roll * total is rounded up to the total
+
+
+def _least_kept(probs: Tensor, top_p: float) -> Tensor:
+    """`[b, 1]` the smallest of the most probable `[b, V]` that together reach top_p."""
+    words = probs.shape[-1]
+    count = min(256, words)
+    falling = probs.topk(count).values  # not a sort of them all, which takes longer than the model's own step
+    while count < words and bool((falling.sum(-1) < top_p).any()):
+        count = min(8 * count, words)
+        falling = probs.topk(count).values
+    of_better = falling.cumsum(-1) - falling  # the probability of all that come before a token
+    return falling.masked_fill(of_better >= top_p, 1.0).amin(-1, keepdim=True)

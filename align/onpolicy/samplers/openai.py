@@ -48,12 +48,16 @@ def openai_sampler(
     stops = stop_token_ids(tokenizer)
 
     def check(url: str, send: Send, body: Body) -> None:
-        answers = [_choice(send("/completions", {**body, **_PROBE, "seed": seed})) for seed in range(_PROBES)]
-        if len({(answer.get("text"), str(answer.get("token_ids"))) for answer in answers}) == 1:
-            raise UserError(
-                f"{url} gives {_PROBES} equal answers at temperature {_PROBE['temperature']:g}: it decodes greedily, "
-                "whatever it is asked; serve the policy with vLLM or SGLang"
-            )
+        answers = set()
+        for seed in range(_PROBES):
+            choice = _choice(send("/completions", {**body, **_PROBE, "seed": seed}))
+            answers.add((choice.get("text"), str(choice.get("token_ids"))))
+            if len(answers) > 1:
+                return
+        raise UserError(
+            f"{url} gives {_PROBES} equal answers at temperature {_PROBE['temperature']:g}: it decodes greedily, "
+            "whatever it is asked; serve the policy with vLLM or SGLang"
+        )
 
     servers = Servers(urls, setting="sampling.urls", timeout=timeout, patience=patience, check=check)
 

@@ -155,8 +155,10 @@ class Servers:
                 ) from None
             raise UserError(f"{url}{path} answers with status {error.code}: {text or error.reason}") from None
         except (OSError, http.client.HTTPException, ValueError) as error:  # refused, reset, timed out, cut, no JSON
-            self._checked.discard(url)  # it may come back as another
-            raise _Silent(f"{str(getattr(error, 'reason', error)) or type(error).__name__}") from error
+            reason = getattr(error, "reason", error)
+            if isinstance(reason, ConnectionRefusedError):
+                self._checked.discard(url)  # it is gone, and may come back as another
+            raise _Silent(str(reason) or type(reason).__name__) from error
 
 
 def _said(error: urllib.error.HTTPError) -> str:
