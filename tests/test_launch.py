@@ -388,8 +388,11 @@ def small_disk(tmp_path):
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(
     "cluster",
-    [["cluster=cpu"], ["cluster=cpu_2"], ["cluster=cpu_2", "cluster.strategy=fsdp"]],
-    ids=["single", "ddp", "fsdp"],
+    [
+        pytest.param(["cluster=cpu"], id="single", marks=pytest.mark.matrix),
+        pytest.param(["cluster=cpu_2"], id="ddp"),
+        pytest.param(["cluster=cpu_2", "cluster.strategy=fsdp"], id="fsdp", marks=pytest.mark.matrix),
+    ],
 )
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on_once_there_is_room(
     tmp_path, small_disk, tiny_llama, pairs_file, cluster
@@ -453,8 +456,15 @@ def long_run(folder: Path, model: Path, pairs: Path, cluster: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("cluster", ["cluster=cpu", "cluster=cpu_2"])
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "Ctrl-C"])
+@pytest.mark.parametrize(
+    "cluster, how",
+    [
+        ("cluster=cpu", "SIGTERM"),
+        ("cluster=cpu_2", "Ctrl-C"),
+        *(pytest.param("cluster=cpu", how, marks=pytest.mark.matrix) for how in ("SIGINT", "Ctrl-C")),
+        *(pytest.param("cluster=cpu_2", how, marks=pytest.mark.matrix) for how in ("SIGINT", "SIGTERM")),
+    ],
+)
 def test_a_run_that_is_asked_to_stop_saves_and_the_same_command_goes_on(
     tmp_path, tiny_llama, pairs_file, uninterrupted, cluster, how
 ):
