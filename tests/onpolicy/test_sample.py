@@ -135,6 +135,7 @@ def backend(request, llama, tokenizer):
         yield openai_sampler(tokenizer, [server.url], requests_at_once=4), exact
 
 
+@pytest.mark.slow
 def test_every_sampler_keeps_the_contract(backend, tokenizer):
     sampler, exact = backend
     stops = stop_token_ids(tokenizer)
@@ -311,6 +312,7 @@ def test_a_prompt_is_computed_once_for_all_its_responses(llama, tokenizer):
 # Servers with faults -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode, timeout", [("errors", 60.0), ("slow", 3.0)])
 def test_errors_and_silence_are_tried_again(mode, timeout, server, llama, tokenizer):
     some = asked(tokenizer, TEXTS[:2], samples=3)
@@ -320,6 +322,7 @@ def test_errors_and_silence_are_tried_again(mode, timeout, server, llama, tokeni
     assert sampler(some, **OPTIONS) == expected
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_and_started_again_loses_nothing(llama, tokenizer):
     server = Server(llama)
     many = asked(tokenizer, samples=40)
@@ -340,6 +343,7 @@ def test_a_server_that_is_killed_and_started_again_loses_nothing(llama, tokenize
         server.kill()
 
 
+@pytest.mark.slow
 def test_servers_that_do_not_answer_are_left_alone(server, tokenizer):
     dead = "http://127.0.0.1:9"
     sampler = openai_sampler(tokenizer, [dead, server.url], requests_at_once=4)
@@ -436,6 +440,7 @@ def test_a_finished_folder_is_not_sampled_again(llama, tokenizer, tmp_path):
     sample_prompts(PROMPTS, opening(), SETTINGS, folder, tokenizer=tokenizer, **INPUTS)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_jobs_on_one_folder_share_the_work(uninterrupted, llama, tmp_path):
     folder = tmp_path / "responses"
@@ -449,6 +454,7 @@ def test_two_jobs_on_one_folder_share_the_work(uninterrupted, llama, tmp_path):
     assert read_samples(folder) == uninterrupted
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_killed_job_is_continued_without_a_row_twice_or_missing(uninterrupted, llama, tmp_path):
     folder = tmp_path / "responses"

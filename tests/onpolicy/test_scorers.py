@@ -713,6 +713,7 @@ def test_every_token_is_counted_where_the_response_stood_first(serve):
     assert llm_judge.dollars({"prompt_tokens": 2_000_000, "completion_tokens": 500_000}, prices) == 10.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["flaky", "hangs"])
 def test_a_server_that_fails_or_hangs_is_asked_again(serve, mode):
     server = serve(mode)
@@ -757,6 +758,7 @@ def test_several_servers_share_the_requests_and_one_that_is_gone_costs_nothing(s
     assert one.answered() and other.answered()
 
 
+@pytest.mark.slow
 def test_a_judge_that_is_not_there_is_said_when_patience_ends(serve):
     server = serve()
     server.kill()
