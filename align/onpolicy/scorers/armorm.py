@@ -10,7 +10,7 @@ https://arxiv.org/abs/2406.12845, and the card of https://huggingface.co/RLHFlow
 The head is ours, from that description: the model's own code does not import on transformers 5, and without it
 `AutoModelForSequenceClassification` puts a random head on this checkpoint.
 
-Not proven, as the true weights were not at hand; only the first can fail silently:
+Not proven, as the true weights were not at hand; the first two can be wrong silently:
 
 - The boundary: the first token of the last `<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n`, so h_prompt
   is the hidden state of the `<|eot_id|>` that ends the user's turn.
