@@ -58,7 +58,7 @@ def main() -> None:
         _job()
         slurm.submit()
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        unsent = f"; none of {count} jobs was submitted" if (count := slurm.discard()) else ""
+        unsent = "; nothing was submitted" if slurm.discard() else ""
         if _FULL_ERROR:
             raise
         sys.exit(f"align: {compose.one_line(error)}{unsent}")

@@ -53,11 +53,11 @@ def enqueue(run: Callable[[RunConfig], object], cfg: RunConfig, per_node: int, o
     _queue.append(_Queued(run=run, cfg=cfg, per_node=per_node, on_gpu=on_gpu))
 
 
-def discard() -> int:
-    """Forget what is queued, where the command has failed; how many jobs that is."""
-    count = len(_queue)
+def discard() -> bool:
+    """Forget what is queued, where the command has failed; whether there was any."""
+    any_queued = bool(_queue)
     _queue.clear()
-    return count
+    return any_queued
 
 
 def submit() -> None:
