@@ -64,7 +64,8 @@ def describe(cfg: RunConfig, start: Start, pairs: Pairs, objective: Objective, w
         return sum(fed_tokens([lengths[i] for i in b], layout) for b in batches) / sum(map(len, batches))
 
     micro = [len(share) for share in first_shares(layout)]
-    by_memory = ", or what the GPU turns out to hold" if wanted == "auto" and where.device == "cuda" else ""
+    measured = wanted == "auto" and where.device == "cuda" and where.strategy in (Strategy.single, Strategy.ddp)
+    by_memory = ", or what the GPU turns out to hold" if measured else ""
     tokens = {kind: tokens_per_pair(kind) for kind in dict.fromkeys([layout, *Layout])}
     others = ", ".join(f"{kind.name} {count:,.0f}" for kind, count in tokens.items() if kind is not layout)
     lines = [
