@@ -1,17 +1,20 @@
-"""Files that are whole or not there. Build a folder once, whoever asks: many runs, many ranks, at the same moment, killed at any moment.
+"""Files that are whole or not there, and locks for who makes them. Build a folder once, whoever asks: many runs, many ranks, at the same moment, killed at any moment.
 
 A folder under the cache exists only when it is whole: it is built beside its place and renamed into it, under a
 lock that the others wait for. Nothing here ever deletes what a build has finished.
 """
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from align.config import UserError
 
@@ -51,3 +54,50 @@ def write_json(file: Path, value: Any) -> None:
         out.flush()
         os.fsync(out.fileno())  # a rename may reach the disk before what it renames
     unfinished.replace(file)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file: whole, or not at all. The caller holds its lock."""
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(file)
+
+
+class Claim(Enum):
+    """What becomes of a shard that was missing."""
+
+    ours = "ours"  # its lock is ours
+    theirs = "theirs"  # another process is about it
+    done = "done"  # another process has made it meanwhile
+
+
+def lock_of(file: Path, timeout: float) -> FileLock:
+    """The lock of a file, in a folder of their own: the files beside it are for people to read."""
+    return FileLock(file.parent / "locks" / f"{file.name}.lock", timeout=timeout)
+
+
+@contextlib.contextmanager
+def claimed(file: Path, wait: bool) -> Iterator[Claim]:
+    """What to do about a shard; with `wait`, whoever is about it finishes or dies first."""
+    lock = lock_of(file, -1 if wait else 0)
+    try:
+        with writing(f"cannot write {file.parent}", ": name another folder"):
+            lock.acquire()
+    except Timeout:
+        yield Claim.theirs
+        return
+    try:
+        yield Claim.done if file.exists() else Claim.ours
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def writing(what: str, remedy: str) -> Iterator[None]:
+    """Turn what a disk refuses into one line: "<what> (<why>)<remedy>"."""
+    try:
+        yield
+    except Timeout:  # which is an OSError
+        raise
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{what} ({getattr(error, 'strerror', None) or error}){remedy}") from error

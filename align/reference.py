@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from align.batching import FORWARD_ONLY, Lengths, deal, fed_tokens
+from align.cache import writing
 from align.config import Layout, UserError, fingerprint
 from align.data import as_group
 from align.engine import collate, evaluating, response_statistics
@@ -139,12 +140,5 @@ def _read(files: list[Path], shards: list[list[int]]) -> Tensor:
     return logps
 
 
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Say what to do where the cache cannot be written."""
-    try:
-        yield
-    except Timeout:  # which is an OSError
-        raise
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cache_dir: cannot write {folder} ({error}); set cache_dir= or ALIGN_CACHE") from error
+def _writing(folder: Path) -> contextlib.AbstractContextManager[None]:
+    return writing(f"cache_dir: cannot write {folder}", "; set cache_dir= or ALIGN_CACHE")

@@ -12,20 +12,19 @@ tells what the folder is about: other responses or another scorer are refused, a
 null is a number that is not finite. Left out: how anything is scored (scorers/), and what follows from it (select.py).
 """
 
-import contextlib
 import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from align.cache import Claim, claimed, lock_of, write_text, writing
 from align.config import MISSING, SystemMessage, UserError, fingerprint
 from align.onpolicy.scorers.base import Identity, Item, Kind, Prompt, Scorer, Scores
 
@@ -123,10 +122,10 @@ def annotate(responses: Sequence[Response], scorer: Scorer, folder: Path, *, sil
         for patient in (False, True):  # first what no one is about, then what others have not finished
             left = []
             for number in to_do:
-                with _claimed(files[number], patient) as claim:
-                    if claim is _Claim.ours:
+                with claimed(files[number], patient) as claim:
+                    if claim is Claim.ours:
                         _write(files[number], _score(shards[number], scorer))
-                    if claim is _Claim.theirs:
+                    if claim is Claim.theirs:
                         left.append(number)
                     else:
                         bar.update(len(shards[number]))
@@ -217,10 +216,10 @@ def _claim_folder(folder: Path, manifest: dict[str, Any]) -> None:
     file = folder / "manifest.json"
     with _writing(folder):
         (folder / "locks").mkdir(parents=True, exist_ok=True)
-        with _lock(file, -1):
+        with lock_of(file, -1):
             before = _read_manifest(file)
             if before is None:
-                _replace(file, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+                write_text(file, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
                 return
     if before == manifest:
         return
@@ -306,44 +305,9 @@ def _files(folder: Path, shards: int) -> list[Path]:
     return [folder / f"{number:05}-of-{shards:05}.jsonl" for number in range(shards)]
 
 
-class _Claim(Enum):
-    """What becomes of a shard that was missing."""
-
-    ours = "ours"  # its lock is ours
-    theirs = "theirs"  # another process is about it
-    done = "done"  # another process has made it meanwhile
-
-
-@contextlib.contextmanager
-def _claimed(file: Path, wait: bool) -> Iterator[_Claim]:
-    """What to do about a shard; with `wait`, whoever is about it finishes or dies first."""
-    lock = _lock(file, -1 if wait else 0)
-    try:
-        with _writing(file.parent):
-            lock.acquire()
-    except Timeout:
-        yield _Claim.theirs
-        return
-    try:
-        yield _Claim.done if file.exists() else _Claim.ours
-    finally:
-        lock.release()
-
-
-def _lock(file: Path, timeout: float) -> FileLock:
-    """In a folder of their own: the files beside them are for people to read."""
-    return FileLock(file.parent / "locks" / f"{file.name}.lock", timeout=timeout)
-
-
 def _write(file: Path, text: str) -> None:
     with _writing(file.parent):
-        _replace(file, text)
-
-
-def _replace(file: Path, text: str) -> None:
-    unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(file)
+        write_text(file, text)
 
 
 def _short(value: Any) -> str:
@@ -351,12 +315,5 @@ def _short(value: Any) -> str:
     return text if len(text) < 60 else f"{text[:57]}..."
 
 
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Say what to do where the folder cannot be written."""
-    try:
-        yield
-    except Timeout:  # which is an OSError
-        raise
-    except OSError as error:
-        raise UserError(f"cannot write scores to {folder} ({error.strerror or error}): name another folder") from error
+def _writing(folder: Path) -> AbstractContextManager[None]:
+    return writing(f"cannot write scores to {folder}", ": name another folder")

@@ -19,10 +19,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from align.cache import Claim, claimed, lock_of, write_text, writing
 from align.config import UserError, fingerprint
 from align.model import tokenizer_fingerprint
 from align.onpolicy.samplers import Prompt, Sampler, hf_sampler, openai_sampler, prompt_ids, seeds, vllm_sampler
@@ -188,8 +188,8 @@ def sample_prompts(
     with opening as sampler, bar:
         for wait in (False, True):  # first what no one is about, then what others have not finished
             for number in missing():
-                with _claimed(files[number], wait) as ours:
-                    if ours:
+                with claimed(files[number], wait) as claim:
+                    if claim is Claim.ours:
                         _write(files[number], draw(sampler, shards[number]))
                 gone = set(missing())  # others have been at work too
                 bar.update(sum(len(shard) for n, shard in enumerate(shards) if n not in gone) - bar.n)
@@ -262,59 +262,24 @@ def _files(folder: Path, inputs: Mapping[str, Any]) -> list[Path]:
     return [folder / f"{number:05}-of-{shards:05}.jsonl" for number in range(shards)]
 
 
-def _lock(file: Path, timeout: float) -> FileLock:
-    """In a folder of their own: the files beside them are for people to read."""
-    return FileLock(file.parent / "locks" / f"{file.name}.lock", timeout=timeout)
-
-
 def _claim_folder(folder: Path, inputs: dict[str, Any]) -> None:
     """Write the manifest, or compare it with the one that is there."""
     manifest = folder / _MANIFEST
     with _writing(folder):
         (folder / "locks").mkdir(parents=True, exist_ok=True)
-        with _lock(manifest, -1):
+        with lock_of(manifest, -1):
             if not manifest.exists():
-                _replace(manifest, json.dumps(inputs, indent=1) + "\n")
+                write_text(manifest, json.dumps(inputs, indent=1) + "\n")
     there = json.loads(manifest.read_text())
     other = [f"{name} {there.get(name)}, now {inputs[name]}" for name in inputs if there.get(name) != inputs[name]]
     if other:
         raise UserError(f"{folder} holds responses of other inputs ({'; '.join(other)}): delete it, or name another")
 
 
-@contextlib.contextmanager
-def _claimed(file: Path, wait: bool) -> Iterator[bool]:
-    """Whether this process is to draw a shard: it is missing, and the lock is ours."""
-    lock = _lock(file, -1 if wait else 0)
-    try:
-        with _writing(file.parent):
-            lock.acquire()
-    except Timeout:
-        yield False
-        return
-    try:
-        yield not file.exists()
-    finally:
-        lock.release()
-
-
 def _write(file: Path, rows: Sequence[ResponseRow]) -> None:
     with _writing(file.parent):
-        _replace(file, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows))
+        write_text(file, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows))
 
 
-def _replace(file: Path, text: str) -> None:
-    """Write a file as a whole; the caller holds its lock."""
-    unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(file)
-
-
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Say what to do where the folder cannot be written."""
-    try:
-        yield
-    except Timeout:  # which is an OSError
-        raise
-    except OSError as error:
-        raise UserError(f"cannot write {folder} ({error}): name another folder") from error
+def _writing(folder: Path) -> AbstractContextManager[None]:
+    return writing(f"cannot write {folder}", ": name another folder")

@@ -20,7 +20,7 @@ from align.config import UserError
 from align.launch import Place
 from align.model import merge_system_message
 from align.onpolicy.annotate import ScorerConfig
-from align.onpolicy.scorers.base import Item, as_messages
+from align.onpolicy.scorers.base import Identity, Item, Kind, as_messages
 
 _DECIDES = ("*.safetensors", "config.json", "tokenizer*.json", "special_tokens_map.json", "chat_template.jinja")
 _SOME = 3  # names in an error
@@ -102,6 +102,19 @@ def name(cfg: ScorerConfig) -> str:
     """The kind of scorer and its model; a folder by its last name, so that moving it makes no other scorer."""
     folder = Path(_path(cfg))
     return f"{cfg.name}:{folder.resolve().name if folder.is_dir() else cfg.path}"
+
+
+def identity(
+    cfg: ScorerConfig, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, where: Place
+) -> Identity:
+    """Who scores, for a model that gives a number to a conversation."""
+    return Identity(
+        kind=Kind.pointwise,
+        name=name(cfg),
+        revision=revision(cfg, config),
+        template=str(tokenizer.chat_template),
+        settings={"max_length": max_length, "system_message": cfg.system_message.name, "bf16": where.bf16},
+    )
 
 
 def render(item: Item, tokenizer: PreTrainedTokenizerBase, cfg: ScorerConfig) -> list[list[int]]:

@@ -19,7 +19,7 @@ from align.config import UserError
 from align.launch import Place
 from align.onpolicy.annotate import ScorerConfig
 from align.onpolicy.scorers import models
-from align.onpolicy.scorers.base import Identity, Item, Kind, Scores
+from align.onpolicy.scorers.base import Item, Scores
 
 
 class RewardModelScorer:
@@ -36,17 +36,7 @@ class RewardModelScorer:
         self._tokenizer = models.load_tokenizer(cfg)
         _set_template(self._tokenizer, cfg)
         self._max_length = models.max_length(cfg, self._config, self._tokenizer)
-        self.identity = Identity(
-            kind=Kind.pointwise,
-            name=models.name(cfg),
-            revision=models.revision(cfg, self._config),
-            template=str(self._tokenizer.chat_template),
-            settings={
-                "max_length": self._max_length,
-                "system_message": cfg.system_message.name,
-                "bf16": where.bf16,
-            },
-        )
+        self.identity = models.identity(cfg, self._config, self._tokenizer, self._max_length, where)
 
     @cached_property
     def _model(self) -> PreTrainedModel:
