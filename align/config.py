@@ -93,6 +93,35 @@ class Precision(Enum):
     fp32 = "fp32"
 
 
+class Source(Enum):
+    """Where the pairs come from."""
+
+    dataset = "dataset"  # they are the dataset's own
+    selfplay = "selfplay"  # the policy answers the dataset's prompts, a scorer says which answers are better
+
+
+class Backend(Enum):
+    """Who draws the responses."""
+
+    hf = "hf"  # the policy in this process, by transformers
+    vllm = "vllm"  # vLLM in this process
+    openai = "openai"  # servers at `urls`
+
+
+class Rejected(Enum):
+    """Which candidate is rejected."""
+
+    worst = "worst"  # the lowest score
+    random = "random"  # any whose text is not the chosen one's
+
+
+class WinProb(Enum):
+    """What the win probability of a response is taken against."""
+
+    all = "all"  # the policy's samples, itself included: SPPO's soft target
+    pair = "pair"  # the other of the pair
+
+
 class TrackerName(Enum):
     """Where metrics go besides metrics.jsonl."""
 
@@ -159,6 +188,77 @@ class DatasetConfig(SourceConfig):
     strict: bool = False  # true: a bad row is an error; false: it is dropped and counted
     group_by: str | None = None  # column: held-out accuracy is also reported per value of it
     judge: str | None = None  # "module:function" (prompt, response) -> [0, 1]: adds win rates to the results
+
+
+@dataclass
+class PairSourceConfig:
+    """Where the pairs come from. The knobs behind the first are those of self-play."""
+
+    name: Source = Source.dataset
+    split_prompts: bool = False  # true: each iteration has its own share of the prompts (SPPO's way); false: all
+    candidates: dict[str, str] = field(
+        default_factory=dict
+    )  # further answers, a name to each: a column of the prompts'
+    # rows, or a file or hub set with the columns prompt and response
+
+
+@dataclass
+class SamplingConfig:
+    """How responses are drawn. The knobs behind the first six do not change them, but for rounding."""
+
+    backend: Backend = Backend.hf
+    samples: int = 5  # K, responses to a prompt
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 256  # of a response, its stop token included
+    prompts_per_shard: int = 64  # what a killed process loses at most, and what processes share the work by
+    tokens_per_batch: int = 32768  # backend hf: of prompts and responses that the cache holds at once
+    urls: list[str] = field(default_factory=list)  # backend openai, and so are all below: e.g. http://localhost:8000
+    served_model: str | None = None  # the policy's name there; null: the first that a server lists
+    requests_at_once: int = 64  # over all servers
+    timeout: float = 600.0  # seconds without an answer after which a request is tried again
+    patience: float = 600.0  # seconds without any server after which sampling fails
+
+
+@dataclass
+class JudgeConfig:
+    """A language model behind an OpenAI-compatible endpoint; the key is OPENAI_API_KEY of the environment."""
+
+    urls: list[str] = field(default_factory=list)  # http://localhost:8000; several share the requests
+    served_model: str | None = None  # the judge's name there
+    requests_at_once: int = 16  # over all servers
+    timeout: float = 120.0  # seconds without an answer after which a request is tried again
+    patience: float = 900.0  # seconds without any server after which scoring fails; a server may be started again
+    request: dict[str, Any] = field(default_factory=dict)  # further fields of a request; null takes one of ours out
+    dollars_per_million_prompt_tokens: float = 0.0
+    dollars_per_million_completion_tokens: float = 0.0
+
+
+@dataclass
+class ScorerConfig:
+    """Who scores."""
+
+    name: str | None = (
+        None  # program, reward_model, armorm, pairrm, llm_judge, one of a package's, or "module:function"; null: the dataset's judge
+    )
+    path: str | None = None  # program: "module:function"; models: a hub name, or a folder
+    revision: str | None = None  # hub revision; null: the newest. llm_judge: what you call the served version
+    template: str | None = None  # or its file; null: the tokenizer's chat template, or the judge's own text
+    system_message: SystemMessage = SystemMessage.template
+    max_length: int | None = None  # tokens of prompt and response; null: what the model can take
+    tokens_per_batch: int = 16384  # that go through the model at once, padding included; scores do not depend on it
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+
+
+@dataclass
+class SelectionConfig:
+    """How candidates become pairs."""
+
+    rejected: Rejected = Rejected.worst
+    win_prob: WinProb = WinProb.all
+    temperature: float = 1.0  # P(i beats j) = sigmoid(score difference / temperature); 0: the higher score wins surely
+    min_gap: float = 0.0  # between the scores of a pair; of mean wins where the scorer only compares
+    drop_identical: bool = True  # prompts to which all samples of the policy are one text
 
 
 @dataclass
@@ -246,6 +346,11 @@ class RunConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    source: PairSourceConfig = field(default_factory=PairSourceConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    scorer: ScorerConfig = field(default_factory=ScorerConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    iterations: int = 1  # of self-play: sample, score, choose pairs, train
     objective: dict[str, Any] = field(default_factory=dict)  # name and hyperparameters; objectives.build checks them
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -18,14 +18,14 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from align.cache import Claim, claimed, lock_of, write_text, writing
-from align.config import MISSING, SystemMessage, UserError, fingerprint
+from align.config import UserError, fingerprint
 from align.onpolicy.scorers.base import Identity, Item, Kind, Prompt, Scorer, Scores
 
 _SHARD_PROMPTS = 32  # what a killed run loses at most, and pays a judge for twice
@@ -33,34 +33,6 @@ _BAR_SHARDS = 4  # below it, a progress bar is noise
 _VERSION = 1  # of what a shard holds: raise it when that changes
 _ROUNDING = 1e-3  # by which P(i beats j) + P(j beats i) may miss 1
 _COLUMNS = ("iteration", "prompt_id", "k", "score", "wins", "scorer", "revision", "template")
-
-
-@dataclass
-class JudgeConfig:
-    """A language model behind an OpenAI-compatible endpoint; the key is OPENAI_API_KEY of the environment."""
-
-    urls: list[str] = field(default_factory=list)  # http://localhost:8000; several share the requests
-    served_model: str | None = None  # the judge's name there
-    requests_at_once: int = 16  # over all servers
-    timeout: float = 120.0  # seconds without an answer after which a request is tried again
-    patience: float = 900.0  # seconds without any server after which scoring fails; a server may be started again
-    request: dict[str, Any] = field(default_factory=dict)  # further fields of a request; null takes one of ours out
-    dollars_per_million_prompt_tokens: float = 0.0
-    dollars_per_million_completion_tokens: float = 0.0
-
-
-@dataclass
-class ScorerConfig:
-    """Who scores."""
-
-    name: str = MISSING  # program, reward_model, armorm, pairrm, llm_judge, one of a package's, or "module:function"
-    path: str | None = None  # program: "module:function"; models: a hub name, or a folder
-    revision: str | None = None  # hub revision; null: the newest. llm_judge: what you call the served version
-    template: str | None = None  # or its file; null: the tokenizer's chat template, or the judge's own text
-    system_message: SystemMessage = SystemMessage.template
-    max_length: int | None = None  # tokens of prompt and response; null: what the model can take
-    tokens_per_batch: int = 16384  # that go through the model at once, padding included; scores do not depend on it
-    judge: JudgeConfig = field(default_factory=JudgeConfig)
 
 
 class Response(Protocol):

@@ -14,8 +14,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
-from enum import Enum
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from align.cache import Claim, claimed, lock_of, write_text, writing
-from align.config import UserError, fingerprint
+from align.config import Backend, SamplingConfig, UserError, fingerprint
 from align.model import tokenizer_fingerprint
 from align.onpolicy.samplers import Prompt, Sampler, hf_sampler, openai_sampler, prompt_ids, seeds, vllm_sampler
 
@@ -31,32 +30,6 @@ _VERSION = 1  # of rows and seeds: raise it when the same inputs would give othe
 _MANIFEST = "manifest.json"
 
 Conversation = list[dict[str, str]]
-
-
-class Backend(Enum):
-    """Who draws the responses."""
-
-    hf = "hf"  # the policy in this process, by transformers
-    vllm = "vllm"  # vLLM in this process
-    openai = "openai"  # servers at `urls`
-
-
-@dataclass
-class SamplingConfig:
-    """How responses are drawn. The knobs behind the first six do not change them, but for rounding."""
-
-    backend: Backend = Backend.hf
-    samples: int = 5  # K, responses to a prompt
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_new_tokens: int = 256  # of a response, its stop token included
-    prompts_per_shard: int = 64  # what a killed process loses at most, and what processes share the work by
-    tokens_per_batch: int = 32768  # backend hf: of prompts and responses that the cache holds at once
-    urls: list[str] = field(default_factory=list)  # backend openai, and so are all below: e.g. http://localhost:8000
-    served_model: str | None = None  # the policy's name there; null: the first that a server lists
-    requests_at_once: int = 64  # over all servers
-    timeout: float = 600.0  # seconds without an answer after which a request is tried again
-    patience: float = 600.0  # seconds without any server after which sampling fails
 
 
 @dataclass(frozen=True, kw_only=True)

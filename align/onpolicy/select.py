@@ -24,37 +24,12 @@ from dataclasses import dataclass
 from enum import Enum
 from random import Random
 
-from align.config import UserError
+from align.config import Rejected, SelectionConfig, UserError, WinProb
 
 Matrix = Sequence[Sequence[float]]  # [K][K]: row i, column j is P(candidate i beats candidate j)
 
 POLICY = "policy"  # the origin of what the policy itself sampled
 ROUNDING = 1e-3  # by which P(i beats j) + P(j beats i) may miss 1: scorers round, but an order effect is no rounding
-
-
-class Rejected(Enum):
-    """Which candidate is rejected."""
-
-    worst = "worst"  # the lowest score
-    random = "random"  # any whose text is not the chosen one's
-
-
-class WinProb(Enum):
-    """What the win probability of a response is taken against."""
-
-    all = "all"  # the policy's samples, itself included: SPPO's soft target
-    pair = "pair"  # the other of the pair
-
-
-@dataclass
-class SelectionConfig:
-    """How candidates become pairs."""
-
-    rejected: Rejected = Rejected.worst
-    win_prob: WinProb = WinProb.all
-    temperature: float = 1.0  # P(i beats j) = sigmoid(score difference / temperature); 0: the higher score wins surely
-    min_gap: float = 0.0  # between the scores of a pair; of mean wins where the scorer only compares
-    drop_identical: bool = True  # prompts to which all samples of the policy are one text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,10 @@ import torch
 from conftest import ROOT
 from judge_server import KEY, Server
 
-from align.config import UserError, fingerprint
+from align.config import JudgeConfig, ScorerConfig, UserError, fingerprint
 from align.launch import Place
 from align.onpolicy import annotate as stage
-from align.onpolicy.annotate import JudgeConfig, ScorerConfig, annotate, counts, read_scores
+from align.onpolicy.annotate import annotate, counts, read_scores
 from align.onpolicy.scorers import llm_judge, registry
 from align.onpolicy.scorers.base import Identity, Kind, Scores
 from align.playground import task

@@ -12,16 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from align.onpolicy.select import (
-    Candidate,
-    ScoredPrompt,
-    SelectionConfig,
-    WinProb,
-    preferences,
-    select,
-    select_pair,
-    win_probs,
-)
+from align.config import SelectionConfig, WinProb
+from align.onpolicy.select import Candidate, ScoredPrompt, preferences, select, select_pair, win_probs
 from objectives import Response, build
 
 # Rock-paper-scissors with weights: P(row beats column) = 1/2 + A, where

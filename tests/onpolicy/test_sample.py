@@ -22,9 +22,9 @@ from conftest import make_tiny, save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align import engine
-from align.config import Layout, UserError
+from align.config import Backend, Layout, SamplingConfig, UserError
 from align.model import stop_token_ids
-from align.onpolicy.sample import Backend, SamplingConfig, check_sampling, open_sampler, read_samples, sample_prompts
+from align.onpolicy.sample import check_sampling, open_sampler, read_samples, sample_prompts
 from align.onpolicy.samplers import Prompt, Sample, hf_sampler, openai_sampler, prompt_ids, seeds, vllm_sampler
 from align.onpolicy.samplers.hf import _choose, _least_kept
 

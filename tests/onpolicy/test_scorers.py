@@ -28,9 +28,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from align.config import SystemMessage, UserError, file_fingerprint
+from align.config import JudgeConfig, ScorerConfig, SystemMessage, UserError, file_fingerprint
 from align.launch import Place
-from align.onpolicy.annotate import JudgeConfig, ScorerConfig
 from align.onpolicy.scorers import llm_judge, models, pairrm, registry
 from align.onpolicy.scorers.armorm import ArmoRM
 from align.onpolicy.scorers.base import Identity, Item, Kind, Scores

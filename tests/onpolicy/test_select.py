@@ -7,15 +7,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from align.config import UserError
+from align.config import Rejected, SelectionConfig, UserError, WinProb
 from align.onpolicy.select import (
     Candidate,
     Dropped,
-    Rejected,
     ScoredPrompt,
     Selection,
-    SelectionConfig,
-    WinProb,
     preferences,
     select,
     select_pair,

@@ -33,9 +33,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel, PreTrainedModel
 
-from align.config import UserError
+from align.config import ScorerConfig, UserError
 from align.launch import Place
-from align.onpolicy.annotate import ScorerConfig
 from align.onpolicy.scorers import models
 from align.onpolicy.scorers.base import Item, Scores
 

@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.config import UserError
+from align.config import JudgeConfig, ScorerConfig, UserError
 from align.launch import Place
-from align.onpolicy.annotate import JudgeConfig, ScorerConfig
 from align.onpolicy.samplers.servers import Servers
 from align.onpolicy.scorers.base import Identity, Item, Kind, Scores, as_text
 

@@ -16,10 +16,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from align.config import UserError
+from align.config import ScorerConfig, UserError
 from align.launch import Place
 from align.model import merge_system_message
-from align.onpolicy.annotate import ScorerConfig
 from align.onpolicy.scorers.base import Identity, Item, Kind, as_messages
 
 _DECIDES = ("*.safetensors", "config.json", "tokenizer*.json", "special_tokens_map.json", "chat_template.jinja")

@@ -30,9 +30,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DebertaV2Config, DebertaV2Model, DebertaV2PreTrainedModel, PreTrainedModel
 
-from align.config import UserError
+from align.config import ScorerConfig, UserError
 from align.launch import Place
-from align.onpolicy.annotate import ScorerConfig
 from align.onpolicy.scorers import models
 from align.onpolicy.scorers.base import Identity, Item, Kind, Scores, as_text
 

@@ -8,9 +8,8 @@ import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from align.config import UserError, file_fingerprint, resolve
+from align.config import ScorerConfig, UserError, file_fingerprint, resolve
 from align.launch import Place
-from align.onpolicy.annotate import ScorerConfig
 from align.onpolicy.scorers.base import Identity, Item, Kind, Scores, last_turn
 
 

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from align.config import UserError, closest, resolve
-from align.onpolicy.annotate import ScorerConfig
+from align.config import ScorerConfig, UserError, closest, resolve
 from align.onpolicy.scorers.base import Identity, Scorer
 
 if TYPE_CHECKING:  # torch: not needed to look a name up
@@ -50,6 +49,10 @@ def build(cfg: ScorerConfig, where: "Place") -> Scorer:
         UserError: an unknown name, a setting that it does not read or that is out of range, a model that is not there.
     """
     _check(cfg)
+    if cfg.name is None:
+        raise UserError(
+            f"nobody scores the answers: give scorer=<{', '.join(available())}>, or scorer.name=module:function of yours"
+        )
     if ":" in cfg.name:
         make = resolve(cfg.name, "scorer.name")
     elif cfg.name in _BUILT_IN:

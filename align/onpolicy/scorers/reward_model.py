@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from align.config import UserError
+from align.config import ScorerConfig, UserError
 from align.launch import Place
-from align.onpolicy.annotate import ScorerConfig
 from align.onpolicy.scorers import models
 from align.onpolicy.scorers.base import Item, Scores
 
