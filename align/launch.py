@@ -3,7 +3,9 @@
     fleet(cfg)      what the `cluster` node comes to on this machine: refuses what cannot work, before anything runs
     start(...)      runs a function once per process of this machine, and watches them: torch's elastic agent without
                     its restarts, whose one signal could not tell "a neighbour died" (die too) from "stop" (save first)
-    join(fleet)     this process's place: alone, a worker of `start`, or one of torchrun's, accelerate's or srun's
+    join(fleet)     this process's place: alone, a worker of `start`, or one of torchrun's, accelerate's or srun's;
+                    a process may `leave` and join again, as often as it likes
+    apart(fleet)    the same place for work without the others, before, between and after
 
 A worker that fails is one line in the parent's terminal, with its rank; the others are ended at once, since they would
 wait for it in a collective. A worker whose parent is gone ends itself. Left out: starting processes on other machines,
@@ -22,7 +24,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -39,6 +41,9 @@ from align.config import ClusterConfig, Device, Launcher, Precision, Stopped, St
 _PATIENCE = timedelta(hours=2)
 _LAST_WORDS = 1.0  # seconds that the others get to say what they know once one has failed
 _TO_CHECKPOINT = 600.0  # seconds from a stop to its checkpoint, at most; a second Ctrl-C does not wait
+#: The stores at which this process has met the others, one for each time. They are kept: in srun's rank 0 the first is
+#: what listens, and the others come to it again. Each time has one of its own, as some network may drop an idle one.
+_stores: list[torch.distributed.Store] = []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,11 +220,19 @@ def _strategy(cfg: ClusterConfig, world: int, on_gpu: bool) -> Strategy:
 
 
 def join(fleet: Fleet) -> Place:
-    """This process's place in the fleet, connected to the others.
+    """This process's place in the fleet, connected to the others; also again, after `leave`.
 
     Raises:
         UserError: the processes cannot meet.
     """
+    alone = apart(fleet)
+    if fleet.strategy is not Strategy.single and not torch.distributed.is_initialized():
+        _connect(alone.device)
+    return replace(alone, world=fleet.world, strategy=fleet.strategy, offload=fleet.offload)
+
+
+def apart(fleet: Fleet) -> Place:
+    """This process's place while it works without the others: its device, its cores, its rank, and a world of one."""
     rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cpu") if fleet.device == "cpu" else torch.device("cuda", local)
     if device.type == "cuda":
@@ -229,16 +242,7 @@ def join(fleet: Fleet) -> Place:
     if fleet.strategy is Strategy.single:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             os.environ.pop(name, None)  # of torchrun or srun with one process, which accelerate would take for many
-    elif not torch.distributed.is_initialized():
-        _connect(device)
-    return Place(
-        device=device,
-        bf16=fleet.bf16,
-        rank=rank,
-        world=fleet.world,
-        strategy=fleet.strategy,
-        offload=fleet.offload,
-    )
+    return Place(device=device, bf16=fleet.bf16, rank=rank, world=1)
 
 
 def _share_cores(fleet: Fleet) -> None:
@@ -254,7 +258,12 @@ def _connect(device: torch.device) -> None:
     warnings.simplefilter("ignore", FutureWarning)  # torch's, at accelerate and DeepSpeed
     try:
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-        torch.distributed.init_process_group(backend, timeout=_PATIENCE)
+        store, rank, world = next(torch.distributed.rendezvous("env://", timeout=_PATIENCE))
+        store.set_timeout(_PATIENCE)
+        _stores.append(store)
+        # What a group has written at the store is still there: by its addresses the next would look for who is gone.
+        own = torch.distributed.PrefixStore(f"align-{len(_stores)}", store)
+        torch.distributed.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         meeting = f"{os.environ.get('MASTER_ADDR', 'MASTER_ADDR')}:{os.environ.get('MASTER_PORT', 'MASTER_PORT')}"
         if "EADDRINUSE" in str(error) or "already in use" in str(error):
@@ -266,9 +275,11 @@ def _connect(device: torch.device) -> None:
 
 
 def leave() -> None:
-    """Disconnect from the other processes, so that none waits for this one."""
+    """Disconnect from the other processes, so that none waits for this one. All may `join` again."""
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        deepspeed: Any = sys.modules.get("deepspeed.comm")  # it keeps groups of its own, and would use them again
+        whose = deepspeed if deepspeed is not None and deepspeed.is_initialized() else torch.distributed
+        whose.destroy_process_group()
 
 
 # Stopping -----------------------------------------------------------------------------------------------------------
@@ -400,7 +411,7 @@ def _verdict(world: int, ended: dict[int, int], logs: Path, asked: list[float]) 
         raise UserError(texts["user"][0])
     if texts["stopped"]:
         raise Stopped(texts["stopped"][0])
-    of_stop = signal.SIGTERM if asked else None  # what it comes to where no training has begun
+    of_stop = signal.SIGTERM if asked else None  # what it comes to wherever no training is under way
     for rank, status in ended.items():  # one that a signal ended could not speak; the others only say that it is gone
         if status < 0 and -status != of_stop:
             memory = "; out of memory? try a smaller engine.tokens_per_micro_batch or fewer cluster.processes"
@@ -409,8 +420,10 @@ def _verdict(world: int, ended: dict[int, int], logs: Path, asked: list[float]) 
     if texts["failed"]:
         raise UserError(texts["failed"][0])
     if asked:
+        if len(asked) > 1:
+            raise Stopped("at once, without a checkpoint")
         long = f"killed, as no checkpoint came in {_TO_CHECKPOINT:.0f} s"
-        raise Stopped("at once, without a checkpoint" if len(asked) > 1 else "before the first step" if ended else long)
+        raise Stopped("at once, as no training was under way" if ended else long)
     silent = [rank for rank, status in ended.items() if status]
     raise UserError(f"process {silent[0]} of {world} ended with status {ended[silent[0]]}; see {logs}")
 

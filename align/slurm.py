@@ -171,8 +171,8 @@ def _has_grace() -> bool:
 
 
 def _time_is_up(number: int, frame: object) -> None:
-    raise Stopped("before the first step, as the time is up", time_is_up=True)
+    raise Stopped("at once, as the time is up and no training was under way", time_is_up=True)
 
 
 def _to_leave(number: int, frame: object) -> None:
-    raise Stopped("before the first step")
+    raise Stopped("at once, as no training was under way")

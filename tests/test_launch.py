@@ -8,10 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -122,6 +124,25 @@ def test_reference_columns_are_shared_by_strategies_that_round_alike(strategy, r
     assert place(bf16=False).numerics == "fp32"  # where all strategies compute the same
 
 
+def test_apart_a_process_keeps_its_rank_and_its_cores_and_waits_for_nobody(in_torchrun, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    place = launch.apart(on_cpu(strategy=Strategy.fsdp, cpu_threads=1))
+    assert (place.rank, place.world, place.sharded, place.device.type) == (3, 1, False, "cpu")
+    assert (place.least(7), place.gathered([7]), place.from_first(lambda: 7)) == (7, [7], 7)
+    assert not torch.distributed.is_initialized()
+    assert (torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]) == (1, "1")
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("3", "4")  # it is still one of them, and may join
+
+
+def test_apart_the_only_process_of_torchrun_is_alone_as_it_is_in_training(in_torchrun, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    fleet = on_cpu(strategy=Strategy.ddp)
+    assert launch.apart(fleet) == launch.join(fleet)
+    assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} & os.environ.keys()
+
+
 # Starting -----------------------------------------------------------------------------------------------------------
 
 TWO = Fleet(device="cpu", per_node=2, strategy=Strategy.ddp, cpu_threads=1)
@@ -138,6 +159,37 @@ def add_rank(number: int) -> int:
     total = place.least(-place.rank)  # -1 once both have spoken
     launch.leave()
     return number + place.rank + total
+
+
+def meet_three_times() -> list[list[int]]:
+    """What both processes gather each time. Neither waits for the other in between, and either may be the later."""
+    met = []
+    for turn in range(3):
+        assert launch.apart(TWO).least(rank()) == rank()
+        time.sleep(0.5 * (turn % 2 == rank()))
+        place = launch.join(TWO)
+        met.append(place.gathered([10 * turn + place.rank]))
+        launch.leave()
+    return met
+
+
+def train_twice(jobs: list[Any]) -> list[int]:
+    """Weights of a policy as one process has it before each training: all of them, whatever has been divided before."""
+    from align import model, train  # which the other processes of this file would wait for
+
+    sizes = []
+    for job in jobs:
+        launch.apart(job.fleet)
+        policy = model.load_policy(job.cfg.model, job.start, job.cfg.seed)
+        sizes.append(sum(weight.numel() for weight in policy.parameters()))
+        train.work(job)
+    return sizes
+
+
+def sleep(folder: Path) -> None:
+    """Say that it has begun, and go on until somebody ends it."""
+    (folder / f"{rank()}.sleeps").touch()
+    time.sleep(FOREVER)
 
 
 def fail(how: str) -> None:
@@ -159,6 +211,80 @@ def stop() -> None:
 @pytest.mark.multiprocess
 def test_start_returns_what_the_first_process_returns(tmp_path):
     assert launch.start(TWO, tmp_path, add_rank, 41) == 40  # 41 + rank 0 - 1
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_processes_that_have_left_meet_again(tmp_path):
+    assert launch.start(TWO, tmp_path, meet_three_times) == [[0, 1], [10, 11], [20, 21]]
+
+
+STARTERS = {
+    "torchrun c10d": "torch.distributed.run --standalone --nproc-per-node=2 {script}",
+    "torchrun static": "torch.distributed.run --nproc-per-node=2 --master-port={port} {script}",
+    "accelerate": "accelerate.commands.launch --num_processes=2 --num_machines=1 --main_process_port={port} "
+    "--mixed_precision=no --dynamo_backend=no --multi_gpu {script}",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("starter", [*STARTERS, "variables"])
+def test_processes_that_somebody_else_has_started_meet_again(tmp_path, starter):
+    (tmp_path / "meet.py").write_text("import test_launch\nprint(test_launch.meet_three_times())")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    if starter == "variables":  # as srun's tasks have them: rank 0 is where they meet
+        meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        commands = [(["meet.py"], {**meeting, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
+    else:
+        commands = [(["-m", *STARTERS[starter].format(port=port, script="meet.py").split()], {})]
+    started = [
+        subprocess.Popen([sys.executable, *words], env={**environment, **more}, cwd=tmp_path, stdout=subprocess.PIPE)
+        for words, more in commands
+    ]
+    said = b"".join(process.communicate(timeout=120)[0] for process in started)
+    assert [process.returncode for process in started] == [0] * len(started)
+    assert said.count(b"[[0, 1], [10, 11], [20, 21]]") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    "how", ["ddp", "fsdp", "zero2", pytest.param("zero3", marks=pytest.mark.matrix)]
+)  # each library keeps something of the first
+def test_a_second_training_in_the_same_processes_is_as_the_first(
+    align, monkeypatch, tmp_path, tiny_llama, pairs_file, how
+):
+    jobs: list[Any] = []  # of align.train.Job
+
+    def keep(job: Any) -> None:
+        jobs.append(job)
+        raise UserError("the test trains it")
+
+    monkeypatch.setattr("align.run._start", keep)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # main() sets it, and the commands that other tests type would have it
+    for name in ("first", "second"):
+        align(*two_steps(tmp_path / name, tiny_llama, pairs_file, "cluster=cpu_2", f"cluster.strategy={how}"))
+        jobs[-1].dir.mkdir()
+    sizes = launch.start(jobs[0].fleet, tmp_path / "logs", train_twice, jobs)
+    assert sizes[0] == sizes[1] > 0
+    first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_processes_that_are_stopped_outside_of_training_end_at_once(tmp_path):
+    def ask() -> None:
+        while len(list(tmp_path.glob("*.sleeps"))) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=ask, daemon=True).start()
+    with pytest.raises(Stopped, match=r"^at once, as no training was under way$"):
+        launch.start(TWO, tmp_path, sleep, tmp_path)
 
 
 @pytest.mark.slow
