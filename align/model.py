@@ -35,7 +35,7 @@ class Start:
 
 
 class NotHereError(UserError):
-    """A hub model whose tokenizer cannot be had: no network, another name, no access."""
+    """A hub model that cannot be had: no network, another name, no access."""
 
 
 def stand_in(cfg: ModelConfig) -> Start:
@@ -185,7 +185,7 @@ def _load_tokenizer(cfg: ModelConfig, path: str, revision: str | None) -> PreTra
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=cfg.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        kind = UserError if _is_local(path) else NotHereError
+        kind = UserError if is_local(path) else NotHereError
         raise kind(_cannot_load("model.tokenizer" if cfg.tokenizer else "model.path", path, error)) from error
     if not tokenizer.is_fast:
         raise UserError(f"tokenizer {path} has no tokenizer.json: align needs a fast tokenizer")
@@ -204,7 +204,7 @@ def _load_tokenizer(cfg: ModelConfig, path: str, revision: str | None) -> PreTra
     return tokenizer
 
 
-def _is_local(path: str) -> bool:
+def is_local(path: str) -> bool:
     """Whether a path is meant as one of this machine; the hub's names are owner/name."""
     return path.startswith(("/", ".", "~")) or Path(path).is_dir()
 
@@ -213,7 +213,7 @@ def _cannot_load(key: str, path: str, error: Exception) -> str:
     """One line: which knob, what was tried, and why it failed."""
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     folder = Path(path).expanduser()
-    if _is_local(path) and not folder.is_dir():
+    if is_local(path) and not folder.is_dir():
         return f"{key}={path} does not exist; it is taken from the working folder {Path.cwd()}"
     if folder.is_dir() and not (folder / "tokenizer.json").is_file():
         reason = "it has no tokenizer.json"

@@ -30,6 +30,7 @@ from transformers import (
 
 from align.config import JudgeConfig, ScorerConfig, SystemMessage, UserError, file_fingerprint
 from align.launch import Place
+from align.onpolicy import select
 from align.onpolicy.scorers import llm_judge, models, pairrm, registry
 from align.onpolicy.scorers.armorm import ArmoRM
 from align.onpolicy.scorers.base import Identity, Item, Kind, Scores
@@ -559,25 +560,78 @@ def pairrm_logit(folder: str, source: str, first: str, second: str) -> float:
     return s("<|candidate1|>") - s("<|candidate2|>")
 
 
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def pairrm_wins(folder: str, source: str, responses) -> list[list[float]]:
+    """llm-blender's score of each response among all, and SPPO's sigmoid of their difference; slow and plain."""
+    n = range(len(responses))
+    logits = [[pairrm_logit(folder, source, a, b) for b in responses] for a in responses]
+    scores = [sum(logits[i][j] - logits[j][i] for j in n) / len(n) for i in n]
+    return [[sigmoid(scores[i] - scores[j]) for j in n] for i in n]
+
+
 @pytest.mark.parametrize("tokens_per_batch", [1, 200, 16384])
-def test_pairrm_is_the_published_equation_averaged_over_both_orders(pairrm_folder, tokens_per_batch):
+def test_pairrm_is_the_published_equation_over_the_pool_in_both_orders(pairrm_folder, tokens_per_batch):
     scores = pairrm_scorer(pairrm_folder, tokens_per_batch=tokens_per_batch)(ITEMS)
     sources = [
         "name 3 animals",
         "user: hello\n\nassistant: what can i do\n\nuser: " + ITEMS[1].prompt[2]["content"],
         "a",
     ]
-    order_matters = 0.0
     for item, source, made in zip(ITEMS, sources, scores, strict=True):
+        expected = pairrm_wins(pairrm_folder, source, item.responses)
+        assert [list(row) for row in made.values] == [pytest.approx(row, abs=1e-5) for row in expected]
         for i, j in itertools.product(range(len(item.responses)), repeat=2):
-            a, b = item.responses[i], item.responses[j]
-            one, other = pairrm_logit(pairrm_folder, source, a, b), pairrm_logit(pairrm_folder, source, b, a)
-            p = 0.5 if i == j else 1 / (1 + math.exp(-(one - other) / 2))
-            assert made.values[i][j] == pytest.approx(p, abs=1e-5)
             assert made.values[i][j] + made.values[j][i] == pytest.approx(1, abs=1e-12)
-            order_matters = max(order_matters, abs(one + other))
-    assert order_matters > 0.1  # so that the average is no formality
+    one, other = (pairrm_logit(pairrm_folder, "name 3 animals", *pair) for pair in (("cat", "oslo"), ("oslo", "cat")))
+    assert abs(one + other) > 0.1  # so that both orders are no formality
     assert scores[2].values == [[0.5]]
+
+
+@pytest.fixture
+def three_by_hand(pairrm_folder, monkeypatch):
+    """A PairRM whose network says: a beats b by 1 and -2, b beats c by 2 and -1, and of a and c always the first."""
+    said = {"ab": 1.0, "ba": -2.0, "bc": 2.0, "cb": -1.0, "ac": 0.5, "ca": 0.5}
+    letters = {pairrm_tokenizer().convert_tokens_to_ids(letter): letter for letter in "abc"}
+
+    def forward(self, input_ids, attention_mask, markers):
+        candidates = input_ids.gather(1, markers[:, 1:] + 1).tolist()  # the token behind the marker
+        return torch.tensor([said[letters[first] + letters[second]] for first, second in candidates])
+
+    monkeypatch.setattr(PairRM, "forward", forward)
+    return pairrm_scorer(pairrm_folder)
+
+
+def test_three_responses_by_hand_win_as_in_sppo(three_by_hand):
+    """Leads: a over b 3, b over c 3, a over c 0. Scores, over 3: a 1, b 0, c -1."""
+    scores = three_by_hand([Item(prompt="x", responses=["a", "b", "c"])])[0]
+    by_hand = [
+        [0.5, 0.731059, 0.880797],  # sigmoid of 0, 1, 2
+        [0.268941, 0.5, 0.731059],
+        [0.119203, 0.268941, 0.5],
+    ]
+    assert [list(row) for row in scores.values] == [pytest.approx(row, abs=1e-6) for row in by_hand]
+    assert select.win_probs(scores.values) == pytest.approx([0.703952, 0.5, 0.296048], abs=1e-6)
+
+
+def test_a_preference_of_pairrm_depends_on_the_pool(three_by_hand):
+    pools = [["a", "c"], ["a", "b"], ["a", "b", "c", "c"]]
+    alone, two, four = (s.values for s in three_by_hand([Item(prompt="x", responses=pool) for pool in pools]))
+    assert alone == [[0.5, 0.5], [0.5, 0.5]]  # .88 with b in the pool
+    assert two[0][1] == pytest.approx(sigmoid(1 - -2), abs=1e-12)  # .73 with c
+    assert four[0] == pytest.approx([0.5, sigmoid(3 / 4 - 3 / 4), *[sigmoid(3 / 4 + 3 / 4)] * 2], abs=1e-12)
+
+
+def test_scores_of_another_rule_are_of_another_pairrm(pairrm_folder):
+    """Before, the [K][K] were the pairs' own and a response had 412 tokens: such folders must not be gone on with."""
+    assert pairrm_scorer(pairrm_folder).identity.settings == {
+        "wins": "sigmoid(score_i - score_j), score_i = mean_j(logit_ij - logit_ji)",
+        "max_source": 1224,
+        "max_tokens": 2048,
+        "bf16": False,
+    }
 
 
 def test_pairrm_calls_equal_texts_equal(pairrm_folder):
@@ -587,24 +641,34 @@ def test_pairrm_calls_equal_texts_equal(pairrm_folder):
 
 def test_pairrm_cuts_each_part_to_its_own_limit_and_counts(pairrm_folder, monkeypatch):
     monkeypatch.setattr(pairrm, "MAX_SOURCE", 20)
-    monkeypatch.setattr(pairrm, "MAX_CANDIDATE", 12)
-    item = Item(prompt="p" * 30, responses=["a" * 9, "b" * 14, "c"])
-    scores = pairrm_scorer(pairrm_folder)([item])[0]
-    cut = ["a" * 9, "b" * 9, "c"]  # [CLS], the marker and [SEP] are three of the twelve
-    logits = [pairrm_logit(pairrm_folder, "p" * 17, *pair) for pair in ((cut[0], cut[1]), (cut[1], cut[0]))]
-    assert scores.values[0][1] == pytest.approx(1 / (1 + math.exp(-(logits[0] - logits[1]) / 2)), abs=1e-5)
-    assert scores.counts == [{"cut_tokens": 2 * 13 + 5}, {"cut_tokens": 2 * (13 + 5)}, {"cut_tokens": 2 * 13 + 5}]
+    monkeypatch.setattr(pairrm, "MAX_TOKENS", 44)
+    responses = ["a" * 9, "b" * 14, "c"]
+    long, short = (Item(prompt="p" * n, responses=responses) for n in (30, 8))
+    scores = pairrm_scorer(pairrm_folder)([long, short])
+    # [CLS], the marker and [SEP] are three of the twenty, and of the twelve that these leave to either response.
+    cuts = [("p" * 17, ["a" * 9, "b" * 9, "c"]), ("p" * 8, ["a" * 9, "b" * 13, "c"])]  # of 44, 11 leave 16 to each
+    for made, (source, cut) in zip(scores, cuts, strict=True):
+        expected = pairrm_wins(pairrm_folder, source, cut)
+        assert [list(row) for row in made.values] == [pytest.approx(row, abs=1e-5) for row in expected]
+    assert scores[0].counts == [{"cut_tokens": 2 * 13 + 5}, {"cut_tokens": 2 * (13 + 5)}, {"cut_tokens": 2 * 13 + 5}]
+    assert scores[1].counts == [{"cut_tokens": 1}, {"cut_tokens": 2}, {"cut_tokens": 1}]
 
 
 def test_pairrm_finds_its_markers_where_a_response_speaks_of_them(pairrm_folder):
-    text = "see <|candidate2|> and <|source|>"
-    made = pairrm_scorer(pairrm_folder)([Item(prompt="x", responses=[text, "y"])])[0].values
-    one, other = pairrm_logit(pairrm_folder, "x", text, "y"), pairrm_logit(pairrm_folder, "x", "y", text)
-    assert made[0][1] == pytest.approx(1 / (1 + math.exp(-(one - other) / 2)), abs=1e-5)
+    responses = ["see <|candidate2|> and <|source|>", "y"]
+    made = pairrm_scorer(pairrm_folder)([Item(prompt="x", responses=responses)])[0].values
+    assert made[0][1] == pytest.approx(pairrm_wins(pairrm_folder, "x", responses)[0][1], abs=1e-5)
+
+
+def test_a_separator_that_a_response_speaks_of_is_a_space_to_pairrm(pairrm_folder):
+    scorer = pairrm_scorer(pairrm_folder)
+    spoken, space = (scorer([Item(prompt="x", responses=[text, "y"])])[0].values for text in ("a[SEP]b", "a b"))
+    assert spoken == space
 
 
 def test_pairrms_limits_are_the_published_ones():
-    assert (pairrm.MAX_SOURCE, pairrm.MAX_CANDIDATE) == (1224, 412)
+    """1224 of the prompt and 412 of a response, which also gets half of what the prompt leaves of its own."""
+    assert (pairrm.MAX_SOURCE, pairrm.MAX_TOKENS) == (1224, 1224 + 2 * 412)
 
 
 @pytest.mark.parametrize("gone", ["head_layer.4.weight", "pretrained_model.encoder.LayerNorm.weight"])

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from align.config import ScorerConfig, UserError
 from align.launch import Place
-from align.model import merge_system_message
+from align.model import NotHereError, is_local, merge_system_message
 from align.onpolicy.scorers.base import Identity, Item, Kind, as_messages
 
 _DECIDES = ("*.safetensors", "config.json", "tokenizer*.json", "special_tokens_map.json", "chat_template.jinja")
@@ -36,7 +36,8 @@ def load_config(cfg: ScorerConfig) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(_path(cfg), revision=cfg.revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(_cannot_load(cfg, error)) from error
+        kind = UserError if is_local(cfg.path) else NotHereError
+        raise kind(_cannot_load(cfg, error)) from error
 
 
 def load_tokenizer(cfg: ScorerConfig) -> PreTrainedTokenizerBase:

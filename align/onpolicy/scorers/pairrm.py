@@ -1,29 +1,38 @@
-"""PairRM: which of two responses is better, by a DeBERTa that reads the prompt and both.
+"""PairRM, as SPPO takes it: a DeBERTa compares two responses at a time, and all K comparisons make the preferences.
 
-Jiang et al. 2023, "LLM-Blender", https://arxiv.org/abs/2306.02561 (PairRanker), and the card of
-https://huggingface.co/llm-blender/PairRM:
+Jiang et al. 2023, "LLM-Blender", https://arxiv.org/abs/2306.02561 (PairRanker), and llm-blender, the code of
+https://huggingface.co/llm-blender/PairRM and of https://github.com/yuchenlin/LLM-Blender:
 
-    text   <|source|> prompt <|candidate1|> A <|candidate2|> B     at most 1224, 412 and 412 tokens, cut at the end
+    text   <|source|> prompt <|candidate1|> A <|candidate2|> B     each part as [CLS] part [SEP], and cut at its end:
+           the prompt at 1224 tokens, either response at half of what the prompt leaves of 2048, so 412 or more
     s(A) = head([h_source, h_candidate1]), s(B) = head([h_source, h_candidate2])   hidden states of the three tokens
     head = Linear(2h -> h), tanh, Linear(h -> 1)
     logit(A, B) = s(A) - s(B)
+    score_i = mean_j(logit(i, j) - logit(j, i))     over all K, itself as 0; "max_logits", the default of rank()
 
-The logit depends on the order, so both are asked: P(A beats B) = sigmoid((logit(A, B) - logit(B, A)) / 2).
+Wu et al. 2024, "SPPO", https://arxiv.org/abs/2405.00675, scripts/compute_prob.py of https://github.com/uclaml/SPPO:
 
-Not proven, as the true weights were not at hand; only the first two can fail silently:
+    P(i beats j) = sigmoid(score_i - score_j)
 
-- Each of the three parts is encoded by itself with the tokenizer's own special tokens ([CLS] part [SEP]), which count
-  for its limit, and the three are joined.
-- A conversation of several turns is fed as "role: content" paragraphs; one user turn as its content alone.
-- The names of the weights: `pretrained_model.*`, and `head_layer.1` and `head_layer.4`, as of a dropout, linear, tanh,
-  dropout and linear layer in a row. A checkpoint with other names is refused.
-- SPPO's code takes the sigmoid of differences of llm-blender's aggregated score per response; this is the pair's own.
+So a preference is not the pair's own: it depends on which other responses are in the pool, and two that draw with each
+other are not equal where one beats the others by more. The mean wins of select.py put the K in the order of the
+scores, and are SPPO's win probabilities. Of two responses alone, P is the sigmoid of logit(A, B) - logit(B, A), twice
+the mean logit of the two orders.
 
-Left out: llm-blender's ranking, which does not import on transformers 5.
+Other than SPPO's: its prompt is the policy's chat template with the prompt in it, special tokens written out, cut where
+the word None comes (scripts/rank.py); ours is the prompt alone, the plain text that llm-blender documents, as no
+scorer knows the policy. Conversations of several turns, which SPPO has none of, are "role: content" paragraphs. Where
+there is a GPU, llm-blender computes in float16 by default; here in bfloat16, with the head in float32.
+
+The weights' names are those of llm-blender's module: `pretrained_model.*`, and `head_layer.1` and `head_layer.4` of a
+dropout, linear, tanh, dropout and linear layer in a row; a checkpoint with others is refused. The true weights were not
+at hand. With random ones, llm-blender's module, tokenize_pair and get_scores_from_cmps gave the same P to 2e-7.
+Left out: llm-blender itself, which does not import on transformers 5, and its other ways to rank.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -36,7 +45,7 @@ from align.onpolicy.scorers import models
 from align.onpolicy.scorers.base import Identity, Item, Kind, Scores, as_text
 
 MARKERS = ("<|source|>", "<|candidate1|>", "<|candidate2|>")
-MAX_SOURCE, MAX_CANDIDATE = 1224, 412  # tokens, special ones included
+MAX_SOURCE, MAX_TOKENS = 1224, 2048  # of the prompt, and of all three parts; special ones included
 
 
 class PairRM(DebertaV2PreTrainedModel):
@@ -63,7 +72,7 @@ class PairRM(DebertaV2PreTrainedModel):
 
 
 class PairRMScorer:
-    """P(a beats b) of every pair of different responses, in both orders."""
+    """P(a beats b) of every pair, from the comparisons of all different responses in both orders."""
 
     def __init__(self, cfg: ScorerConfig, where: Place) -> None:
         self._cfg, self._where = cfg, where
@@ -74,14 +83,22 @@ class PairRMScorer:
             )
         self._tokenizer = models.load_tokenizer(cfg)
         self._marker_ids = [self._tokenizer.convert_tokens_to_ids(marker) for marker in MARKERS]
-        if len({None, self._tokenizer.unk_token_id, *self._marker_ids}) < len(MARKERS) + 2:
-            raise UserError(f"the tokenizer of {cfg.path} lacks PairRM's special tokens {', '.join(MARKERS)}")
+        special = {None, self._tokenizer.unk_token_id, self._tokenizer.sep_token_id, *self._marker_ids}
+        if len(special) < len(MARKERS) + 3:
+            raise UserError(
+                f"the tokenizer of {cfg.path} lacks PairRM's special tokens {', '.join(MARKERS)} or a separator"
+            )
         self.identity = Identity(
             kind=Kind.pairwise,
             name=models.name(cfg),
             revision=models.revision(cfg, self._config),
             template=" ".join((MARKERS[0], "prompt", MARKERS[1], "A", MARKERS[2], "B")),
-            settings={"max_source": MAX_SOURCE, "max_candidate": MAX_CANDIDATE, "bf16": where.bf16},
+            settings={
+                "wins": "sigmoid(score_i - score_j), score_i = mean_j(logit_ij - logit_ji)",
+                "max_source": MAX_SOURCE,
+                "max_tokens": MAX_TOKENS,
+                "bf16": where.bf16,
+            },
         )
 
     @cached_property
@@ -91,27 +108,33 @@ class PairRMScorer:
     @torch.inference_mode()
     def __call__(self, items: Sequence[Item]) -> list[Scores]:
         """[K][K] P(i beats j); `cut_tokens` of response i: lost in the comparisons in which it stood first."""
-        asked, rows, markers, lost = [], [], [], []
+        rows, markers, compared = [], [], []  # `compared`: of each row the number of the item, and the two texts
+        cuts: list[dict[tuple[str, str], int]] = [{} for _ in items]
         for number, item in enumerate(items):
-            source = self._encode(0, as_text(item.prompt))
-            sides = [[self._encode(side, response) for response in item.responses] for side in (1, 2)]
-            for i, first in enumerate(sides[0]):
-                for j, second in enumerate(sides[1]):
-                    if item.responses[i] == item.responses[j]:
-                        continue  # 1/2, whatever the model prefers of an order
-                    parts = (source, first, second)
-                    at = [sum(len(ids) for ids, _ in parts[:p]) for p in range(3)]
-                    asked.append((number, i, j))
-                    rows.append([token for ids, _ in parts for token in ids])
-                    markers.append([a + parts[p][0].index(self._marker_ids[p]) for p, a in enumerate(at)])
-                    lost.append(sum(cut for _, cut in parts))
-        logits = self._logits(rows, markers)
-        by_pair = {pair: (logit, cut) for pair, logit, cut in zip(asked, logits, lost, strict=True)}
-        return [_scores(number, len(item.responses), by_pair) for number, item in enumerate(items)]
+            source, lost = self._encode(0, as_text(item.prompt), MAX_SOURCE)
+            room = (MAX_TOKENS - len(source)) // 2
+            texts = dict.fromkeys(item.responses)  # each once: equal texts draw, whatever the model prefers of an order
+            first, second = ({text: self._encode(side, text, room) for text in texts} for side in (1, 2))
+            for a, b in itertools.permutations(texts, 2):
+                parts = (source, first[a][0], second[b][0])
+                starts = (0, len(parts[0]), len(parts[0]) + len(parts[1]))
+                rows.append([token for part in parts for token in part])
+                markers.append(
+                    [at + part.index(ids) for at, part, ids in zip(starts, parts, self._marker_ids, strict=True)]
+                )
+                compared.append((number, a, b))
+                cuts[number][a, b] = lost + first[a][1] + second[b][1]
+        logits: list[dict[tuple[str, str], float]] = [{} for _ in items]
+        for (number, a, b), logit in zip(compared, self._logits(rows, markers), strict=True):
+            logits[number][a, b] = logit
+        return [
+            Scores(values=_wins(item.responses, of), counts=_counts(item.responses, cut))
+            for item, of, cut in zip(items, logits, cuts, strict=True)
+        ]
 
-    def _encode(self, part: int, text: str) -> tuple[list[int], int]:
+    def _encode(self, part: int, text: str, limit: int) -> tuple[list[int], int]:
         """Token ids of one of the three parts, within its limit, and how many tokens were cut off."""
-        limit = MAX_SOURCE if part == 0 else MAX_CANDIDATE
+        text = text.replace(self._tokenizer.sep_token, " ")  # as llm-blender does: it would read as the part's end
         ids = self._tokenizer(MARKERS[part] + text, add_special_tokens=True, truncation=False).input_ids
         if len(ids) <= limit:
             return ids, 0
@@ -128,16 +151,17 @@ class PairRMScorer:
         return logits
 
 
-def _scores(number: int, count: int, by_pair: dict[tuple[int, int, int], tuple[float, int]]) -> Scores:
-    """The K x K matrix of one item from the logits of its ordered pairs, which lack those of equal texts."""
+def _wins(responses: Sequence[str], logits: Mapping[tuple[str, str], float]) -> list[list[float]]:
+    """[K][K] P(i beats j) from the logits of all ordered pairs of different texts."""
 
-    def wins(i: int, j: int) -> float:
-        if (number, i, j) not in by_pair:
-            return 0.5
-        logit = (by_pair[number, i, j][0] - by_pair[number, j, i][0]) / 2
-        return 0.5 * (1 + math.tanh(logit / 2))  # the sigmoid, without its overflow
+    def lead(a: str, b: str) -> float:
+        return 0.0 if a == b else logits[a, b] - logits[b, a]
 
-    cut = [sum(by_pair.get((number, i, j), (0.0, 0))[1] for j in range(count)) for i in range(count)]
-    return Scores(
-        values=[[wins(i, j) for j in range(count)] for i in range(count)], counts=[{"cut_tokens": c} for c in cut]
-    )
+    scores = [sum(lead(a, b) for b in responses) / len(responses) for a in responses]
+    # The sigmoid, without its overflow.
+    return [[0.5 * (1 + math.tanh((s_i - s_j) / 2)) for s_j in scores] for s_i in scores]
+
+
+def _counts(responses: Sequence[str], cuts: Mapping[tuple[str, str], int]) -> list[dict[str, int]]:
+    """[K] tokens lost in the comparisons of response i with each other text, i first."""
+    return [{"cut_tokens": sum(cuts.get((a, b), 0) for b in responses)} for a in responses]

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from align.config import ScorerConfig, UserError, closest, resolve
-from align.onpolicy.scorers.base import Identity, Scorer
+from align.onpolicy.scorers.base import Identity, Kind, Scorer
 
 if TYPE_CHECKING:  # torch: not needed to look a name up
     from align.launch import Place
@@ -24,6 +24,7 @@ class _BuiltIn:
 
     make: str
     reads: tuple[str, ...]
+    kind: Kind = Kind.pointwise
 
 
 _HERE = "align.onpolicy.scorers"
@@ -32,8 +33,12 @@ _BUILT_IN = {
     "program": _BuiltIn(make=f"{_HERE}.program:ProgramScorer", reads=("path",)),
     "reward_model": _BuiltIn(make=f"{_HERE}.reward_model:RewardModelScorer", reads=(*_MODEL, "template")),
     "armorm": _BuiltIn(make=f"{_HERE}.armorm:ArmoRMScorer", reads=_MODEL),
-    "pairrm": _BuiltIn(make=f"{_HERE}.pairrm:PairRMScorer", reads=("path", "revision", "tokens_per_batch")),
-    "llm_judge": _BuiltIn(make=f"{_HERE}.llm_judge:JudgeScorer", reads=("revision", "template", "judge")),
+    "pairrm": _BuiltIn(
+        make=f"{_HERE}.pairrm:PairRMScorer", reads=("path", "revision", "tokens_per_batch"), kind=Kind.pairwise
+    ),
+    "llm_judge": _BuiltIn(
+        make=f"{_HERE}.llm_judge:JudgeScorer", reads=("revision", "template", "judge"), kind=Kind.pairwise
+    ),
 }
 
 
@@ -66,6 +71,12 @@ def build(cfg: ScorerConfig, where: "Place") -> Scorer:
             f"scorer.name={cfg.name} made a {type(scorer).__name__}, which is no scorer: {_HERE}.base says what one is"
         )
     return scorer
+
+
+def stand_in(cfg: ScorerConfig) -> Identity:
+    """For plans where the hub cannot be reached: what is known of one of ours without its files."""
+    kind = _BUILT_IN[str(cfg.name)].kind
+    return Identity(kind=kind, name=f"{cfg.name}:{cfg.path}", revision="unknown", template="unknown")
 
 
 def _of_a_package(name: str) -> Callable[..., Any]:
