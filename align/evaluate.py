@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -18,7 +17,7 @@ from align.config import EvaluationConfig, Layout
 from align.engine import collate, evaluating, response_statistics
 from align.launch import Place
 from align.model import Start
-from align.sampling import Sample, prompt_ids, sampler
+from align.onpolicy.samplers import Prompt, Sample, hf_sampler, prompt_ids, seeds
 
 Judge = Callable[[str, str], float]
 
@@ -35,24 +34,31 @@ def compare_with_start(
     seed: int,
     layout: Layout,
     budget: int,
+    tokens_per_batch: int,
     samples_file: Path,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Metrics of the start policy and of the trained one: win rate, judge's score, length in tokens, KL in nats.
 
-    The judge is given the last user turn of each conversation (or the plain prompt) and an answer. Both policies are `engine.attach`ed in `layout` and on the device. The responses are written to `samples_file`.
+    The judge is given the last user turn of each conversation (or the plain prompt) and an answer. The responses are
+    written to `samples_file`.
+
+    Args:
+        policy, start_policy: `engine.attach`ed in `layout` and on the device.
+        budget: tokens of a training micro-batch.
+        tokens_per_batch: that are sampled at once.
     """
-    options: dict[str, Any] = {
-        "samples": cfg.samples_per_prompt,
-        "temperature": cfg.temperature,
-        "top_p": cfg.top_p,
-        "max_new_tokens": cfg.max_new_tokens,
-        "seed": seed,
-    }
     questions = [c if isinstance(c, str) else c[-1]["content"] for c in conversations]
     ids = [prompt_ids(conversation, start.tokenizer) for conversation in conversations]
-    drawn = {
-        name: sampler(model, start)(ids, **options) for name, model in (("start", start_policy), ("policy", policy))
-    }
+    drawn = {}
+    for number, (name, model) in enumerate((("start", start_policy), ("policy", policy))):
+        prompts = [  # of each policy random numbers of its own: answers that share them are no independent samples
+            Prompt(token_ids=own, seeds=seeds(seed, number, json.dumps(conversation), cfg.samples_per_prompt))
+            for own, conversation in zip(ids, conversations, strict=True)
+        ]
+        with where.autocast():  # one block each: it keeps a copy of the weights to its end
+            drawn[name] = hf_sampler(model, start.tokenizer, tokens_per_batch)(
+                prompts, temperature=cfg.temperature, top_p=cfg.top_p, max_new_tokens=cfg.max_new_tokens
+            )
     scores = {
         name: [[judge(question, s.text) for s in own] for question, own in zip(questions, samples, strict=True)]
         for name, samples in drawn.items()
@@ -72,7 +78,8 @@ def compare_with_start(
             "kl_policy_start": fmean(
                 a - b
                 for a, b in zip(
-                    *(_logps(m, drawn[name], where, layout, budget, pad) for m in (model, start_policy)), strict=True
+                    *(_logps(m, ids, drawn[name], where, layout, budget, pad) for m in (model, start_policy)),
+                    strict=True,
                 )
             ),
         }
@@ -87,11 +94,17 @@ def win_rate(ours: list[list[float]], theirs: list[list[float]]) -> float:
 
 
 def _logps(
-    model: PreTrainedModel, samples: list[list[Sample]], where: Place, layout: Layout, budget: int, pad_token_id: int
+    model: PreTrainedModel,
+    ids: list[list[int]],
+    samples: list[list[Sample]],
+    where: Place,
+    layout: Layout,
+    budget: int,
+    pad_token_id: int,
 ) -> list[float]:
-    """log pi of each sample, in nats; `samples` are those of each prompt, and the result is in their order."""
+    """log pi of each sample, in nats; `ids` and `samples` are those of each prompt, and the result is in their order."""
     logps: list[list[float]] = [[] for _ in samples]
-    groups = [(own[0].prompt_ids, [s.response_ids for s in own]) for own in samples]
+    groups = [(prompt, [s.response_ids for s in own]) for prompt, own in zip(ids, samples, strict=True)]
     lengths = [(len(prompt), *map(len, responses)) for prompt, responses in groups]
     with evaluating(model), where.autocast():
         for some in plan_micro_batches(lengths, layout, FORWARD_ONLY * budget):

@@ -10,13 +10,16 @@ LAYERS = [
     {"cache", "compose", "batching", "memory", "lifeline"},
     {"launch"},
     {"model", "engine", "strategy"},
-    {"rows", "sampling", "arguments", "tracking"},
+    {"rows", "arguments", "tracking"},
     {"data"},
-    {"reference", "trainer", "evaluate", "onpolicy"},
+    {"onpolicy"},
+    {"reference", "trainer", "evaluate"},
     {"plan", "card", "slurm"},
     {"train"},
     {"run"},
+    {"selfplay"},
     {"__main__"},
+    {"sample", "annotate", "select"},  # commands of a stage alone
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 INSIDE = {"engine": [{"layout"}, {"attention", "head"}, {"forward"}, {"budget"}, {"__init__"}]}  # packages, likewise

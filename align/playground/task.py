@@ -10,11 +10,13 @@ import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.cache import build_once
 from align.config import UserError, file_fingerprint, fingerprint
-from align.model import Start
+
+if TYPE_CHECKING:  # torch: not needed to look at the task
+    from align.model import Start
 
 ITEMS = {
     "animals": "cat dog cow pig hen fox owl bear wolf lion deer frog",
@@ -111,20 +113,17 @@ def corpus() -> Iterator[str]:
         yield answer
 
 
-def rows(split: str, start: Start, cache: Path) -> list[dict[str, Any]]:
+def rows(split: str, start: "Start", cache: Path) -> list[dict[str, Any]]:
     """Preference pairs from the start model's own samples, with `win_prob` and score per side. Cached.
 
     Raises:
         UserError: the start model's samples are all alike or all worthless, so there is nothing to prefer.
     """
-    from align.sampling import load_sampler, prompt_ids  # torch: not needed to look at the task
 
     def build(into: Path) -> None:
-        sample = load_sampler(start)
         asked = prompts(split)
-        ids = [prompt_ids([{"role": "user", "content": prompt}], start.tokenizer) for prompt in asked]
-        answers = sample(ids, samples=SAMPLES, temperature=1.0, top_p=1.0, max_new_tokens=64, seed=0)
-        pairs = [pair for p, own in zip(asked, answers, strict=True) if (pair := _pair(p, [s.text for s in own]))]
+        answers = _answers(asked, start)
+        pairs = [pair for p, own in zip(asked, answers, strict=True) if (pair := _pair(p, own))]
         with (into / "rows.jsonl").open("w") as file:
             file.writelines(json.dumps(pair) + "\n" for pair in pairs)
 
@@ -136,6 +135,25 @@ def rows(split: str, start: Start, cache: Path) -> list[dict[str, Any]]:
             f"{start.path} answers the built-in task with worthless or equal samples: use model=tiny, or dataset=local"
         )
     return pairs
+
+
+def _answers(asked: list[str], start: "Start") -> list[list[str]]:
+    """The start model's own answers to each prompt, at temperature 1."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from align.onpolicy.samplers import Prompt, hf_sampler, prompt_ids, seeds
+
+    policy = AutoModelForCausalLM.from_pretrained(start.path, use_safetensors=True, dtype=torch.float32)
+    sample = hf_sampler(policy.to("cuda" if torch.cuda.is_available() else "cpu"), start.tokenizer)
+    ids = [prompt_ids([{"role": "user", "content": prompt}], start.tokenizer) for prompt in asked]
+    drawn = sample(
+        [Prompt(token_ids=i, seeds=seeds(0, 0, p, SAMPLES)) for i, p in zip(ids, asked, strict=True)],
+        temperature=1.0,
+        top_p=1.0,
+        max_new_tokens=64,
+    )
+    return [[s.text for s in own] for own in drawn]
 
 
 def _pair(prompt: str, answers: list[str]) -> dict[str, Any] | None:
