@@ -17,6 +17,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.object_type import ObjectType
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 
 from align import config
 
@@ -33,7 +34,8 @@ CONF = shipped("conf")
 
 #: Nodes that take keys of their own, checked where they are known; typed without the `+` that Hydra asks for.
 _OPEN = (
-    r"^((?:objective|optimizer)\.|(?:model\.(?:lora|init|shape)|dataset\.(?:columns|mix)|cluster\.slurm\.options)[.=])"
+    r"^((?:objective|optimizer)\.|"
+    r"(?:model\.(?:lora|init|shape)|dataset\.(?:columns|mix)|source\.candidates|scorer\.judge\.request|cluster\.slurm\.options)[.=])"
 )
 
 
@@ -99,6 +101,8 @@ def one_line(error: BaseException) -> str:
     if key and re.match(r"Key '.*' (is )?not in", message):
         names = list(getattr(parent, "__dataclass_fields__", {}))
         return _unknown_key(key, names)
+    if key and isinstance(cause, MissingMandatoryValue):
+        return f"{key} has no value yet: type {key}=..."
     if key:
         return f"{key}: {message}"
     if "Could not find" in str(error):  # a choice that a group does not have

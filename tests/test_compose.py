@@ -13,6 +13,7 @@ from conftest import ROOT
 import objectives
 from align import __main__
 from align.compose import CONF
+from align.config import Source
 
 OBJECTIVES = sorted(file.stem for file in CONF.glob("objective/*.yaml"))
 START_SECONDS = 1.5  # what the first issue allows `--help` and `--cfg job`
@@ -25,6 +26,7 @@ def composed(align, monkeypatch):
     def type_(*words):
         configs = []
         monkeypatch.setattr("align.run.run", configs.append)
+        monkeypatch.setattr("align.selfplay.selfplay", configs.append)
         result = align(*words, tracker="")
         assert result.status == 0, result.err
         return configs
@@ -120,6 +122,37 @@ def test_keys_of_objective_and_optimizer_need_no_plus(composed, prefix):
     cfg = one(composed("objective=simpo", f"{prefix}optimizer.adam_beta2=0.95", f"{prefix}objective.sft_weight=0.1"))
     assert cfg.optimizer["adam_beta2"] == 0.95
     assert cfg.objective["sft_weight"] == 0.1
+
+
+@pytest.mark.parametrize(
+    "typed", ["source.candidates.gpt4=answers.jsonl", "source.candidates={gpt4: answers.jsonl}"], ids=["key", "whole"]
+)
+@pytest.mark.parametrize("prefix", ["", "+", "++"])
+def test_candidates_and_a_judges_request_need_no_plus(composed, typed, prefix):
+    cfg = one(composed("source=selfplay", f"{prefix}{typed}", f"{prefix}scorer.judge.request.seed=1"))
+    assert cfg.source.name is Source.selfplay
+    assert cfg.source.candidates == {"gpt4": "answers.jsonl"}
+    assert cfg.scorer.judge.request == {"seed": 1}
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        ("sampling.sampels=5", "unknown key sampling.sampels (did you mean sampling.samples?); sampling has backend, "),
+        ("selection.min_gop=1", "unknown key selection.min_gop (did you mean selection.min_gap?); selection has "),
+        ("source.candidats.a=b", "unknown key source.candidats (did you mean source.candidates?); source has name, "),
+        ("scorer.judge.url=x", "unknown key scorer.judge.url (did you mean scorer.judge.urls?); scorer.judge has urls"),
+        ("scorer=armrom", "there is no scorer=armrom (did you mean armorm?); scorer is one of armorm, dataset, "),
+        ("source=selfply", "there is no source=selfply (did you mean selfplay?); source is one of dataset, selfplay"),
+        ("iteratons=3", "unknown key iteratons (did you mean iterations?); the top level has "),
+        ("sampling.samples=five", "sampling.samples: Value 'five' of type 'str' could not be converted to Integer"),
+    ],
+)
+def test_a_typing_error_in_a_node_of_selfplay_is_one_line(align, typed, says):
+    result = align(typed)
+    assert result.status == 1
+    assert result.err.startswith(f"align: {says}")
+    assert result.err.count("\n") == 1
 
 
 # Sweeps ------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,20 @@ from hydra.core.hydra_config import HydraConfig
 import objectives
 from align import run
 from align.compose import CONF, shipped
-from align.config import Device, Launcher, Precision, Strategy
+from align.config import (
+    Device,
+    Launcher,
+    PairSourceConfig,
+    Precision,
+    Rejected,
+    ScorerConfig,
+    SelectionConfig,
+    Source,
+    Strategy,
+    WinProb,
+)
+from align.onpolicy.scorers import registry
+from align.playground import task
 
 RECIPES = sorted(file for file in (shipped("experiments") / "recipe").glob("*.yaml") if file.stem != "none")
 GROUP_FILES = sorted(file for file in CONF.glob("*/*.yaml"))
@@ -27,7 +40,7 @@ class Published:
     """One row of the table. The defaults are what the table says holds "unless the row says otherwise"."""
 
     model: str
-    dataset: str
+    dataset: str | tuple[str, ...]  # several: a mix
     objective: dict[str, Any]
     learning_rate: float
     optim: str = "adamw_torch"
@@ -42,23 +55,47 @@ class Published:
     seed: int = 42
     attention: str | None = None
     words: tuple[str, ...] = ()  # empty: objective=... model=..., as the file is named
+    selfplay: "SelfPlay | None" = None
     checked: str = field(repr=False)  # where the figures were read again
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfPlay:
+    """How a run makes its pairs. Best against worst of the scores, for all of them."""
+
+    scorer: tuple[str, str]
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    samples: int = 5
+    iterations: int = 1
+    split_prompts: bool = False
+    candidates: tuple[str, ...] = ()  # origins besides the policy
 
 
 GEMMA = {"model": "google/gemma-2-9b-it", "attention": "eager"}
 LLAMA = {"model": "meta-llama/Meta-Llama-3-8B-Instruct"}
 SHORT = {"max_length": 1024, "max_prompt_length": 512}
-# The row says the prompts of UCLA-AGI/data-mistral-7b-instruct-sppo-iter1, from which the run samples its own pairs.
-# That comes with self-play; until then the recipe takes the authors' pairs over the same prompts.
+ULTRAFEEDBACK = "HuggingFaceH4/ultrafeedback_binarized"
+ARMORM = ("armorm", "RLHFlow/ArmoRM-Llama3-8B-v0.1")
 SPPO = {
-    "dataset": "UCLAML/synthetic_data_mistral-7b-instruct-sppo-iter1_score",
+    "dataset": tuple(f"UCLA-AGI/data-mistral-7b-instruct-sppo-iter{i}" for i in (1, 2, 3)),
+    "selfplay": SelfPlay(
+        scorer=("pairrm", "llm-blender/PairRM-hf"),
+        temperature=0.7,
+        top_p=0.9,
+        max_new_tokens=2048,
+        iterations=3,
+        split_prompts=True,
+    ),
     "objective": {"name": "sppo", "beta": 1e-3, "target": "soft"},
     "learning_rate": 5e-7,
     "optim": "rmsprop",
     "schedule": "linear",
     "pairs_per_step": 64,  # 4 x 2 x 8
     **SHORT,
-    "checked": "model cards UCLA-AGI/*-SPPO-Iter3; uclaml/SPPO recipes/uclaml-sppo/config_full.yaml, scripts/pipeline.sh",
+    "checked": "model cards UCLA-AGI/*-SPPO-Iter3; uclaml/SPPO recipes/uclaml-sppo/config_full.yaml, run_sppo_*.sh, "
+    "scripts/pipeline.sh, generate.py, rank.py, compute_prob.py; set cards UCLA-AGI/data-mistral-7b-instruct-sppo-iter1 and 2",
 }
 
 
@@ -68,6 +105,7 @@ def simpo(beta: float, ratio: float) -> dict[str, Any]:
 
 DPO = {"name": "dpo", "beta": 0.01, "label_smoothing": 0.0}
 WPO = {"name": "wpo", "base": {"name": "dpo", "beta": 0.01}, "alignment": "sampled"}
+SIMPO_SAMPLES = {"scorer": ARMORM, "temperature": 0.8, "top_p": 0.95, "max_new_tokens": 4096}
 SIMPO_REPO = "princeton-nlp/SimPO training_configs/"
 SIMPO_README = "princeton-nlp/SimPO README.md, hyperparameters of the DPO baselines"
 
@@ -78,6 +116,15 @@ PUBLISHED = {
         objective=simpo(10, 0.5),
         learning_rate=8e-7,
         checked=SIMPO_REPO + "gemma-2-9b-it-simpo.yaml",
+    ),
+    "gemma2_9b_simpo_selfplay": Published(
+        **GEMMA,
+        dataset=ULTRAFEEDBACK,
+        objective=simpo(10, 0.5),
+        learning_rate=8e-7,
+        words=("recipe=gemma2_9b_simpo_selfplay",),
+        selfplay=SelfPlay(**SIMPO_SAMPLES),
+        checked=SIMPO_REPO + "gemma-2-9b-it-simpo.yaml; on_policy_data_gen/",
     ),
     "gemma2_9b_dpo": Published(
         **GEMMA,
@@ -94,6 +141,17 @@ PUBLISHED = {
         epochs=2,
         seed=1,
         checked="model card wzhouad/gemma-2-9b-it-WPO-HB",
+    ),
+    "gemma2_9b_wpo_selfplay": Published(
+        **GEMMA,
+        dataset=ULTRAFEEDBACK,
+        objective=WPO,
+        learning_rate=1e-6,
+        epochs=2,
+        seed=1,
+        words=("recipe=gemma2_9b_wpo_selfplay", "source.candidates.gpt4=answers.jsonl"),
+        selfplay=SelfPlay(**SIMPO_SAMPLES, candidates=("gpt4",)),
+        checked="model card wzhouad/gemma-2-9b-it-WPO-HB, set card wzhouad/gemma-2-ultrafeedback-hybrid",
     ),
     "gemma2_9b_sppo": Published(**GEMMA, **SPPO),
     "llama3_8b_simpo": Published(
@@ -125,12 +183,12 @@ PUBLISHED = {
         learning_rate=1e-6,
         epochs=2,
         seed=1,
-        checked="FACTS.md only: the model card's data and results were read, its hyperparameters not",
+        checked="model card wzhouad/Llama3-Instruct-8B-WPO-HB-v2",
     ),
     "llama3_8b_sppo": Published(**LLAMA, **SPPO),
     "mistral_7b_base_simpo": Published(
         model="alignment-handbook/zephyr-7b-sft-full",
-        dataset="HuggingFaceH4/ultrafeedback_binarized",
+        dataset=ULTRAFEEDBACK,
         objective=simpo(2, 0.8),
         learning_rate=3e-7,
         **SHORT,
@@ -145,7 +203,7 @@ PUBLISHED = {
     ),
     "mistral_7b_sft_wpo": Published(
         model="HuggingFaceH4/mistral-7b-sft-beta",
-        dataset="HuggingFaceH4/ultrafeedback_binarized",
+        dataset=ULTRAFEEDBACK,
         objective=WPO,
         learning_rate=5e-7,
         **SHORT,
@@ -154,8 +212,8 @@ PUBLISHED = {
 }
 
 SPLITS = {  # of the sets' hub pages; null: none that may be evaluated on
-    "HuggingFaceH4/ultrafeedback_binarized": ("train_prefs", "test_prefs"),
-    "UCLAML/synthetic_data_mistral-7b-instruct-sppo-iter1_score": ("train", None),
+    ULTRAFEEDBACK: ("train_prefs", "test_prefs"),
+    **dict.fromkeys(SPPO["dataset"], ("train", None)),
 }
 
 
@@ -174,6 +232,7 @@ def composed(align, monkeypatch):
     def type_(*words):
         configs = []
         monkeypatch.setattr("align.run.run", configs.append)
+        monkeypatch.setattr("align.selfplay.selfplay", configs.append)
         result = align(*words, tracker="")
         assert result.status == 0, result.err
         return configs
@@ -193,7 +252,8 @@ def test_the_command_in_a_recipe_picks_that_recipe(recipe, align, monkeypatch):
         model, objective = recipe.stem.rsplit("_", 1)
         assert words == [f"objective={objective}", f"model={model}"]
     picked = []
-    monkeypatch.setattr("align.run.run", lambda cfg: picked.append(HydraConfig.get().runtime.choices["recipe"]))
+    for runs in ("align.run.run", "align.selfplay.selfplay"):
+        monkeypatch.setattr(runs, lambda cfg: picked.append(HydraConfig.get().runtime.choices["recipe"]))
     result = align(*words)
     assert result.status == 0, result.err
     assert picked == [recipe.stem]
@@ -207,8 +267,11 @@ def test_a_recipe_has_every_published_figure(name, composed):
     assert cfg.model.path == row.model
     assert cfg.model.attn_implementation == row.attention
     assert cfg.model.lora == {}
-    assert cfg.dataset.path == row.dataset
-    assert (cfg.dataset.split, cfg.dataset.eval_split) == SPLITS.get(row.dataset, ("train", "test"))
+    sources = list(cfg.dataset.mix.values()) or [cfg.dataset]
+    published = (row.dataset,) if isinstance(row.dataset, str) else row.dataset
+    assert tuple(source.path for source in sources) == published
+    for source in sources:
+        assert (source.split, source.eval_split) == SPLITS.get(source.path, ("train", "test"))
     assert cfg.dataset.limit is None
     assert cfg.objective == row.objective
     assert cfg.optimizer == {
@@ -225,6 +288,52 @@ def test_a_recipe_has_every_published_figure(name, composed):
     assert cfg.engine.gradient_checkpointing
     assert cfg.seed == row.seed
     assert (cfg.cluster.device, cfg.cluster.precision) == (Device.auto, Precision.auto)  # bf16 on the GPUs
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_recipe_makes_its_pairs_as_published(name, composed):
+    row = PUBLISHED[name]
+    model, objective = name.rsplit("_", 1)
+    (cfg,) = composed(*(row.words or (f"objective={objective}", f"model={model}")))
+    if row.selfplay is None:
+        assert (cfg.source, cfg.iterations, cfg.scorer) == (PairSourceConfig(), 1, ScorerConfig())
+        return
+    how, drawn = row.selfplay, cfg.sampling
+    assert cfg.source.name is Source.selfplay
+    assert (cfg.iterations, cfg.source.split_prompts) == (how.iterations, how.split_prompts)
+    assert tuple(cfg.source.candidates) == how.candidates
+    assert (drawn.samples, drawn.temperature, drawn.top_p) == (how.samples, how.temperature, how.top_p)
+    assert drawn.max_new_tokens == how.max_new_tokens
+    for knob in ("temperature", "top_p", "max_new_tokens"):
+        assert getattr(cfg.evaluation, knob) == getattr(drawn, knob)  # ours: policies are compared as they answer
+    assert cfg.scorer == ScorerConfig(name=how.scorer[0], path=how.scorer[1])
+    assert cfg.selection == SelectionConfig(rejected=Rejected.worst, win_prob=WinProb.all)
+
+
+@pytest.mark.parametrize("model", ["gemma2_9b", "llama3_8b"])
+def test_sppo_can_be_one_iteration_on_the_authors_pairs(model, composed):
+    (cfg,) = composed("objective=sppo", f"model={model}", "source=dataset", "dataset=sppo_iter1", "iterations=1")
+    run.check(cfg)
+    assert cfg.source.name is Source.dataset
+    assert cfg.dataset.path == "UCLAML/synthetic_data_mistral-7b-instruct-sppo-iter1_score"
+    assert cfg.dataset.mix == {}
+    assert (cfg.optimizer["optim"], cfg.train.pairs_per_step) == ("rmsprop", 64)
+
+
+def test_hybrid_data_are_refused_without_their_further_answers(align):
+    result = align("recipe=gemma2_9b_wpo_selfplay")
+    assert result.status == 1
+    assert result.err == "align: source.candidates.gpt4 has no value yet: type source.candidates.gpt4=...\n"
+
+
+@pytest.mark.parametrize("objective", sorted(file.stem for file in CONF.glob("objective/*.yaml")))
+def test_the_built_in_task_plays_itself_as_its_own_pairs_were_made(objective, composed):
+    (cfg,) = composed(f"objective={objective}", "source=selfplay", "iterations=3")
+    assert (cfg.model.name, cfg.dataset.name, cfg.iterations) == ("tiny", "playground", 3)
+    drawn, chosen = cfg.sampling, cfg.selection
+    assert (drawn.samples, drawn.temperature, drawn.top_p, drawn.max_new_tokens) == (task.SAMPLES, 1.0, 1.0, 64)
+    assert chosen == SelectionConfig(temperature=0.0, min_gap=task.MIN_GAP)
+    assert cfg.scorer.name is None and cfg.dataset.judge == "align.playground.task:judge"
 
 
 def test_cfg_job_prints_the_wpo_recipe(align):
@@ -260,6 +369,10 @@ def test_every_yaml_composes_to_a_run_that_passes_the_checks(file, composed):
     chosen = getattr(cfg, file.parent.name)
     if file.parent.name in ("model", "dataset"):
         assert chosen.name == file.stem  # the name is part of the run folder and of the model card
+    if file.parent.name == "source":
+        assert chosen.name.name == file.stem
+    if file.parent.name == "scorer":
+        assert chosen.name == (None if file.stem == "dataset" else file.stem)
     if file.parent.name == "objective":
         assert chosen["name"] == file.stem
         objectives.build(chosen)
@@ -292,8 +405,26 @@ def test_a_cluster_is_what_its_name_says(name, composed):
 def test_a_dataset_says_in_its_first_line_what_it_is(file):
     first = file.read_text().splitlines()[0]
     assert first.startswith("# ")
-    path = yaml.safe_load(file.read_text()).get("path")
+    node = yaml.safe_load(file.read_text())
+    path = node.get("path")
     assert path is None or first == f"# https://huggingface.co/datasets/{path}"
+    paths = [source["path"] for source in node.get("mix", {}).values()]
+    assert not paths or first.startswith(f"# https://huggingface.co/datasets/{paths[0]}")
+
+
+@pytest.mark.parametrize("file", sorted(CONF.glob("scorer/*.yaml")), ids=lambda file: file.stem)
+def test_a_scorer_says_where_it_is_from_and_what_to_type(file, composed):
+    comment = " ".join(line[2:] for line in file.read_text().splitlines() if line.startswith("# "))
+    (cfg,) = composed(f"scorer={file.stem}")
+    if cfg.scorer.path is not None:
+        assert comment.startswith(f"https://huggingface.co/{cfg.scorer.path} ")
+    if cfg.scorer.name is not None:
+        assert f"scorer={cfg.scorer.name}" in comment
+        registry._check_unread(cfg.scorer, registry._BUILT_IN[cfg.scorer.name].reads)
+
+
+def test_every_built_in_scorer_can_be_typed():
+    assert {file.stem for file in CONF.glob("scorer/*.yaml")} == {"dataset", *registry._BUILT_IN}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
@@ -304,6 +435,8 @@ def test_a_recipe_trains_one_step(recipe, align, tiny_llama, tiny_gemma2, pairs_
     result = align(
         *words,
         *small,
+        "source=dataset",
+        "iterations=1",
         "dataset=local",
         f"dataset.path={pairs_file}",
         "cluster=cpu",
