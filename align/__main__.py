@@ -18,19 +18,22 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from align import compose, slurm
-from align.config import RunConfig, Stopped, UserError
+from align.config import RunConfig, Source, Stopped, UserError, resolve
 
 _FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
-@hydra.main(config_path=str(compose.CONF), config_name="config", version_base="1.3")
-def _job(node: DictConfig) -> float | None:
+_RUN = {Source.dataset: "align.run:run", Source.selfplay: "align.selfplay:selfplay"}
+
+
+def _do(node: DictConfig, stage: str | None) -> float | None:
+    """One composed command: a run, or the stage of one that "module:function" names."""
     try:
         cfg = OmegaConf.to_object(node)
         assert isinstance(cfg, RunConfig)
-        from align import run  # torch and transformers, only when something runs
-
-        return run.run(cfg)
+        function = resolve(stage or _RUN[cfg.source.name], "source")  # torch and transformers, only when something runs
+        result: float | None = function(cfg)
+        return result
     except (UserError, OmegaConfBaseException) as error:
         if HydraConfig.get().mode is RunMode.MULTIRUN or _FULL_ERROR:
             raise  # Hydra reports it, and the other jobs go on
@@ -47,15 +50,20 @@ def _as_ctrl_c(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def main() -> None:
-    """Entry point of the console script and of `python -m align`."""
+def main(stage: str | None = None) -> None:
+    """Entry point of the console script and of `python -m align`; of `python -m align.sample` and others with a stage."""
+
+    @hydra.main(config_path=str(compose.CONF), config_name="config", version_base="1.3")
+    def job(node: DictConfig) -> float | None:
+        return _do(node, stage)
+
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise, so that the line below can say it shorter
     warnings.formatwarning = _warning_line
     signal.signal(signal.SIGTERM, _as_ctrl_c)
     compose.install()
     sys.path.insert(0, "")  # "module:function" of the working folder, for the console script as for python -m
     try:
-        _job()
+        job()
         slurm.submit()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         unsent = "; nothing was submitted" if slurm.discard() else ""

@@ -19,11 +19,11 @@ from safetensors import SafetensorError
 from align.config import UserError
 
 
-def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
+def build_once(folder: Path, build: Callable[[Path], None], remedy: str = "set cache_dir= or ALIGN_CACHE") -> Path:
     """`folder`, after `build(temporary folder)` has filled it, now or earlier. Returns `folder`.
 
     Raises:
-        UserError: the cache cannot be written.
+        UserError: it cannot be written; the message ends with the remedy.
     """
     if folder.is_dir():
         return folder
@@ -32,9 +32,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
         lock = FileLock(f"{folder}.lock")
         lock.acquire()
     except OSError as error:
-        raise UserError(
-            f"cache_dir: cannot write {folder.parent} ({error.strerror}); set cache_dir= or ALIGN_CACHE"
-        ) from error
+        raise UserError(f"cannot write {folder.parent} ({error.strerror}); {remedy}") from error
     with lock:
         if folder.is_dir():
             return folder

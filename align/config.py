@@ -402,6 +402,10 @@ def check(cfg: RunConfig) -> None:
             raise UserError(f"{key} must be above 0, not {value}")
     if not 0 < cfg.evaluation.top_p <= 1:
         raise UserError(f"evaluation.top_p must lie in (0, 1], not {cfg.evaluation.top_p}")
+    if cfg.iterations < 1:
+        raise UserError(f"iterations must be 1 or more, not {cfg.iterations}")
+    if cfg.iterations > 1 and cfg.source.name is not Source.selfplay:
+        raise UserError(f"iterations={cfg.iterations} needs source=selfplay: pairs of a dataset are trained on once")
     if not 0 < dataset.eval_fraction < 1:
         raise UserError(f"dataset.eval_fraction must lie in (0, 1), not {dataset.eval_fraction}")
     if train.save_every_steps % train.log_every_steps:

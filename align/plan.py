@@ -1,5 +1,6 @@
 """What would run, in a page of text: data, lengths, steps, micro-batches, memory, the first loss. Starts nothing."""
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from statistics import fmean
 
@@ -14,6 +15,7 @@ from align.engine import CPU_TOKENS
 from align.launch import Fleet
 from align.memory import Setup, Shape
 from align.model import Start
+from align.onpolicy.scorers.base import Identity, Kind
 from objectives import Objective, Response
 
 _GIB = 2**30
@@ -79,8 +81,59 @@ def describe(cfg: RunConfig, start: Start, pairs: Pairs, objective: Objective, w
         f"a step      {train.pairs_per_step // where.world} pairs a process, in {fmean(micro):.1f} micro-batches (at most "
         f"{max(micro)}) of up to {budget:,} tokens{by_memory}",
         f"layout      {layout.name}: {tokens[layout]:,.0f} tokens a pair go through the model ({others})",
-        *_memory(cfg, start, pairs, where, max(budget, _longest(cfg, pairs))),
+        *_memory(cfg, start, where, longest(cfg, pairs), budget),
         f"first loss  {first_loss(objective, pairs)}",
+    ]
+    return "\n".join(lines)
+
+
+def describe_selfplay(
+    cfg: RunConfig,
+    start: Start,
+    prompt_tokens: Mapping[str, int],
+    prompts: int,
+    held_out: int,
+    scorer: Identity,
+    objective: Objective,
+    where: Fleet,
+    longest: int,
+) -> str:
+    """The plan of self-play.
+
+    Args:
+        prompt_tokens: of every prompt, by its id.
+        prompts, held_out: that an iteration trains on, and others that it is measured by.
+        longest: tokens of the longest pair that can come out.
+    """
+    sampling, evaluation = cfg.sampling, cfg.evaluation
+    asked, mean_prompt = prompts + held_out, fmean(prompt_tokens.values())
+    responses = asked * sampling.samples
+    longest_response = sampling.max_new_tokens
+    compared = min(evaluation.prompts, held_out)
+    if scorer.kind is Kind.pairwise:
+        scored = asked * sampling.samples * (sampling.samples - 1)
+        scoring = f"{scored:,} ordered pairs, up to {scored * (mean_prompt + 2 * longest_response):,.0f} tokens"
+    else:
+        scoring = f"{responses:,} responses, up to {responses * (mean_prompt + longest_response):,.0f} tokens"
+    steps = total_steps(cfg, prompts)
+    wanted = cfg.engine.tokens_per_micro_batch
+    budget = wanted if isinstance(wanted, int) else min(longest, _ENOUGH)
+    others = f", and {', '.join(cfg.source.candidates)}" if cfg.source.candidates else ""
+    lines = [
+        f"objective   {objective}",
+        f"model       {cfg.model.name}: {start.path}" + (f", LoRA {cfg.model.lora}" if cfg.model.lora else ""),
+        f"self-play   {cfg.iterations} iterations of {prompts:,} training prompts"
+        + (" each, none twice" if cfg.source.split_prompts else ", the same ones each time"),
+        f"prompts     {cfg.dataset.name}: {mean_prompt:,.0f} tokens on average; {held_out:,} held out",
+        f"sample      {responses:,} responses an iteration by {sampling.backend.name}{others}: {sampling.samples} to a prompt, "
+        f"temperature {sampling.temperature:g}, top_p {sampling.top_p:g}; {asked * mean_prompt:,.0f} tokens of prompts, up to "
+        f"{responses * longest_response:,} to sample",
+        f"score       {scorer.name}: {scoring} an iteration",
+        f"train       at most {steps} steps of {cfg.train.pairs_per_step} pairs an iteration",
+        f"compare     {compared} held-out prompts, {evaluation.samples_per_prompt} responses of each policy, up to "
+        f"{compared * evaluation.samples_per_prompt * evaluation.max_new_tokens:,} tokens an iteration",
+        f"processes   {_processes(where)}",
+        *_memory(cfg, start, where, longest, budget),
     ]
     return "\n".join(lines)
 
@@ -130,21 +183,21 @@ def setup(cfg: RunConfig, start: Start, fleet: Fleet) -> Setup:
     )
 
 
-def settle_strategy(cfg: RunConfig, start: Start, pairs: Pairs, fleet: Fleet) -> Fleet:
-    """The fleet with its strategy chosen where that is left to us."""
+def settle_strategy(cfg: RunConfig, start: Start, fleet: Fleet, longest: int) -> Fleet:
+    """The fleet with its strategy chosen where that is left to us; `longest` is the tokens of the longest pair."""
     if fleet.strategy is not Strategy.auto:
         return fleet
-    chosen = memory.choose(setup(cfg, start, fleet), fleet.memory, _longest(cfg, pairs))
+    chosen = memory.choose(setup(cfg, start, fleet), fleet.memory, longest)
     return replace(fleet, strategy=chosen)
 
 
-def too_large(cfg: RunConfig, start: Start, pairs: Pairs, fleet: Fleet) -> str | None:
-    """A warning, if the GPUs will probably not hold the run."""
-    made, tokens = setup(cfg, start, fleet), _longest(cfg, pairs)
-    if fleet.memory is None or memory.fits(made, fleet.strategy, fleet.memory, tokens):
+def too_large(cfg: RunConfig, start: Start, fleet: Fleet, longest: int) -> str | None:
+    """A warning, if the GPUs will probably not hold the run; `longest` is the tokens of the longest pair."""
+    made = setup(cfg, start, fleet)
+    if fleet.memory is None or memory.fits(made, fleet.strategy, fleet.memory, longest):
         return None
-    need = memory.need(made, fleet.strategy, tokens).total / _GIB
-    others = [name.value for name in memory.which_fit(made, fleet.memory, tokens)]
+    need = memory.need(made, fleet.strategy, longest).total / _GIB
+    others = [name.value for name in memory.which_fit(made, fleet.memory, longest)]
     remedy = f"cluster.strategy={others[0]} would" if others else "try cluster.offload=true, more GPUs, or model.lora"
     return (
         f"a GPU would need {need:.0f} GiB by cluster.strategy={fleet.strategy.value} and has {fleet.memory / _GIB:.0f}: "
@@ -157,18 +210,18 @@ def tokens_that_fit(cfg: RunConfig, start: Start, pairs: Pairs, fleet: Fleet) ->
     if fleet.memory is None:
         return CPU_TOKENS
     fitting = memory.tokens_that_fit(setup(cfg, start, fleet), fleet.strategy, fleet.memory)
-    return max(_longest(cfg, pairs), min(_ENOUGH, fitting))
+    return max(longest(cfg, pairs), min(_ENOUGH, fitting))
 
 
-def _longest(cfg: RunConfig, pairs: Pairs) -> int:
+def longest(cfg: RunConfig, pairs: Pairs) -> int:
     """Tokens of the longest pair: what a micro-batch must hold at least."""
     return max(fed_tokens([pair], cfg.engine.layout) for pair in pair_lengths(pairs.train))
 
 
-def _memory(cfg: RunConfig, start: Start, pairs: Pairs, fleet: Fleet, tokens: int) -> list[str]:
-    """An estimate for one process, and which strategies the devices would hold."""
+def _memory(cfg: RunConfig, start: Start, fleet: Fleet, longest: int, budget: int) -> list[str]:
+    """An estimate for one process, and which strategies the devices would hold; of a pair and a micro-batch the tokens."""
     made = setup(cfg, start, fleet)
-    need = memory.need(made, fleet.strategy, tokens)
+    need = memory.need(made, fleet.strategy, max(budget, longest))
     parts = {
         "weights": need.weights, "gradients": need.gradients, made.optimizer: need.optimizer, "buckets": need.buckets,
         "gathered": need.passing, "head": need.head, "activations about": need.activations, "the step": need.step,
@@ -181,7 +234,7 @@ def _memory(cfg: RunConfig, start: Start, pairs: Pairs, fleet: Fleet, tokens: in
     weights = f"{made.shape.parameters / 1e6:,.1f}M weights"
     lines = [f"memory      {need.total / _GIB:.2f} GiB{of} a process: {text or 'little of each'}{host} ({weights})"]
     if fleet.memory is not None:
-        fitting = memory.which_fit(made, fleet.memory, _longest(cfg, pairs))
+        fitting = memory.which_fit(made, fleet.memory, longest)
         lines.append(f"would fit   {', '.join(s.value for s in fitting) or 'no strategy'}")
     return lines
 

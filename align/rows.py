@@ -1,4 +1,4 @@
-"""Raw preference rows: read from files, the hub or a function, mixed, held out, and understood.
+"""Raw rows of pairs or prompts: read from files, the hub or a function, mixed, held out, and understood.
 
 Formats are TRL's (https://huggingface.co/docs/trl/dataset_formats): conversational or plain, explicit or implicit
 prompt; optional columns `chosen_win_prob` and `rejected_win_prob` in [0, 1], `chosen_score`, `rejected_score`, `id`.
@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,19 @@ class Rows:
     where: str  # for errors: what the row numbers count in
 
 
-def load_splits(cfg: DatasetConfig, start: Start, cache: Path) -> dict[str, Rows]:
+class Content(Enum):
+    """What is read from the rows, and which columns they need for it: one of each line."""
+
+    pairs = (("chosen",), ("rejected",))
+    prompts = (("prompt", "chosen"),)
+
+
+def load_splits(cfg: DatasetConfig, start: Start, cache: Path, content: Content = Content.pairs) -> dict[str, Rows]:
     """Rows of `train` and `held_out`: of the one source, or of the mix in proportion to the weights."""
     if not cfg.mix:
-        return _load_source("dataset", cfg, cfg.eval_fraction, start, cache)
+        return _load_source("dataset", cfg, cfg.eval_fraction, start, cache, content)
     parts = {
-        name: _load_source(f"dataset.mix.{name}", source, cfg.eval_fraction, start, cache)
+        name: _load_source(f"dataset.mix.{name}", source, cfg.eval_fraction, start, cache, content)
         for name, source in cfg.mix.items()
     }
     ours = [parts[name] for name, source in cfg.mix.items() if source.eval_path is None and source.eval_split is None]
@@ -79,20 +87,22 @@ def _mix(parts: dict[str, Rows], weights: dict[str, float]) -> Rows:
     return Rows(rows=mixed, fingerprint=key, where="the mix")
 
 
-def _load_source(key: str, source: SourceConfig, eval_fraction: float, start: Start, cache: Path) -> dict[str, Rows]:
+def _load_source(
+    key: str, source: SourceConfig, eval_fraction: float, start: Start, cache: Path, content: Content
+) -> dict[str, Rows]:
     def load(knob: str, path: str | None, split: str) -> Rows:
         if source.rows is not None:
             made = resolve(source.rows, f"{key}.rows")(split, start, cache)
             return Rows(rows=made, fingerprint=_content_fingerprint(made), where=f"{source.rows}, {split}")
         assert path is not None
-        return _read(f"{key}.{knob}", path, split, source)
+        return read_rows(f"{key}.{knob}", path, split, source)
 
     train = load("path", source.path, source.split)
     if source.eval_path is not None or source.eval_split is not None:
         knob = "path" if source.eval_path is None else "eval_path"
         held_out = load(knob, source.eval_path or source.path, source.eval_split or source.split)
-        return {"train": _renamed(train, source, key), "held_out": _renamed(held_out, source, key)}
-    train = _renamed(train, source, key)
+        return {"train": _renamed(train, source, key, content), "held_out": _renamed(held_out, source, key, content)}
+    train = _renamed(train, source, key, content)
     hashes = [_prompt_hash(row) for row in train.rows]
     held = _held_out_prompts(hashes, eval_fraction)
     if len(held) == len(set(hashes)):
@@ -108,7 +118,7 @@ def _load_source(key: str, source: SourceConfig, eval_fraction: float, start: St
     }
 
 
-def _read(key: str, path: str, split: str, source: SourceConfig) -> Rows:
+def read_rows(key: str, path: str, split: str, source: SourceConfig) -> Rows:
     """Rows of a local file, a `save_to_disk` folder, or a hub dataset."""
     file = Path(path).expanduser()
     if file.is_file():
@@ -177,8 +187,8 @@ def _read_parquet(file: Path) -> datasets.Dataset:
         raise UserError(f"{file} is not a parquet file: {error}") from error
 
 
-def _renamed(rows: Rows, source: SourceConfig, key: str) -> Rows:
-    """Rows under our column names; refuses a source without the columns that make a pair."""
+def _renamed(rows: Rows, source: SourceConfig, key: str, content: Content) -> Rows:
+    """Rows under our column names; refuses a source without the columns that are to be read."""
     if len(rows.rows) == 0:
         raise UserError(f"{rows.where} is empty")
     names = list(rows.rows[0])
@@ -190,9 +200,14 @@ def _renamed(rows: Rows, source: SourceConfig, key: str) -> Rows:
         raise UserError(f"{rows.where} has no column {missing[0]!r} ({key}.columns); it has {', '.join(names)}")
     renamed = {*source.columns, *source.columns.values()}
     present = (set(names) - renamed) | set(source.columns)
-    absent = [name for name in ("chosen", "rejected") if name not in present]
+    absent = [one_of for one_of in content.value if present.isdisjoint(one_of)]
+    if absent and content is Content.pairs and "prompt" in present:
+        raise UserError(
+            f"{rows.where} has prompts and no column {absent[0][0]!r}, so there are no pairs to train on: let the policy answer "
+            f"them with source=selfplay; it has {', '.join(names)}; {_HINT}"
+        )
     if absent:
-        raise UserError(f"{rows.where} has no column {absent[0]!r}; it has {', '.join(names)}; {_HINT}")
+        raise UserError(f"{rows.where} has no column {absent[0][0]!r}; it has {', '.join(names)}; {_HINT}")
     bar = tqdm(rows.rows, desc=f"reading {rows.where}", disable=len(rows.rows) < 5000)
     made: list[Mapping[str, Any]] = [
         {
@@ -217,7 +232,7 @@ def _content_fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
 
 def _prompt_hash(row: Mapping[str, Any]) -> str:
     try:
-        prompt: Any = read_pair(row)[0]
+        prompt: Any = read_prompt(row)
     except BadRow:
         prompt = row.get("prompt")
     return hashlib.sha256(json.dumps(prompt, sort_keys=True, default=str).encode()).hexdigest()
@@ -264,6 +279,31 @@ def read_pair(row: Mapping[str, Any]) -> tuple[list[Message] | str, str, str]:
     if pair[1] == pair[2]:
         raise BadRow("chosen and rejected are the same")
     return pair
+
+
+def read_prompt(row: Mapping[str, Any]) -> list[Message] | str:
+    """The prompt of a row, which may hold a pair or not: a conversation that ends before the answer, or a plain text.
+
+    Raises:
+        BadRow: it has none.
+    """
+    try:
+        return read_pair(row)[0]
+    except BadRow:
+        prompt = row.get("prompt")
+        if prompt is None:
+            raise
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise BadRow("empty prompt")
+        a_turn = row.get("wrap_plain") or isinstance(row.get("chosen"), list)
+        return [{"role": "user", "content": prompt}] if a_turn else prompt
+    if not isinstance(prompt, list):
+        raise BadRow("content is not text")
+    conversation = [_message(message) for message in prompt]
+    if not conversation or not conversation[-1]["content"].strip():
+        raise BadRow("empty prompt")
+    return conversation
 
 
 def _whole(prompt: Any, side: list[Any]) -> list[Any]:

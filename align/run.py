@@ -11,10 +11,10 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
@@ -23,11 +23,57 @@ from align import arguments, card, config, data, launch, model, plan, slurm, str
 from align.cache import write_json
 from align.config import ClusterConfig, Launcher, Precision, RunConfig, Strategy, UserError
 from align.launch import Fleet
+from align.tracking import Tracker
 from align.train import Job, last_checkpoint
 from align.trainer import MADE_BY
 from objectives import Objective
 
+OF_SELFPLAY = ("source", "sampling", "scorer", "selection", "iterations")  # nodes that only selfplay.py reads
+_WORTH_KEEPING = ("start.json", "logs/*.traceback", "iter_*/*/*.jsonl")  # in the folder of a run that is refused
 _ENDING = 5.0  # seconds in which the processes of a run that was killed are gone
+
+
+class Prepared(Protocol):
+    """What is checked and can be started: one training (train.Job), or self-play (selfplay.Play)."""
+
+    @property
+    def cfg(self) -> RunConfig:
+        """As the user gave it."""
+
+    @property
+    def fleet(self) -> Fleet:
+        """Who does it."""
+
+    @property
+    def dir(self) -> Path:
+        """The run folder."""
+
+    @property
+    def policy(self) -> Path:
+        """The folder of the trained policy."""
+
+    @property
+    def results(self) -> Path:
+        """results.json."""
+
+    @property
+    def metrics(self) -> Path:
+        """Of every step; of several trainings a pattern."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to do."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the result."""
+
+    @property
+    def plan(self) -> str:
+        """What would run."""
+
+
+T = TypeVar("T", bound=Prepared)
 
 
 def run(cfg: RunConfig) -> float | None:
@@ -40,30 +86,35 @@ def run(cfg: RunConfig) -> float | None:
     """
     train.quieten()
     slurm.take_place()
-    job = prepare(cfg)
+    return carry_out(prepare(cfg), run, begin)
+
+
+def carry_out(made: T, command: Callable[[RunConfig], object], start: Callable[[T], None]) -> float | None:
+    """What `run` does with what it has prepared; `command` is `run` itself, for a job that SLURM starts elsewhere."""
+    cfg = made.cfg
     if cfg.plan:
-        _say(job.plan)
+        say(made.plan)
         return None
-    if not job.results.exists():
+    if not made.is_done:
         if cfg.cluster.launcher is Launcher.slurm and not launch.inside():
             given = replace(
-                cfg, run_dir=str(job.dir.resolve()), cache_dir=str(Path(cfg.cache_dir).expanduser().resolve())
+                cfg, run_dir=str(made.dir.resolve()), cache_dir=str(Path(cfg.cache_dir).expanduser().resolve())
             )
             slurm.enqueue(
-                run,
-                replace(given, cluster=_as_resolved(cfg.cluster, job.fleet)),
-                job.fleet.per_node,
-                job.fleet.device == "cuda",
+                command,
+                replace(given, cluster=_as_resolved(cfg.cluster, made.fleet)),
+                made.fleet.per_node,
+                made.fleet.device == "cuda",
             )
             return None
-        _start(job)
+        start(made)
     else:
-        _say(f"This run is complete: {job.dir}. To train it anew, delete that folder or give another run_dir=")
-    results = json.loads(job.results.read_text()) if _is_first() else None
+        say(f"This run is complete: {made.dir}. To train it anew, delete that folder or give another run_dir=")
+    results = json.loads(made.results.read_text()) if is_first() else None
     if results is None:
         return None
-    _say(card.text_table(card.table(results["start"], results["trained"])))
-    _say(f"model    {job.dir / 'model'}\nmetrics  {job.dir / 'metrics.jsonl'}")
+    say(card.text_table(card.table(results["start"], results["trained"])))
+    say(f"model    {made.policy}\nmetrics  {made.metrics}")
     trained: dict[str, float] = results["trained"]
     return trained.get("win_rate", trained["accuracy/mean_logp"])
 
@@ -73,31 +124,46 @@ def prepare(cfg: RunConfig) -> Job:
     objective = check(cfg)
     fleet = launch.fleet(cfg.cluster, cfg.plan)
     cache = Path(cfg.cache_dir).expanduser()
-    try:
-        start = model.prepare_start(cfg.model, cache)
-    except model.NotHereError as error:
-        if not cfg.plan:
-            raise
-        _say(f"align: {error}; the plan counts tokens by the built-in tokenizer: more of them, the same steps")
-        start = model.stand_in(cfg.model)
+    start = start_model(cfg, cache)
     pairs = data.prepare(cfg.dataset, cfg.train, cfg.model.system_message, start, cache)
     check_data(cfg, objective, start, pairs, fleet)
-    fleet = plan.settle_strategy(cfg, start, pairs, fleet)
+    longest = plan.longest(cfg, pairs)
+    fleet = plan.settle_strategy(cfg, start, fleet, longest)
     if not cfg.plan:
         strategy.check(fleet)
         if cfg.cluster.launcher is Launcher.slurm and not launch.inside():
             slurm.check()
     if warning := arguments.high_learning_rate(cfg.optimizer, plan.shape(cfg.model, start).parameters):
         warnings.warn(warning, UserWarning, stacklevel=2)
-    if warning := plan.too_large(cfg, start, pairs, fleet):
+    if warning := plan.too_large(cfg, start, fleet, longest):
         warnings.warn(warning, UserWarning, stacklevel=2)
-    identity = _identity(config.plain(cfg), objective, start, pairs, fleet)
+    identity = identify(config.plain(cfg), objective, start, pairs.fingerprint, fleet)
     names = f"{cfg.model.name}-{cfg.dataset.name}-{cfg.objective['name']}"
     folder = Path(cfg.run_dir or f"runs/{names}-{config.fingerprint(identity)[:6]}").expanduser()
     text = plan.describe(cfg, start, pairs, objective, fleet)
-    job = Job(cfg=cfg, start=start, pairs=pairs, fleet=fleet, identity=identity, dir=folder, plan=text)
-    _recognise(job)
+    job = Job(
+        cfg=cfg,
+        start=start,
+        pairs=pairs,
+        fleet=fleet,
+        identity=identity,
+        dir=folder,
+        policy=folder / "model",
+        plan=text,
+    )
+    recognise(job)
     return job
+
+
+def start_model(cfg: RunConfig, cache: Path) -> model.Start:
+    """The start model; a plan for one that is not here counts by another tokenizer, and says so."""
+    try:
+        return model.prepare_start(cfg.model, cache)
+    except model.NotHereError as error:
+        if not cfg.plan:
+            raise
+        say(f"align: {error}; the plan counts tokens by the built-in tokenizer: more of them, the same steps")
+        return model.stand_in(cfg.model)
 
 
 def _as_resolved(cluster: ClusterConfig, fleet: Fleet) -> ClusterConfig:
@@ -105,31 +171,32 @@ def _as_resolved(cluster: ClusterConfig, fleet: Fleet) -> ClusterConfig:
     return replace(cluster, precision=Precision.bf16 if fleet.bf16 else Precision.fp32)
 
 
-def _is_first() -> bool:
+def is_first() -> bool:
     """Of several processes that were started from outside, the one that writes and prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def _say(text: str) -> None:
-    if _is_first():
+def say(text: str) -> None:
+    """Print, once per run."""
+    if is_first():
         print(text)
 
 
-def _start(job: Job) -> None:
+def begin(job: Job, tracker: Tracker | None = None) -> None:
     """Train in this process, in processes of ours, or as one of several that were started from outside."""
     with contextlib.ExitStack() as held:
 
-        def open_folder() -> None:
-            held.enter_context(_own_folder(job.dir))
+        def open_() -> None:
+            held.enter_context(own_folder(job.dir))
             check_checkpoint(job)
-            _open_folder(job)
+            open_folder(job, data.show_pair(job.pairs.train[0], job.start.tokenizer))
 
         if launch.inside() or job.fleet.strategy is Strategy.single:
             place = launch.join(job.fleet)
-            place.from_first(open_folder)
-            train.work(job, place)
+            place.from_first(open_)
+            train.work(job, place, tracker)
         else:
-            open_folder()
+            open_()
             launch.start(job.fleet, job.dir / "logs", train.work, job)
 
 
@@ -158,7 +225,7 @@ def check_data(cfg: RunConfig, objective: Objective, start: model.Start, pairs: 
             )
 
 
-def _recognise(job: Job) -> None:
+def recognise(job: Prepared) -> None:
     """Refuse a folder that holds another run."""
     known = job.dir / "identity.json"
     if not known.exists():
@@ -196,7 +263,7 @@ def check_checkpoint(job: Job) -> None:
 
 
 @contextlib.contextmanager
-def _own_folder(folder: Path) -> Iterator[None]:
+def own_folder(folder: Path) -> Iterator[None]:
     """The run folder, which is created, and its lock. A run that is refused before step 1 leaves no folder behind."""
     lock = FileLock(folder / ".lock", timeout=_ENDING)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -210,7 +277,7 @@ def _own_folder(folder: Path) -> Iterator[None]:
     try:
         yield
     except UserError:
-        if made and not (folder / "start.json").exists() and not any(folder.glob("logs/*.traceback")):
+        if made and not any(any(folder.glob(pattern)) for pattern in _WORTH_KEEPING):
             shutil.rmtree(folder, ignore_errors=True)
             for parent in made[1:]:
                 with contextlib.suppress(OSError):  # somebody else's run is there
@@ -220,24 +287,25 @@ def _own_folder(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _open_folder(job: Job) -> None:
-    """Write down what runs."""
+def open_folder(job: Prepared, first: str = "") -> None:
+    """Write down and print what runs; `first` is its first pair."""
     try:
-        pair = data.show_pair(job.pairs.train[0], job.start.tokenizer)
         OmegaConf.save(OmegaConf.create(config.plain(job.cfg)), job.dir / "config.yaml")
         (job.dir / "plan.txt").write_text(job.plan + "\n")
-        (job.dir / "first_pair.txt").write_text(pair + "\n")
+        if first:
+            (job.dir / "first_pair.txt").write_text(first + "\n")
         write_json(job.dir / "identity.json", job.identity)
     except OSError as error:
         raise UserError(f"run_dir: cannot write {job.dir} ({error.strerror}); give another run_dir=") from error
-    print(f"{job.plan}\n{pair}\nrun folder  {job.dir}", flush=True)
+    print("\n".join(filter(None, (job.plan, first, f"run folder  {job.dir}"))), flush=True)
 
 
-def _identity(
-    config_: dict[str, Any], objective: Objective, start: model.Start, pairs: data.Pairs, fleet: Fleet
+def identify(
+    config_: dict[str, Any], objective: Objective, start: model.Start, pairs: str, fleet: Fleet
 ) -> dict[str, Any]:
-    """What decides the result of a run: its settings, start model, pairs, precision, and the code of its objective."""
-    indifferent = {"tracker", "cluster", "engine", "run_dir", "cache_dir", "plan"}
+    """What decides the result of a training: its settings, start model, pairs (their fingerprint), precision, and the
+    code of its objective."""
+    indifferent = {"tracker", "cluster", "engine", "run_dir", "cache_dir", "plan", *OF_SELFPLAY}
     bookkeeping = {
         "log_every_steps",
         "eval_every_steps",
@@ -251,7 +319,7 @@ def _identity(
         code[type(part).__qualname__] = config.file_fingerprint(Path(inspect.getfile(type(part))))
         inner += [value for value in vars(part).values() if isinstance(value, Objective)]
     computed = {"device": fleet.device, "bf16": fleet.bf16}
-    return {**settings, **computed, "start": start.fingerprint, "pairs": pairs.fingerprint, "objective_code": code}
+    return {**settings, **computed, "start": start.fingerprint, "pairs": pairs, "objective_code": code}
 
 
 def _differences(before: Any, now: Any, key: str = "") -> list[str]:

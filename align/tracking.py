@@ -38,6 +38,18 @@ class NoTracker(Tracker):
     def finish(self, results: Mapping[str, float], failed: bool) -> None: ...
 
 
+class Stretch(Tracker):
+    """A stretch of a run: its steps follow those before it, and its end is not the run's."""
+
+    def __init__(self, tracker: Tracker, steps_before: int) -> None:
+        self._tracker, self._steps_before = tracker, steps_before
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._tracker.log(self._steps_before + step, metrics)
+
+    def finish(self, results: Mapping[str, float], failed: bool) -> None: ...
+
+
 class WandbTracker(Tracker):
     """Weights & Biases, online or on disk."""
 
@@ -78,7 +90,7 @@ class WandbTracker(Tracker):
             print(
                 f"align: wandb runs offline; to upload later: wandb sync {Path(self._run.dir).parent}", file=sys.stderr
             )
-        for prefix in ("train", "eval", "result"):
+        for prefix in ("train", "eval", "selfplay", "result"):
             self._run.define_metric(f"{prefix}/*", step_metric="train/global_step")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -1,6 +1,6 @@
 """The training of one prepared run, as each of its processes does it: policy, reference, steps, evaluation, saving.
 
-Everything it makes is in the run folder: metrics.jsonl, start.json, reference.safetensors, checkpoints/, model/,
+Everything it makes is in the run folder: metrics.jsonl, start.json, reference.safetensors, checkpoints/, the policy,
 samples.jsonl, results.json; it goes on from whatever of that is there. Left out: where configuration, data and
 processes come from (run.py, launch.py), and the step itself (trainer.py).
 """
@@ -39,6 +39,7 @@ from align import (
 from align.cache import write_json
 from align.config import Layout, RunConfig, Stopped, Strategy, UserError
 from align.launch import Fleet, Place
+from align.tracking import Tracker
 from align.trainer import MADE_BY, PairData, PairTrainer, step_of
 from objectives import Objective
 
@@ -53,6 +54,7 @@ class Job:
     fleet: Fleet
     identity: dict[str, Any]
     dir: Path
+    policy: Path  # the folder of the trained policy
     plan: str
 
     @property
@@ -61,16 +63,26 @@ class Job:
         return self.dir / "results.json"
 
     @property
+    def metrics(self) -> Path:
+        """A line for each step."""
+        return self.dir / "metrics.jsonl"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.results.exists()
+
+    @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
         return plan.total_steps(self.cfg, len(self.pairs.train))
 
 
-def work(job: Job, place: Place | None = None) -> None:
-    """What each process does, at the place that it has taken or takes now."""
+def work(job: Job, place: Place | None = None, tracker: Tracker | None = None) -> None:
+    """What each process does, at the place that it has taken or takes now; the tracker is the run's own by default."""
     quieten()
     try:
-        _Training(job, place or launch.join(job.fleet)).run()
+        _Training(job, place or launch.join(job.fleet), tracker).run()
     finally:
         launch.leave()
 
@@ -100,8 +112,8 @@ def build_objective(cfg: RunConfig) -> Objective:
 class _Training:
     """One process's part of a run: reference, training, evaluation, saving."""
 
-    def __init__(self, job: Job, place: Place) -> None:
-        self.job, self.cfg, self.where = job, job.cfg, place
+    def __init__(self, job: Job, place: Place, tracker: Tracker | None) -> None:
+        self.job, self.cfg, self.where, self.tracker = job, job.cfg, place, tracker
         self.objective = build_objective(job.cfg)
         self.cache = Path(job.cfg.cache_dir).expanduser()
         self.checkpoint: Path | None = place.from_first(lambda: last_checkpoint(job.dir / "checkpoints"))
@@ -118,11 +130,11 @@ class _Training:
         self.budget = self._tokens_per_micro_batch(policy)
         trainer = self._trainer(policy)
         del policy
-        tracker = tracking.start(cfg, job.dir, config.plain(cfg), where.rank)
+        tracker = self.tracker or tracking.start(cfg, job.dir, config.plain(cfg), where.rank)
         report: _Report | None = None
         if where.rank == 0:
             every = cfg.train.eval_every_steps
-            report = _Report(job.dir / "metrics.jsonl", tracker, job.steps, step_of(self.checkpoint), every)
+            report = _Report(job.metrics, tracker, job.steps, step_of(self.checkpoint), every)
         trainer.on_metrics = report
         failed = True
         results: dict[str, Any] = {}
@@ -294,7 +306,8 @@ class _Training:
     # The end -------------------------------------------------------------------------------------------------------
 
     def _save(self, trainer: PairTrainer) -> None:
-        folder, unfinished = self.job.dir / "model", self.job.dir / "model.unfinished"
+        folder = self.job.policy
+        unfinished = folder.with_name(f"{folder.name}.unfinished")
         if self.where.rank == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
         trainer.save_policy(unfinished)
@@ -305,7 +318,7 @@ class _Training:
 
     def _finish(self, results: dict[str, Any]) -> None:
         """The win rate where there is a judge, the card, and the results, which mark the end."""
-        job, folder = self.job, self.job.dir / "model"
+        job, folder = self.job, self.job.policy
         if self.cfg.dataset.judge is not None:
             for side, metrics in zip(("start", "trained"), self._judged(folder), strict=True):
                 results[side] |= metrics
@@ -332,6 +345,7 @@ class _Training:
             seed=cfg.seed,
             layout=self.layout,
             budget=self.budget,
+            tokens_per_batch=cfg.sampling.tokens_per_batch,
             samples_file=self.job.dir / "samples.jsonl",
         )
 

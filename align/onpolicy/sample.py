@@ -6,7 +6,7 @@
 Any number of processes, jobs and machines may be started on one folder: each takes the next shard that no one is
 about, and at the end waits for what others have not finished, or finishes it itself where they were killed. Since
 every response has a seed of its own, it does not matter who draws what. Left out: what the responses are worth
-(annotate), and prompts that are too long for the policy, which are the caller's to drop.
+(annotate), and which prompts there are (prompts.py).
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from align.cache import Claim, claimed, lock_of, write_text, writing
 from align.config import Backend, SamplingConfig, UserError, fingerprint
-from align.model import tokenizer_fingerprint
-from align.onpolicy.samplers import Prompt, Sampler, hf_sampler, openai_sampler, prompt_ids, seeds, vllm_sampler
+from align.model import stop_token_ids, tokenizer_fingerprint
+from align.onpolicy.prompts import Conversation, PromptRow
+from align.onpolicy.samplers import Prompt, Sample, Sampler, hf_sampler, openai_sampler, prompt_ids, seeds, vllm_sampler
+from align.onpolicy.select import POLICY
 
-_VERSION = 1  # of rows and seeds: raise it when the same inputs would give others
+_VERSION = 2  # of rows and seeds: raise it when the same inputs would give others
 _MANIFEST = "manifest.json"
-
-Conversation = list[dict[str, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +38,13 @@ class ResponseRow:
 
     iteration: int
     prompt_id: str
-    k: int  # of `SamplingConfig.samples`
+    k: int  # of `SamplingConfig.samples`; candidates of other origins follow
     prompt: Conversation | str
-    response: str
-    response_ids: list[int]  # the stop token included
-    finished: bool  # with a stop token; else cut at max_new_tokens
-    origin: str = "policy"  # hybrid data have candidates of other origins
+    response: str = ""
+    response_ids: list[int] = field(default_factory=list)  # the stop token included
+    finished: bool = True  # with a stop token; else cut at max_new_tokens
+    split: str = "train"  # or held_out
+    origin: str = POLICY  # hybrid data have candidates of other origins
 
 
 def check_sampling(settings: SamplingConfig) -> None:
@@ -69,12 +70,14 @@ def open_sampler(
     tokenizer: PreTrainedTokenizerBase,
     load: Callable[[], PreTrainedModel],
     path: str,
+    served: str | None = None,
 ) -> Iterator[Sampler]:
     """The sampler that the settings name. Nothing is loaded before the block is entered, or kept after it.
 
     Args:
         load: the policy on its device, for backend hf.
         path: the policy's folder or name on the hub, for backend vllm.
+        served: what the name that servers give the policy must end with, for backend openai; None: any will do.
 
     Raises:
         UserError: the backend is not installed, or no server answers.
@@ -87,6 +90,8 @@ def open_sampler(
             tokenizer,
             settings.urls,
             served_model=settings.served_model,
+            served=served,
+            path=path,
             requests_at_once=settings.requests_at_once,
             timeout=settings.timeout,
             patience=settings.patience,
@@ -96,7 +101,7 @@ def open_sampler(
 
 
 def sample_prompts(
-    prompts: Sequence[Mapping[str, Any]],
+    prompts: Sequence[PromptRow],
     opening: AbstractContextManager[Sampler],
     settings: SamplingConfig,
     folder: Path,
@@ -110,7 +115,7 @@ def sample_prompts(
     """Write the rows of all prompts into `folder`, as far as they are not there. Returns when all are.
 
     Args:
-        prompts: rows with `prompt_id` and `prompt`, a conversation or a plain text.
+        prompts: whose candidates of other origins become rows too.
         opening: e.g. `open_sampler(...)`; entered only if there is something to draw.
         policy: a fingerprint that changes when the policy does.
         silent: without a progress bar.
@@ -130,10 +135,10 @@ def sample_prompts(
     def missing() -> list[int]:
         return [number for number, file in enumerate(files) if not file.exists()]
 
-    def draw(sampler: Sampler, shard: Sequence[Mapping[str, Any]]) -> list[ResponseRow]:
+    def draw(sampler: Sampler, shard: Sequence[PromptRow]) -> list[ResponseRow]:
         asked = [
-            Prompt(token_ids=ids[row["prompt_id"]], seeds=seeds(seed, iteration, row["prompt_id"], settings.samples))
-            for row in shard
+            Prompt(token_ids=ids[prompt.id], seeds=seeds(seed, iteration, prompt.id, settings.samples))
+            for prompt in shard
         ]
         drawn = sampler(
             asked,
@@ -142,17 +147,9 @@ def sample_prompts(
             max_new_tokens=settings.max_new_tokens,
         )
         return [
-            ResponseRow(
-                iteration=iteration,
-                prompt_id=row["prompt_id"],
-                k=k,
-                prompt=row["prompt"],
-                response=sample.text,
-                response_ids=sample.response_ids,
-                finished=sample.finished,
-            )
-            for row, samples in zip(shard, drawn, strict=True)
-            for k, sample in enumerate(samples)
+            row
+            for prompt, samples in zip(shard, drawn, strict=True)
+            for row in _rows(prompt, samples, iteration, tokenizer)
         ]
 
     if not missing():
@@ -187,27 +184,47 @@ def read_samples(folder: Path) -> list[ResponseRow]:
             raise UserError(f"{file} is not there yet: sampling is not finished, start it again") from error
         except (ValueError, TypeError) as error:
             raise UserError(f"{file} is damaged ({error}): delete it and sample again") from error
-    expected = manifest["prompt_count"] * manifest["samples"]
+    expected = manifest["row_count"]
     if len({(row.prompt_id, row.k) for row in rows}) != len(rows) or len(rows) != expected:
         raise UserError(f"{folder} holds {len(rows)} rows in place of {expected}: delete it and sample again")
     return rows
 
 
-def _token_ids(prompts: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+def _rows(
+    prompt: PromptRow, samples: Sequence[Sample], iteration: int, tokenizer: PreTrainedTokenizerBase
+) -> list[ResponseRow]:
+    """A prompt's samples, and behind them its candidates of other origins."""
+    of_prompt = ResponseRow(iteration=iteration, prompt_id=prompt.id, k=0, prompt=prompt.text, split=prompt.split)
+    own = [
+        replace(of_prompt, response=sample.text, response_ids=sample.response_ids, finished=sample.finished)
+        for sample in samples
+    ]
+    others = [
+        replace(of_prompt, response=other.text, response_ids=_as_ids(other.text, tokenizer), origin=other.origin)
+        for other in prompt.candidates
+    ]
+    return [replace(row, k=k) for k, row in enumerate([*own, *others])]
+
+
+def _as_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the policy would have drawn to say this."""
+    return [*tokenizer(text, add_special_tokens=False).input_ids, stop_token_ids(tokenizer)[-1]]
+
+
+def _token_ids(prompts: Sequence[PromptRow], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     """The token ids of each prompt."""
     ids: dict[str, list[int]] = {}
-    for row in prompts:
-        name = row["prompt_id"]
-        if name in ids:
-            raise UserError(f"prompt {name!r} comes twice: every prompt needs an id of its own")
-        ids[name] = prompt_ids(row["prompt"], tokenizer)
-        if not ids[name]:
-            raise UserError(f"prompt {name!r} is empty")
+    for prompt in prompts:
+        if prompt.id in ids:
+            raise UserError(f"prompt {prompt.id!r} comes twice: every prompt needs an id of its own")
+        ids[prompt.id] = prompt_ids(prompt.text, tokenizer)
+        if not ids[prompt.id]:
+            raise UserError(f"prompt {prompt.id!r} is empty")
     return ids
 
 
 def _inputs(
-    prompts: Sequence[Mapping[str, Any]],
+    prompts: Sequence[PromptRow],
     settings: SamplingConfig,
     tokenizer: PreTrainedTokenizerBase,
     policy: str,
@@ -220,8 +237,9 @@ def _inputs(
         "seed": seed,
         "policy": policy,
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "prompts": fingerprint([[row["prompt_id"], row["prompt"]] for row in prompts]),
+        "prompts": fingerprint([asdict(prompt) for prompt in prompts]),
         "prompt_count": len(prompts),
+        "row_count": settings.samples * len(prompts) + sum(len(prompt.candidates) for prompt in prompts),
         "backend": settings.backend.name,
         **{name: getattr(settings, name) for name in ("samples", "temperature", "top_p", "max_new_tokens")},
         "prompts_per_shard": settings.prompts_per_shard,

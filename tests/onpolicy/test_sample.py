@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from align import engine
 from align.config import Backend, Layout, SamplingConfig, UserError
 from align.model import stop_token_ids
+from align.onpolicy.prompts import Candidate, PromptRow
 from align.onpolicy.sample import check_sampling, open_sampler, read_samples, sample_prompts
 from align.onpolicy.samplers import Prompt, Sample, hf_sampler, openai_sampler, prompt_ids, seeds, vllm_sampler
 from align.onpolicy.samplers.hf import _choose, _least_kept
@@ -378,7 +379,7 @@ def test_the_key_is_sent_and_never_shown(server, tokenizer, monkeypatch, capsys)
 
 # The stage ---------------------------------------------------------------------------------------------------------
 
-PROMPTS = [{"prompt_id": f"p{i}", "prompt": [{"role": "user", "content": f"name {i} 猫"}]} for i in range(20)]
+PROMPTS = [PromptRow(id=f"p{i}", text=[{"role": "user", "content": f"name {i} 猫"}], split="train") for i in range(20)]
 SETTINGS = SamplingConfig(samples=3, temperature=0.9, max_new_tokens=8, prompts_per_shard=4)
 INPUTS = {"policy": "a policy", "seed": 7, "iteration": 2, "silent": True}
 
@@ -418,7 +419,7 @@ def test_rows_are_complete_readable_and_in_order(uninterrupted, llama, tokenizer
     ]
     assert {row.origin for row in uninterrupted} == {"policy"}
     drawn = hf_sampler(load(llama), tokenizer)(
-        [Prompt(token_ids=prompt_ids(PROMPTS[5]["prompt"], tokenizer), seeds=seeds(7, 2, "p5", 3))],
+        [Prompt(token_ids=prompt_ids(PROMPTS[5].text, tokenizer), seeds=seeds(7, 2, "p5", 3))],
         temperature=0.9, top_p=1.0, max_new_tokens=8,
     )  # fmt: skip
     assert [row.response for row in uninterrupted[15:18]] == [sample.text for sample in drawn[0]]
@@ -479,12 +480,12 @@ def test_a_killed_job_is_continued_without_a_row_twice_or_missing(uninterrupted,
     "what, change",
     [
         ("temperature 0.9, now 0.5", {"settings": replace(SETTINGS, temperature=0.5)}),
-        ("samples 3, now 4", {"settings": replace(SETTINGS, samples=4)}),
+        ("row_count 60, now 80; samples 3, now 4", {"settings": replace(SETTINGS, samples=4)}),
         ("prompts_per_shard 4, now 5", {"settings": replace(SETTINGS, prompts_per_shard=5)}),
         ("policy a policy, now another", {"policy": "another"}),
         ("seed 7, now 8", {"seed": 8}),
         ("iteration 2, now 3", {"iteration": 3}),
-        ("prompts .*, now .*; prompt_count 20, now 19", {"prompts": PROMPTS[1:]}),
+        ("prompts .*, now .*; prompt_count 20, now 19; row_count 60, now 57", {"prompts": PROMPTS[1:]}),
     ],
 )
 def test_other_inputs_are_not_mixed_with_old_shards(what, change, llama, tokenizer, tmp_path):
@@ -553,3 +554,103 @@ def test_the_settings_open_their_backend(server, llama, tokenizer, tmp_path, uni
     sampler = open_sampler(SETTINGS, tokenizer, lambda: load(llama), "")
     sample_prompts(PROMPTS, sampler, SETTINGS, tmp_path / "b", tokenizer=tokenizer, **INPUTS)
     assert read_samples(tmp_path / "a") == read_samples(tmp_path / "b") == uninterrupted
+
+
+# Candidates and splits ---------------------------------------------------------------------------------------------
+
+
+def two_prompts(origin="gpt4"):
+    """One to train on, to which others have answered, and one that is held out."""
+    others = (Candidate(origin=origin, text="lion, lynx"), Candidate(origin="human", text=" a cat"))
+    return [replace(PROMPTS[0], candidates=others), replace(PROMPTS[1], split="held_out")]
+
+
+def said(prompts, **options):
+    """A sampler that says the same to all."""
+    return [[Sample(text="owl", response_ids=[9, 1], finished=True) for _ in prompt.seeds] for prompt in prompts]
+
+
+def test_candidates_are_rows_behind_the_samples_and_every_row_knows_its_split(tokenizer, tmp_path):
+    sample_prompts(two_prompts(), nullcontext(said), SETTINGS, tmp_path, tokenizer=tokenizer, **INPUTS)
+    rows = read_samples(tmp_path)
+    assert [(row.prompt_id, row.k, row.origin, row.response, row.split) for row in rows] == [
+        ("p0", 0, "policy", "owl", "train"),
+        ("p0", 1, "policy", "owl", "train"),
+        ("p0", 2, "policy", "owl", "train"),
+        ("p0", 3, "gpt4", "lion, lynx", "train"),
+        ("p0", 4, "human", " a cat", "train"),
+        ("p1", 0, "policy", "owl", "held_out"),
+        ("p1", 1, "policy", "owl", "held_out"),
+        ("p1", 2, "policy", "owl", "held_out"),
+    ]
+    assert [row.prompt for row in rows] == [PROMPTS[0].text] * 5 + [PROMPTS[1].text] * 3
+    assert json.loads((tmp_path / "manifest.json").read_text())["row_count"] == 3 + 2 + 3
+
+
+def test_a_candidate_is_as_long_as_if_the_policy_had_said_it(tokenizer, tmp_path):
+    sample_prompts(two_prompts(), nullcontext(said), SETTINGS, tmp_path, tokenizer=tokenizer, **INPUTS)
+    for row in read_samples(tmp_path)[3:5]:
+        assert row.finished and row.response_ids[-1] in stop_token_ids(tokenizer)
+        assert tokenizer.decode(row.response_ids[:-1]) == row.response, "and one token that ends it"
+
+
+def test_a_prompts_samples_do_not_depend_on_its_candidates(llama, tokenizer, uninterrupted, tmp_path):
+    sampler = nullcontext(hf_sampler(load(llama), tokenizer))
+    sample_prompts(two_prompts(), sampler, SETTINGS, tmp_path, tokenizer=tokenizer, **INPUTS)
+    own = [row for row in read_samples(tmp_path) if row.origin == "policy"]
+    assert [replace(row, split="train") for row in own] == uninterrupted[:6]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        two_prompts("gpt5"),
+        [replace(prompt, split="train") for prompt in two_prompts()],
+        [two_prompts()[0], replace(two_prompts()[1], candidates=(Candidate(origin="gpt4", text="ape"),))],
+    ],
+    ids=["origin", "split", "candidate"],
+)
+def test_other_candidates_or_splits_are_not_mixed_with_old_shards(other, tokenizer, tmp_path):
+    sample_prompts(two_prompts(), nullcontext(said), SETTINGS, tmp_path, tokenizer=tokenizer, **INPUTS)
+    with pytest.raises(UserError, match=r"other inputs \(prompts .*\): delete it, or name another"):
+        sample_prompts(other, nullcontext(said), SETTINGS, tmp_path, tokenizer=tokenizer, **INPUTS)
+
+
+# Servers that may hold another policy ------------------------------------------------------------------------------
+
+
+def test_a_server_that_holds_another_policy_is_refused(server, llama, tokenizer):
+    def draw(**knobs):
+        sampler = openai_sampler(tokenizer, [server.url], path="runs/x/iter_1/policy", **knobs)
+        return sampler(asked(tokenizer, TEXTS[:1], samples=1), **OPTIONS)
+
+    before = server.behave()
+    with pytest.raises(UserError) as refused:
+        draw(served="iter_1/policy")
+    assert str(refused.value) == (
+        f"sampling.urls: the server holds {llama.name}, and these are to be answers of runs/x/iter_1/policy: serve it "
+        "under that name (vllm serve runs/x/iter_1/policy), then the same command goes on"
+    )
+    with pytest.raises(UserError, match=r"the server holds runs/x/iter_0/policy, and"):
+        draw(served="iter_1/policy", served_model="runs/x/iter_0/policy")
+    assert server.behave() == before, "nothing was drawn"
+    assert draw(served=llama.name) == draw(served=llama.name, served_model=llama.name) == draw()
+
+
+@pytest.mark.parametrize("name", ["/data/x/iter_1/policy", "iter_1/policy/"])
+def test_where_a_server_keeps_the_policy_is_its_own_affair(name, tokenizer, monkeypatch):
+    class Answers:  # as of a server that gives the policy this name
+        def __init__(self, *_, **__):
+            pass
+
+        def ask(self, path, body=None, over=None):
+            if path == "/models":
+                return {"data": [{"id": name}]}
+            assert body["model"] == name
+            return {"choices": [{"text": "owl", "token_ids": [9, 1], "finish_reason": "stop"}]}
+
+    monkeypatch.setattr("align.onpolicy.samplers.openai.Servers", Answers)
+    sampler = openai_sampler(tokenizer, ["http://a"], served="iter_1/policy")
+    assert sampler(asked(tokenizer, TEXTS[:1], samples=1), **OPTIONS)[0][0].response_ids == [9, 1]
+    with pytest.raises(UserError, match="the server holds"):
+        openai_sampler(tokenizer, ["http://a"], served="iter_11/policy")(asked(tokenizer, TEXTS[:1]), **OPTIONS)

@@ -31,6 +31,8 @@ def openai_sampler(
     urls: Sequence[str],
     *,
     served_model: str | None = None,
+    served: str | None = None,
+    path: str = "",
     requests_at_once: int = 64,
     timeout: float = 600.0,
     patience: float = 600.0,
@@ -39,6 +41,8 @@ def openai_sampler(
 
     Args:
         served_model: its name there; None: the first that a server lists.
+        served: what that name must end with, where servers may still hold the policy before; None: any will do.
+        path: of the policy, for the error that says so.
         requests_at_once: over all servers.
         timeout, patience: seconds, see `Servers`.
 
@@ -68,6 +72,11 @@ def openai_sampler(
         rest: Body = {"n": 1, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "return_token_ids": True}
         rest |= {"temperature": temperature, "top_p": top_p, "max_tokens": max_new_tokens, "stop_token_ids": stops}
         rest["model"] = served_model or _first_model(servers)
+        if served is not None and not rest["model"].rstrip("/").endswith(served):
+            raise UserError(
+                f"sampling.urls: the server holds {rest['model']}, and these are to be answers of {path}: serve it under "
+                f"that name (vllm serve {path}), then the same command goes on"
+            )
         jobs = [{**rest, "prompt": list(p.token_ids), "seed": seed} for p in prompts for seed in p.seeds]
 
         def draw(body: Body) -> Sample:

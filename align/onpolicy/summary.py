@@ -1,0 +1,98 @@
+"""What an iteration came to, in figures: who wins, how good, long and varied the answers are. Pure: no files, no models.
+
+All policies answer the same held-out prompts, each with random numbers of its own, since answers that share them are no
+independent samples; and one scorer sees all answers to a prompt together, so a pairwise scorer can say who wins. Left out: what a training says of itself (accuracies, its results.json).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from statistics import fmean
+from typing import Any
+
+from align.onpolicy.sample import ResponseRow
+from align.onpolicy.select import Matrix, ScoredPrompt, preferences
+
+
+def side_by_side(answers: Mapping[str, Sequence[ResponseRow]], iteration: int) -> list[ResponseRow]:
+    """The answers of several policies as candidates for the same prompts, each policy's name as their origin."""
+    rows: list[ResponseRow] = []
+    for name, own in answers.items():
+        offset = 1 + max((row.k for row in rows), default=-1)
+        rows += [replace(row, iteration=iteration, k=offset + row.k, origin=name) for row in own]
+    order = {row.prompt_id: at for at, row in reversed(list(enumerate(rows)))}
+    return sorted(rows, key=lambda row: (order[row.prompt_id], row.k))
+
+
+def figures(rows: Sequence[ResponseRow], scored: Sequence[ScoredPrompt], name: str) -> dict[str, float]:
+    """Of a policy's own answers.
+
+    Returns:
+        `sample_length` in tokens; `distinct`, the share of different answers to a prompt; `unfinished`, the share that
+        was cut at max_new_tokens; and where the scorer gives numbers `judge_score`, their mean, and `score_spread`, the
+        mean over prompts of best minus worst. All are means over prompts that have scores, or over answers.
+    """
+    own = [row for row in rows if row.origin == name]
+    texts: dict[str, list[str]] = {}
+    for row in own:
+        texts.setdefault(row.prompt_id, []).append(row.response)
+    made = {
+        "sample_length": fmean(len(row.response_ids) for row in own),
+        "distinct": fmean(len(set(said)) / len(said) for said in texts.values()),
+        "unfinished": fmean(not row.finished for row in own),
+    }
+    scores = [
+        [c.score for c in prompt.candidates if c.origin == name and c.score is not None] for prompt in _usable(scored)
+    ]
+    if all(scores) and scores:
+        made["judge_score"] = fmean(score for of_prompt in scores for score in of_prompt)
+        made["score_spread"] = fmean(max(of_prompt) - min(of_prompt) for of_prompt in scores)
+    return made
+
+
+def win_rate(scored: Sequence[ScoredPrompt], ours: str, theirs: str) -> float:
+    """P(an answer of `ours` beats one of `theirs`), over all pairs of answers to a prompt, then over prompts.
+
+    Of two scores the higher one wins surely, and equal ones are half a win each. NaN where nothing is scored.
+    """
+    rates = [
+        fmean(
+            matrix[i][j]
+            for i, a in enumerate(prompt.candidates)
+            for j, b in enumerate(prompt.candidates)
+            if a.origin == ours and b.origin == theirs
+        )
+        for prompt in _usable(scored)
+        for matrix in [_matrix(prompt)]
+    ]
+    return fmean(rates) if rates else math.nan
+
+
+def line(made: Mapping[str, Any]) -> str:
+    """An iteration's figures as the terminal shows them."""
+    shown = {
+        "win rate against the start": "win_rate",
+        "against the one before": "win_rate/previous",
+        "score": "judge_score",
+        "spread": "score_spread",
+        "tokens an answer": "sample_length",
+        "distinct answers": "distinct",
+        "held-out accuracy": "accuracy/mean_logp",
+    }
+    return ", ".join(f"{label} {made[name]:.3g}" for label, name in shown.items() if name in made)
+
+
+def _usable(scored: Sequence[ScoredPrompt]) -> list[ScoredPrompt]:
+    """Prompts whose answers all have finite scores."""
+    return [
+        prompt
+        for prompt in scored
+        if all(math.isfinite(p) for row in prompt.preferences or () for p in row)
+        and all(c.score is None or math.isfinite(c.score) for c in prompt.candidates)
+    ]
+
+
+def _matrix(prompt: ScoredPrompt) -> Matrix:
+    if prompt.preferences is not None:
+        return prompt.preferences
+    return preferences([c.score for c in prompt.candidates if c.score is not None], temperature=0.0)

@@ -1,0 +1,465 @@
+"""Self-play: prompts -> responses -> scores -> pairs -> reference -> training, and again with the policy that came out.
+
+    run folder/results.json      the start model and the last policy, in figures; and each iteration
+               iter_0/evaluation/responses/                 of the start model, to held-out prompts
+               iter_1/responses/ scores/ pairs/             the stages (onpolicy/), each a folder of files
+                     /config.yaml, metrics.jsonl, policy/   the training, a run folder like any other
+                     /evaluation/responses/ scores/         the new policy's own answers, against those before
+                     /summary.json
+               iter_2/...
+
+Every process of the fleet runs all of this. Sampling and scoring share the work by files, one shard to whoever is free;
+only training connects the processes. What is whole is not made again, so the same command goes on after a kill at any
+moment. The reference of an iteration is the policy that sampled it (SPPO: https://arxiv.org/abs/2405.00675, algorithm 1).
+An iteration's checkpoints go once its policy is there and compared: they are several times its size. Left out: servers
+of the openai backend, which whoever started them has to start again with the next policy.
+"""
+
+import contextlib
+import gc
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from align import config, launch, model, plan, run, slurm, strategy, tracking, train
+from align.cache import build_once, write_json
+from align.config import (
+    DatasetConfig,
+    Launcher,
+    ModelConfig,
+    PairSourceConfig,
+    RunConfig,
+    SamplingConfig,
+    ScorerConfig,
+    Strategy,
+    UserError,
+)
+from align.launch import Fleet, Place
+from align.onpolicy import summary
+from align.onpolicy.annotate import annotate, read_scores
+from align.onpolicy.pairs import scored_prompts, write_pairs
+from align.onpolicy.prompts import PromptRow, Prompts, load_prompts
+from align.onpolicy.sample import ResponseRow, check_sampling, open_sampler, read_samples, sample_prompts
+from align.onpolicy.scorers import registry
+from align.onpolicy.scorers.base import Identity
+from align.tracking import Stretch, Tracker
+
+_PARENT = Place(device=torch.device("cpu"), bf16=False, rank=0, world=1)  # of the process that only checks
+_EVALUATION_SHARD = 16  # prompts: few, so that many processes share them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Play:
+    """Self-play that is checked and prepared, as it is handed to the processes."""
+
+    cfg: RunConfig
+    start: model.Start
+    prompts: Prompts
+    fleet: Fleet
+    identity: dict[str, Any]
+    dir: Path
+    plan: str
+
+    @property
+    def results(self) -> Path:
+        """Of all iterations that are done."""
+        return self.dir / "results.json"
+
+    @property
+    def metrics(self) -> Path:
+        """A file for each iteration."""
+        return self.dir / "iter_*" / "metrics.jsonl"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether as many iterations are done as are asked for: more of them go on from these."""
+        return self.results.exists() and len(json.loads(self.results.read_text())["iterations"]) >= self.cfg.iterations
+
+    @property
+    def policy(self) -> Path:
+        """Of the last iteration."""
+        return self.folder(self.cfg.iterations) / "policy"
+
+    def folder(self, iteration: int) -> Path:
+        """Of an iteration; 0 is the start model."""
+        return self.dir / f"iter_{iteration}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """The start model, or what an iteration made of the one before."""
+
+    iteration: int  # that made it; 0: the start model
+    cfg: ModelConfig
+    start: model.Start
+
+    def load(self, where: Place) -> PreTrainedModel:
+        """As it samples: a new adapter, which changes nothing yet, is left out."""
+        policy = model.load_policy(replace(self.cfg, lora={}), self.start, seed=0)
+        return policy.to(where.device, torch.bfloat16 if where.bf16 else torch.float32)
+
+    @property
+    def name(self) -> str:
+        """As people read it."""
+        return f"iteration {self.iteration}" if self.iteration else "start"
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when its weights do."""
+        return model.policy_fingerprint(replace(self.cfg, lora={}), self.start, seed=0)
+
+
+# Beginning -----------------------------------------------------------------------------------------------------------
+
+
+def selfplay(cfg: RunConfig) -> float | None:
+    """Run the iterations of `cfg`, or print their plan, or submit them. Returns the last policy's win rate against the
+    start model.
+
+    Raises:
+        UserError: anything the user can put right.
+        Stopped: it was asked to stop.
+    """
+    train.quieten()
+    slurm.take_place()
+    return run.carry_out(prepare(cfg), selfplay, begin)
+
+
+def prepare(cfg: RunConfig) -> Play:
+    """Check everything that can be checked before the first answer is sampled."""
+    objective = run.check(cfg)
+    _check_selection(cfg)
+    scorer = _scorer(cfg)
+    start, prompts, fleet = prepare_answers(cfg)
+    of_iteration = len(prompts_of(cfg, prompts, 1)) - len(prompts.held_out)
+    plan.check_batch(cfg, of_iteration, fleet.world)
+    longest = max(prompts.tokens.values()) + 2 * min(cfg.sampling.max_new_tokens, cfg.train.max_length)
+    fleet = plan.settle_strategy(cfg, start, fleet, longest)
+    if not cfg.plan:
+        strategy.check(fleet)
+        if cfg.cluster.launcher is Launcher.slurm and not launch.inside():
+            slurm.check()
+    identity = _identity(cfg, run.identify(config.plain(cfg), objective, start, prompts.fingerprint, fleet))
+    names = f"{cfg.model.name}-{cfg.dataset.name}-{cfg.objective['name']}-selfplay"
+    folder = Path(cfg.run_dir or f"runs/{names}-{config.fingerprint(identity)[:6]}").expanduser()
+    text = plan.describe_selfplay(
+        cfg, start, prompts.tokens, of_iteration, len(prompts.held_out), scorer, objective, fleet, longest
+    )
+    # Absolute, as the trainings of the iterations remember where their policies and pairs are.
+    play = Play(cfg=cfg, start=start, prompts=prompts, fleet=fleet, identity=identity, dir=folder.resolve(), plan=text)
+    run.recognise(play)
+    return play
+
+
+def _check_selection(cfg: RunConfig) -> None:
+    """What would be found out only when all answers are sampled and scored."""
+    for name in ("temperature", "min_gap"):
+        if not getattr(cfg.selection, name) >= 0:
+            raise UserError(f"selection.{name} must be 0 or above, not {getattr(cfg.selection, name)}")
+    if cfg.sampling.samples == 1 and not cfg.source.candidates:
+        raise UserError(
+            "sampling.samples=1 makes no pairs: give 2 or more, or source.candidates to pair the one with"
+        )
+
+
+def _scorer(cfg: RunConfig) -> Identity:
+    """Who scores, checked before anything is sampled; a plan does without the model."""
+    try:
+        return registry.build(scorer_of(cfg), _PARENT).identity
+    except model.NotHereError as error:
+        if not cfg.plan:
+            raise
+        run.say(f"align: {error}")
+        return registry.stand_in(cfg.scorer)
+
+
+def prepare_answers(cfg: RunConfig) -> tuple[model.Start, Prompts, Fleet]:
+    """What sampling alone needs: who answers, what is asked, and the processes."""
+    check_sampling(cfg.sampling)
+    fleet = launch.fleet(cfg.cluster, cfg.plan)
+    cache = Path(cfg.cache_dir).expanduser()
+    start = run.start_model(cfg, cache)
+    return start, load_prompts(cfg, start, cache), fleet
+
+
+def scorer_of(cfg: RunConfig) -> ScorerConfig:
+    """Who scores: as configured, or else the dataset's own judge."""
+    if cfg.scorer.name is not None:
+        return cfg.scorer
+    if cfg.dataset.judge is None:
+        raise UserError(
+            f"source=selfplay needs a scorer, and dataset {cfg.dataset.name} has no judge of its own: give scorer=armorm, "
+            "scorer=pairrm, scorer=reward_model scorer.path=<folder or hub name>, scorer=llm_judge, or scorer=program "
+            "scorer.path=module:function"
+        )
+    return replace(cfg.scorer, name="program", path=cfg.dataset.judge)
+
+
+def _identity(cfg: RunConfig, identity: dict[str, Any]) -> dict[str, Any]:
+    """What decides a result of self-play: a training's identity, and who answers, scores and selects, but not how fast.
+
+    Iterations are left out where they share the prompts: more of them go on from those that are done.
+    """
+    all_of = config.plain(cfg)
+    indifferent = {
+        "sampling": {"tokens_per_batch", "urls", "served_model", "requests_at_once", "timeout", "patience"},
+        "scorer": {"tokens_per_batch", "judge"},
+    }
+    nodes = {name: all_of[name] for name in run.OF_SELFPLAY if name != "iterations"}
+    kept: dict[str, Any] = {
+        name: {key: value for key, value in node.items() if key not in indifferent.get(name, ())}
+        for name, node in nodes.items()
+    }
+    if cfg.source.split_prompts:
+        kept["iterations"] = cfg.iterations
+    judge = all_of["scorer"]["judge"]
+    return {**identity, **kept, "judge": {key: judge[key] for key in ("served_model", "request")}}
+
+
+def stage_folder(cfg: RunConfig) -> Path:
+    """Where a stage alone reads and writes."""
+    config.check(cfg)
+    if cfg.run_dir is None:
+        raise UserError("a stage alone needs a folder: run_dir=<folder>")
+    return Path(cfg.run_dir).expanduser()
+
+
+def begin(play: Play) -> None:
+    """Run in this process, in processes of ours, or as one of several that were started from outside."""
+    with run.own_folder(play.dir) if run.is_first() else contextlib.nullcontext():
+        if run.is_first():
+            run.open_folder(play)
+        in_each_process(play.fleet, play.dir / "logs", work, play)
+
+
+def in_each_process(fleet: Fleet, logs: Path, function: Callable[..., None], *args: Any) -> None:
+    """Call `function(*args)` here, in processes of ours, or as one of several that were started from outside."""
+    alone = fleet.world == 1 and fleet.strategy in (Strategy.single, Strategy.auto)  # auto: nothing is trained
+    if launch.inside() or alone:
+        function(*args)
+    else:
+        launch.start(fleet, logs, function, *args)
+
+
+# Each process --------------------------------------------------------------------------------------------------------
+
+
+def work(play: Play) -> None:
+    """What each process does."""
+    train.quieten()
+    where = launch.apart(play.fleet)
+    tracker = tracking.start(play.cfg, play.dir, config.plain(play.cfg), where.rank)
+    made: list[dict[str, Any]] = []
+    failed = True
+    try:
+        first = last = Policy(iteration=0, cfg=play.cfg.model, start=play.start)
+        for number in range(1, play.cfg.iterations + 1):
+            iteration = _Iteration(play, number, first, last, where)
+            made.append(iteration.run(tracker, steps_before=sum(of_one["steps"] for of_one in made)))
+            last = iteration.next_policy()
+        failed = False
+    except KeyboardInterrupt:
+        failed = False
+        raise
+    finally:
+        trained = {name: value for name, value in made[-1].items() if isinstance(value, float)} if made else {}
+        tracker.finish({f"result/{name}": value for name, value in trained.items()}, failed)
+    if where.rank == 0:
+        write_json(play.results, {"start": made[0]["start"], "trained": trained, "iterations": made})
+
+
+class _Iteration:
+    """One iteration, as each process does it. What is made already is found and kept."""
+
+    def __init__(self, play: Play, number: int, first: Policy, before: Policy, where: Place) -> None:
+        self.play, self.cfg, self.number, self.where = play, play.cfg, number, where
+        self.first, self.before, self.folder = first, before, play.folder(number)
+
+    def run(self, tracker: Tracker, steps_before: int) -> dict[str, Any]:
+        """All stages. Returns what summary.json holds, on the first process; elsewhere the steps only."""
+        made: dict[str, Any]
+        self._say(f"\niteration {self.number} of {self.cfg.iterations}")
+        summary_file = self.folder / "summary.json"
+        if summary_file.exists():
+            made = json.loads(summary_file.read_text())
+            self._say(f"is complete: {self.folder}\n{summary.line(made)}")
+            return made
+        chosen = self._pairs()
+        job = self._training()
+        if not job.is_done:
+            run.begin(job, Stretch(tracker, steps_before))
+        _free()
+        scored = self._compare()
+        if self.where.rank > 0:
+            return {"steps": job.steps}
+        made = {"iteration": self.number, "steps": job.steps, "data": chosen, **scored}
+        trained = json.loads(job.results.read_text())["trained"]
+        made |= {name: trained[name] for name in ("accuracy/mean_logp", "rewards/accuracies")}
+        write_json(summary_file, made)
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        told = {f"selfplay/{name}": value for name, value in made.items() if isinstance(value, float)}
+        tracker.log(steps_before + job.steps, {**told, "selfplay/iteration": self.number})
+        self._say(summary.line(made))
+        return made
+
+    # Stages --------------------------------------------------------------------------------------------------------
+
+    def _pairs(self) -> dict[str, Any]:
+        """Sample, score and select; what became of the prompts, of each split."""
+        responses, scores, pairs = (self.folder / name for name in ("responses", "scores", "pairs"))
+        prompts = prompts_of(self.cfg, self.play.prompts, self.number)
+        self._sample(self.before, prompts, self.cfg.sampling, responses, self.number)
+        score_responses(read_samples(responses), self.cfg, scores, self.where)
+        made = write_pairs(responses, scores, self.cfg.selection, pairs, seed=self.cfg.seed + self.number)
+        self._say(describe(made))
+        short = [split for split, counts in made.items() if not counts["pairs"]]
+        if short:
+            raise UserError(
+                f"iteration {self.number} has no {short[0]} pairs: {describe(made)}. Samples that are all alike want "
+                "another sampling.temperature, close scores another selection.min_gap; give another run_dir= then"
+            )
+        return made
+
+    def _training(self) -> train.Job:
+        """An ordinary training, from the policy that has sampled, on what it has sampled."""
+        pairs = self.folder / "pairs"
+        cfg = replace(
+            self.cfg,
+            model=self.before.cfg,
+            dataset=DatasetConfig(
+                name=self.cfg.dataset.name,
+                path=str(pairs / "train.jsonl"),
+                eval_path=str(pairs / "held_out.jsonl"),
+                eval_limit=None,
+            ),
+            cluster=replace(self.cfg.cluster, strategy=self.play.fleet.strategy),
+            source=PairSourceConfig(),
+            iterations=1,
+            run_dir=str(self.folder),
+        )
+        return replace(run.prepare(cfg), policy=self.folder / "policy")
+
+    def _compare(self) -> dict[str, Any]:
+        """The new policy's answers to held-out prompts, against those of the policy before and of the start model."""
+        settings = SamplingConfig(
+            samples=self.cfg.evaluation.samples_per_prompt,
+            temperature=self.cfg.evaluation.temperature,
+            top_p=self.cfg.evaluation.top_p,
+            max_new_tokens=self.cfg.evaluation.max_new_tokens,
+            prompts_per_shard=_EVALUATION_SHARD,
+            tokens_per_batch=self.cfg.sampling.tokens_per_batch,
+        )
+        asked = [replace(prompt, candidates=()) for prompt in self.play.prompts.held_out[: self.cfg.evaluation.prompts]]
+        answers: dict[str, list[ResponseRow]] = {}
+        for policy in (self.next_policy(), self.before, self.first):
+            folder = self.play.folder(policy.iteration) / "evaluation" / "responses"
+            self._sample(policy, asked, settings, folder, policy.iteration)
+            answers[policy.name] = read_samples(folder)
+        rows = summary.side_by_side(answers, self.number)
+        scores = self.folder / "evaluation" / "scores"
+        score_responses(rows, self.cfg, scores, self.where)
+        if self.where.rank > 0:
+            return {}
+        scored = list(scored_prompts(rows, read_scores(scores)))
+        ours, before, first = (policy.name for policy in (self.next_policy(), self.before, self.first))
+        return {
+            **summary.figures(rows, scored, ours),
+            "win_rate": summary.win_rate(scored, ours, first),
+            "win_rate/previous": summary.win_rate(scored, ours, before),
+            "start": {**summary.figures(rows, scored, first), "win_rate": 0.5},
+        }
+
+    def next_policy(self) -> Policy:
+        """What this iteration has made, with its adapter merged into it where there is one."""
+        folder = self.folder / "policy"
+        if self.cfg.model.lora:
+            folder = build_once(self.folder / "merged", self._merge, "give another run_dir=")
+        cfg = replace(
+            self.cfg.model, path=str(folder), revision=None, tokenizer=None, chat_template=None, init={}, fit=None
+        )
+        start = model.prepare_start(cfg, Path(self.cfg.cache_dir).expanduser())
+        return Policy(iteration=self.number, cfg=cfg, start=start)
+
+    def _merge(self, into: Path) -> None:
+        adapted: Any = model.load_trained(self.before.cfg, self.before.start, self.folder / "policy")
+        adapted.merge_and_unload().save_pretrained(into)
+        self.before.start.tokenizer.save_pretrained(into)
+
+    def _sample(
+        self, policy: Policy, prompts: Sequence[PromptRow], settings: SamplingConfig, folder: Path, iteration: int
+    ) -> None:
+        sample_from(policy, prompts, self.cfg, settings, folder, iteration, self.where)
+
+    def _say(self, text: str) -> None:
+        if self.where.rank == 0:
+            print(text, flush=True)
+
+
+def prompts_of(cfg: RunConfig, prompts: Prompts, iteration: int) -> list[PromptRow]:
+    """What an iteration asks: its share of the training prompts, or all of them, and the held-out ones."""
+    own = prompts.share(iteration, cfg.iterations) if cfg.source.split_prompts else prompts.train
+    return [*own, *prompts.held_out]
+
+
+def sample_from(
+    policy: Policy,
+    prompts: Sequence[PromptRow],
+    cfg: RunConfig,
+    settings: SamplingConfig,
+    folder: Path,
+    iteration: int,
+    where: Place,
+) -> None:
+    """Answers of a policy, into a folder; what is there is kept, and other processes do their share."""
+    opening = open_sampler(
+        settings,
+        policy.start.tokenizer,
+        lambda: policy.load(where),
+        policy.start.path,
+        served=f"iter_{policy.iteration}/policy" if policy.iteration else None,
+    )
+    with where.autocast():
+        sample_prompts(
+            prompts,
+            opening,
+            settings,
+            folder,
+            tokenizer=policy.start.tokenizer,
+            policy=policy.fingerprint,
+            seed=cfg.seed,
+            iteration=iteration,
+            silent=where.rank > 0,
+        )
+    _free()
+
+
+def score_responses(rows: Sequence[ResponseRow], cfg: RunConfig, folder: Path, where: Place) -> None:
+    """Scores of responses, into a folder; what is there is kept, and other processes do their share."""
+    counts = annotate(rows, registry.build(scorer_of(cfg), where), folder, silent=where.rank > 0)
+    if counts and where.rank == 0:
+        print(", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items()), flush=True)
+    _free()
+
+
+def describe(counts: dict[str, dict[str, Any]]) -> str:
+    """What became of the prompts of each split, in a line."""
+    lines = []
+    for split, of_split in counts.items():
+        dropped = ", ".join(f"{count} {reason}" for reason, count in of_split["dropped"].items())
+        lines.append(
+            f"{split} pairs {of_split['pairs']} of {of_split['prompts']} prompts ({dropped or 'none dropped'})"
+        )
+    return "; ".join(lines)
+
+
+def _free() -> None:
+    """Give the device back what a stage has used."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
