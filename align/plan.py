@@ -1,6 +1,5 @@
 """What would run, in a page of text: data, lengths, steps, micro-batches, memory, the first loss. Starts nothing."""
 
-from collections.abc import Mapping
 from dataclasses import fields, replace
 from statistics import fmean
 
@@ -15,6 +14,7 @@ from align.engine import CPU_TOKENS
 from align.launch import Fleet
 from align.memory import Setup, Shape
 from align.model import Start
+from align.onpolicy.prompts import Prompts
 from align.onpolicy.scorers.base import Identity, Kind
 from objectives import Objective, Response
 
@@ -90,9 +90,8 @@ def describe(cfg: RunConfig, start: Start, pairs: Pairs, objective: Objective, w
 def describe_selfplay(
     cfg: RunConfig,
     start: Start,
-    prompt_tokens: Mapping[str, int],
-    prompts: int,
-    held_out: int,
+    prompts: Prompts,
+    of_iteration: int,
     scorer: Identity,
     objective: Objective,
     where: Fleet,
@@ -101,12 +100,12 @@ def describe_selfplay(
     """The plan of self-play.
 
     Args:
-        prompt_tokens: of every prompt, by its id.
-        prompts, held_out: that an iteration trains on, and others that it is measured by.
+        of_iteration: how many of the training prompts an iteration asks.
         longest: tokens of the longest pair that can come out.
     """
     sampling, evaluation = cfg.sampling, cfg.evaluation
-    asked, mean_prompt = prompts + held_out, fmean(prompt_tokens.values())
+    held_out, mean_prompt = len(prompts.held_out), fmean(prompts.tokens.values())
+    asked = of_iteration + held_out
     responses = asked * sampling.samples
     longest_response = sampling.max_new_tokens
     compared = min(evaluation.prompts, held_out)
@@ -115,19 +114,20 @@ def describe_selfplay(
         scoring = f"{scored:,} ordered pairs, up to {scored * (mean_prompt + 2 * longest_response):,.0f} tokens"
     else:
         scoring = f"{responses:,} responses, up to {responses * (mean_prompt + longest_response):,.0f} tokens"
-    steps = total_steps(cfg, prompts)
+    steps = total_steps(cfg, of_iteration)
     wanted = cfg.engine.tokens_per_micro_batch
     budget = wanted if isinstance(wanted, int) else min(longest, _ENOUGH)
-    others = f", and {', '.join(cfg.source.candidates)}" if cfg.source.candidates else ""
+    others = "".join(f"; {name} answers {count:,} prompts" for name, count in prompts.answered().items())
     lines = [
         f"objective   {objective}",
         f"model       {cfg.model.name}: {start.path}" + (f", LoRA {cfg.model.lora}" if cfg.model.lora else ""),
-        f"self-play   {cfg.iterations} iterations of {prompts:,} training prompts"
+        f"self-play   {cfg.iterations} iterations of {of_iteration:,} training prompts"
         + (" each, none twice" if cfg.source.split_prompts else ", the same ones each time"),
-        f"prompts     {cfg.dataset.name}: {mean_prompt:,.0f} tokens on average; {held_out:,} held out",
-        f"sample      {responses:,} responses an iteration by {sampling.backend.name}{others}: {sampling.samples} to a prompt, "
+        f"prompts     {cfg.dataset.name}: {mean_prompt:,.0f} tokens on average; {held_out:,} held out; "
+        f"dropped: {prompts.describe_dropped()}",
+        f"sample      {responses:,} responses an iteration by {sampling.backend.name}: {sampling.samples} to a prompt, "
         f"temperature {sampling.temperature:g}, top_p {sampling.top_p:g}; {asked * mean_prompt:,.0f} tokens of prompts, up to "
-        f"{responses * longest_response:,} to sample",
+        f"{responses * longest_response:,} to sample{others}",
         f"score       {scorer.name}: {scoring} an iteration",
         f"train       at most {steps} steps of {cfg.train.pairs_per_step} pairs an iteration",
         f"compare     {compared} held-out prompts, {evaluation.samples_per_prompt} responses of each policy, up to "

@@ -77,14 +77,19 @@ class Play:
         return self.dir / "iter_*" / "metrics.jsonl"
 
     @property
+    def _done(self) -> int:
+        """How many iterations are."""
+        return len(json.loads(self.results.read_text())["iterations"]) if self.results.exists() else 0
+
+    @property
     def is_done(self) -> bool:
         """Whether as many iterations are done as are asked for: more of them go on from these."""
-        return self.results.exists() and len(json.loads(self.results.read_text())["iterations"]) >= self.cfg.iterations
+        return self._done >= self.cfg.iterations
 
     @property
     def policy(self) -> Path:
-        """Of the last iteration."""
-        return self.folder(self.cfg.iterations) / "policy"
+        """Of the last iteration, which is the one that results.json is about."""
+        return self.folder(max(self._done, self.cfg.iterations)) / "policy"
 
     def folder(self, iteration: int) -> Path:
         """Of an iteration; 0 is the start model."""
@@ -148,9 +153,7 @@ def prepare(cfg: RunConfig) -> Play:
     identity = _identity(cfg, run.identify(config.plain(cfg), objective, start, prompts.fingerprint, fleet))
     names = f"{cfg.model.name}-{cfg.dataset.name}-{cfg.objective['name']}-selfplay"
     folder = Path(cfg.run_dir or f"runs/{names}-{config.fingerprint(identity)[:6]}").expanduser()
-    text = plan.describe_selfplay(
-        cfg, start, prompts.tokens, of_iteration, len(prompts.held_out), scorer, objective, fleet, longest
-    )
+    text = plan.describe_selfplay(cfg, start, prompts, of_iteration, scorer, objective, fleet, longest)
     # Absolute, as the trainings of the iterations remember where their policies and pairs are.
     play = Play(cfg=cfg, start=start, prompts=prompts, fleet=fleet, identity=identity, dir=folder.resolve(), plan=text)
     run.recognise(play)
@@ -163,9 +166,7 @@ def _check_selection(cfg: RunConfig) -> None:
         if not getattr(cfg.selection, name) >= 0:
             raise UserError(f"selection.{name} must be 0 or above, not {getattr(cfg.selection, name)}")
     if cfg.sampling.samples == 1 and not cfg.source.candidates:
-        raise UserError(
-            "sampling.samples=1 makes no pairs: give 2 or more, or source.candidates to pair the one with"
-        )
+        raise UserError("sampling.samples=1 makes no pairs: give 2 or more, or source.candidates to pair the one with")
 
 
 def _scorer(cfg: RunConfig) -> Identity:
@@ -318,12 +319,13 @@ class _Iteration:
         score_responses(read_samples(responses), self.cfg, scores, self.where)
         made = write_pairs(responses, scores, self.cfg.selection, pairs, seed=self.cfg.seed + self.number)
         self._say(describe(made))
-        short = [split for split, counts in made.items() if not counts["pairs"]]
-        if short:
-            raise UserError(
-                f"iteration {self.number} has no {short[0]} pairs: {describe(made)}. Samples that are all alike want "
-                "another sampling.temperature, close scores another selection.min_gap; give another run_dir= then"
-            )
+        for split, least in (("train", self.cfg.train.pairs_per_step), ("held_out", 1)):
+            if made[split]["pairs"] < least:
+                raise UserError(
+                    f"iteration {self.number} needs {least} {split} pairs at least: {describe(made)}. Samples that are all "
+                    "alike want another sampling.temperature, close scores another selection.min_gap, few pairs a "
+                    "smaller train.pairs_per_step; give another run_dir= then"
+                )
         return made
 
     def _training(self) -> train.Job:
@@ -422,7 +424,7 @@ def sample_from(
         policy.start.tokenizer,
         lambda: policy.load(where),
         policy.start.path,
-        served=f"iter_{policy.iteration}/policy" if policy.iteration else None,
+        served="/".join(Path(policy.start.path).parts[-2:]) if policy.iteration else None,
     )
     with where.autocast():
         sample_prompts(

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from align import data
 from align.config import DatasetConfig, ResponseMask, SourceConfig, SystemMessage, TrainConfig, Truncation, UserError
 from align.model import Start, end_of_turn
+from align.rows import Content, load_splits, read_prompt
 
 REAL = ROOT.parent / "shared" / "data"
 
@@ -704,3 +705,85 @@ def test_the_beginning_of_a_mix_keeps_its_shares():
     mixed = rows._mix({"a": part("a", 90), "b": part("b", 30)}, {"a": 2.0, "b": 1.0}).rows
     assert len(mixed) == 90  # 30 of b are the scarcest: 60 of a go with them
     assert [sum(row["source"] == "b" for row in mixed[:n]) for n in (9, 30, 90)] == [3, 10, 30]
+
+
+# Prompts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", [*SAME_PAIR.values(), *SAME_PLAIN_PAIR.values()], ids=[*SAME_PAIR, *SAME_PLAIN_PAIR])
+def test_the_prompt_of_a_pair_is_the_one_that_is_trained_on(row):
+    for wrap in ({}, {"wrap_plain": True}):
+        assert read_prompt({**row, **wrap}) == data.read_pair({**row, **wrap})[0]
+
+
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        ({"prompt": "q"}, "q"),
+        ({"prompt": "q", "wrap_plain": True}, [user("q")]),
+        ({"prompt": [{"id": 3, **user("q")}]}, [user("q")]),
+        ({"prompt": BEFORE}, BEFORE),
+        ({"prompt": "q", "chosen": "same", "rejected": "same"}, "q"),  # no pair, and yet a prompt
+        ({"prompt": [user("q")], "chosen": [], "rejected": None}, [user("q")]),
+        ({"prompt": "q", "chosen": [bot("same")], "rejected": [bot("same")]}, [user("q")]),  # as its siblings have it
+    ],
+)
+def test_a_row_without_a_pair_can_have_a_prompt(row, expected):
+    assert read_prompt(row) == expected
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({"prompt": "  "}, "empty prompt"),
+        ({"prompt": []}, "empty prompt"),
+        ({"prompt": [user("\n")]}, "empty prompt"),
+        ({"prompt": [user(None)]}, "content is not text"),
+        ({"prompt": 7}, "content is not text"),
+        ({"prompt": ["q"]}, "a message has no role"),
+        ({"prompt": None}, "empty response"),
+        ({"chosen": "a", "rejected": "a"}, "empty prompt"),
+    ],
+)
+def test_a_row_that_asks_nothing_says_why(row, reason):
+    with pytest.raises(data.BadRow, match=f"^{reason}$"):
+        read_prompt(row)
+
+
+@pytest.fixture
+def splits(tmp_path, tokenizer):
+    """Load the splits of a file of rows, and of one of held-out rows where they are given."""
+
+    def load(made, content, held_out=None, **knobs):
+        path = str(write_jsonl(tmp_path / "rows.jsonl", made))
+        held = {} if held_out is None else {"eval_path": str(write_jsonl(tmp_path / "held_out.jsonl", held_out))}
+        cfg = DatasetConfig(name="test", path=path, **held, **knobs)
+        return load_splits(cfg, Start(path="", fingerprint="start", tokenizer=tokenizer), tmp_path, content)
+
+    return load
+
+
+def test_pairs_of_a_file_of_prompts_want_self_play(splits):
+    with pytest.raises(UserError) as refused:
+        splits([{"prompt": "q", "source": "a"}], Content.pairs)
+    said = str(refused.value)
+    assert "rows.jsonl has prompts and no column 'chosen', so there are no pairs to train on" in said
+    assert "source=selfplay; it has prompt, source;" in said and "\n" not in said
+
+
+def test_a_file_with_neither_names_the_column_and_those_that_are_there(splits):
+    with pytest.raises(UserError, match=r"rows.jsonl has no column 'chosen'; it has text; expected chosen"):
+        splits([{"text": "q"}], Content.pairs)
+    with pytest.raises(UserError, match=r"rows.jsonl has no column 'prompt'; it has text; "):
+        splits([{"text": "q"}], Content.prompts)
+    loaded = splits([{"text": "q"}], Content.prompts, [{"text": "r"}], columns={"prompt": "text"})
+    assert [read_prompt(row) for split in loaded.values() for row in split.rows] == ["q", "r"]
+
+
+def test_prompts_are_held_out_as_those_of_pairs_are(splits):
+    made = [pair_row(i) for i in range(40)]
+    pairs = splits(made, Content.pairs, eval_fraction=0.2)
+    prompts = splits([{"prompt": row["prompt"]} for row in made], Content.prompts, eval_fraction=0.2)
+    for split, count in (("train", 32), ("held_out", 8)):  # a fifth of forty
+        assert [row["prompt"] for row in prompts[split].rows] == [row["prompt"] for row in pairs[split].rows]
+        assert len(prompts[split].rows) == count

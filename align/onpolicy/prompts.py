@@ -59,6 +59,17 @@ class Prompts:
         """Those to train on, then those held out."""
         return [*self.train, *self.held_out]
 
+    def answered(self) -> dict[str, int]:
+        """For each origin of further candidates: how many prompts have some."""
+        return dict(Counter(origin for p in self.all for origin in {c.origin for c in p.candidates}))
+
+    def describe_dropped(self) -> str:
+        """How many prompts were dropped, and why."""
+        total: Counter[str] = Counter()
+        for reasons in self.dropped.values():
+            total.update(reasons)
+        return ", ".join(f"{count:,} {reason}" for reason, count in total.items()) or "none"
+
     def share(self, iteration: int, iterations: int) -> list[PromptRow]:
         """The training prompts of an iteration that has its own: in the order of ids, every `iterations`-th."""
         mine = {prompt.id for prompt in sorted(self.train, key=lambda p: p.id)[iteration - 1 :: iterations]}

@@ -144,7 +144,13 @@ def _answers(asked: list[str], start: "Start") -> list[list[str]]:
 
     from align.onpolicy.samplers import Prompt, hf_sampler, prompt_ids, seeds
 
-    policy = AutoModelForCausalLM.from_pretrained(start.path, use_safetensors=True, dtype=torch.float32)
+    try:
+        policy = AutoModelForCausalLM.from_pretrained(start.path, use_safetensors=True, dtype=torch.float32)
+    except OSError as error:
+        raise UserError(
+            f"the built-in pairs are the start model's own answers, and {start.path} cannot be loaded to give them: use "
+            "model=tiny, or dataset=local"
+        ) from error
     sample = hf_sampler(policy.to("cuda" if torch.cuda.is_available() else "cpu"), start.tokenizer)
     ids = [prompt_ids([{"role": "user", "content": prompt}], start.tokenizer) for prompt in asked]
     drawn = sample(
