@@ -13,8 +13,8 @@ test: $(VENV)/.installed-dev  ## every test, the slow ones too
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 	$(BIN)/python -m pytest -m "slow and not matrix and not slurm"
 
-test-matrix: $(VENV)/.installed-dev  ## more of the slow ones: every strategy by every starter, twenty kills: 40 minutes
-	$(BIN)/python -m pytest -m matrix tests/test_strategies.py tests/test_launch.py tests/test_survival.py
+test-matrix: $(VENV)/.installed-dev  ## more of the slow ones: every strategy by every starter, thirty kills, self-play: an hour
+	$(BIN)/python -m pytest -m matrix tests/test_strategies.py tests/test_launch.py tests/test_survival.py tests/test_selfplay.py
 
 test-slurm: $(VENV)/.installed-dev  ## jobs on a real SLURM of one node, which it installs and starts: root on Debian or Ubuntu
 	timeout 30 sinfo >/dev/null 2>&1 || tests/slurm_node.sh

@@ -314,6 +314,9 @@ def identify(
     }
     settings = {name: value for name, value in config_.items() if name not in indifferent}
     settings["train"] = {name: value for name, value in settings["train"].items() if name not in bookkeeping}
+    for node, key in (("model", "path"), ("dataset", "path"), ("dataset", "eval_path")):
+        if settings[node][key] is not None and Path(settings[node][key]).expanduser().exists():
+            settings[node] = {**settings[node], key: "local"}  # wherever it lies: what it holds is fingerprinted
     code, inner = {}, [objective]
     for part in inner:
         code[type(part).__qualname__] = config.file_fingerprint(Path(inspect.getfile(type(part))))

@@ -31,7 +31,7 @@ def sample(cfg: RunConfig) -> None:
 
 
 def _sample(cfg: RunConfig, policy: Policy, asked: Sequence[PromptRow], folder: Path, fleet: Fleet) -> None:
-    selfplay.sample_from(policy, asked, cfg, cfg.sampling, folder / "responses", 1, launch.apart(fleet))
+    selfplay.sample_from(policy, asked, cfg, cfg.sampling, folder / "responses", 1, "responses", launch.apart(fleet))
 
 
 if __name__ == "__main__":

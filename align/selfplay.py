@@ -315,7 +315,7 @@ class _Iteration:
         """Sample, score and select; what became of the prompts, of each split."""
         responses, scores, pairs = (self.folder / name for name in ("responses", "scores", "pairs"))
         prompts = prompts_of(self.cfg, self.play.prompts, self.number)
-        self._sample(self.before, prompts, self.cfg.sampling, responses, self.number)
+        self._sample(self.before, prompts, self.cfg.sampling, responses, self.number, "responses")
         score_responses(read_samples(responses), self.cfg, scores, self.where)
         made = write_pairs(responses, scores, self.cfg.selection, pairs, seed=self.cfg.seed + self.number)
         self._say(describe(made))
@@ -361,7 +361,7 @@ class _Iteration:
         answers: dict[str, list[ResponseRow]] = {}
         for policy in (self.next_policy(), self.before, self.first):
             folder = self.play.folder(policy.iteration) / "evaluation" / "responses"
-            self._sample(policy, asked, settings, folder, policy.iteration)
+            self._sample(policy, asked, settings, folder, policy.iteration, f"{policy.name}, held-out prompts")
             answers[policy.name] = read_samples(folder)
         rows = summary.side_by_side(answers, self.number)
         scores = self.folder / "evaluation" / "scores"
@@ -394,9 +394,15 @@ class _Iteration:
         self.before.start.tokenizer.save_pretrained(into)
 
     def _sample(
-        self, policy: Policy, prompts: Sequence[PromptRow], settings: SamplingConfig, folder: Path, iteration: int
+        self,
+        policy: Policy,
+        prompts: Sequence[PromptRow],
+        settings: SamplingConfig,
+        folder: Path,
+        iteration: int,
+        what: str,
     ) -> None:
-        sample_from(policy, prompts, self.cfg, settings, folder, iteration, self.where)
+        sample_from(policy, prompts, self.cfg, settings, folder, iteration, what, self.where)
 
     def _say(self, text: str) -> None:
         if self.where.rank == 0:
@@ -416,6 +422,7 @@ def sample_from(
     settings: SamplingConfig,
     folder: Path,
     iteration: int,
+    what: str,
     where: Place,
 ) -> None:
     """Answers of a policy, into a folder; what is there is kept, and other processes do their share."""
@@ -436,6 +443,7 @@ def sample_from(
             policy=policy.fingerprint,
             seed=cfg.seed,
             iteration=iteration,
+            what=what,
             silent=where.rank > 0,
         )
     _free()

@@ -252,7 +252,7 @@ def test_processes_that_somebody_else_has_started_meet_again(tmp_path, starter):
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(
-    "how", ["ddp", "fsdp", "zero2", pytest.param("zero3", marks=pytest.mark.matrix)]
+    "how", ["ddp", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("fsdp", "zero2", "zero3"))]
 )  # each library keeps something of the first
 def test_a_second_training_in_the_same_processes_is_as_the_first(
     align, monkeypatch, tmp_path, tiny_llama, pairs_file, how
@@ -263,7 +263,7 @@ def test_a_second_training_in_the_same_processes_is_as_the_first(
         jobs.append(job)
         raise UserError("the test trains it")
 
-    monkeypatch.setattr("align.run._start", keep)
+    monkeypatch.setattr("align.run.begin", keep)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # main() sets it, and the commands that other tests type would have it
     for name in ("first", "second"):
         align(*two_steps(tmp_path / name, tiny_llama, pairs_file, "cluster=cpu_2", f"cluster.strategy={how}"))

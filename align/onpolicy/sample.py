@@ -110,6 +110,7 @@ def sample_prompts(
     policy: str,
     seed: int,
     iteration: int,
+    what: str = "responses",
     silent: bool = False,
 ) -> None:
     """Write the rows of all prompts into `folder`, as far as they are not there. Returns when all are.
@@ -118,7 +119,8 @@ def sample_prompts(
         prompts: whose candidates of other origins become rows too.
         opening: e.g. `open_sampler(...)`; entered only if there is something to draw.
         policy: a fingerprint that changes when the policy does.
-        silent: without a progress bar.
+        what: is sampled, for the progress bar.
+        silent: without one.
 
     Raises:
         UserError: a prompt without tokens or that comes twice, a folder that holds the responses of other inputs or
@@ -154,7 +156,7 @@ def sample_prompts(
 
     if not missing():
         return
-    bar = tqdm(total=len(prompts), desc=f"responses, iteration {iteration}", unit="prompt", disable=silent)
+    bar = tqdm(total=len(prompts), desc=what, unit="prompt", disable=silent)
     with opening as sampler, bar:
         for wait in (False, True):  # first what no one is about, then what others have not finished
             for number in missing():
