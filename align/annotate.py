@@ -23,7 +23,7 @@ def annotate(cfg: RunConfig) -> None:
     folder = selfplay.stage_folder(cfg)
     read_samples(folder / "responses")
     fleet = launch.fleet(cfg.cluster)
-    selfplay.in_each_process(fleet, folder / "logs", _annotate, cfg, folder, fleet)
+    selfplay.in_each_process(fleet, selfplay.stage_logs(folder), _annotate, cfg, folder, fleet)
     run.say(f"scores  {folder / 'scores'}")
 
 

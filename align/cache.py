@@ -46,18 +46,16 @@ def build_once(folder: Path, build: Callable[[Path], None], remedy: str = "set c
 
 def write_json(file: Path, value: Any) -> None:
     """Write `value` as JSON: whole, or not at all."""
-    unfinished = file.with_suffix(".unfinished")
-    with unfinished.open("w") as out:
-        json.dump(value, out, indent=2, default=str)
-        out.flush()
-        os.fsync(out.fileno())  # a rename may reach the disk before what it renames
-    unfinished.replace(file)
+    write_text(file, json.dumps(value, indent=2, default=str))
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a file: whole, or not at all. The caller holds its lock."""
+    """Write a file: whole, or not at all."""
     unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
+    with unfinished.open("w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())  # a rename may reach the disk before what it renames
     unfinished.replace(file)
 
 

@@ -269,7 +269,7 @@ def _connect(device: torch.device) -> None:
         if "EADDRINUSE" in str(error) or "already in use" in str(error):
             raise UserError(
                 f"the processes cannot meet at {meeting}, that port is in use: set MASTER_PORT to a free one, or "
-                "torchrun --rdzv-endpoint=localhost:0"
+                "torchrun --standalone"
             ) from error
         raise UserError(f"the processes cannot meet at {meeting}: {' '.join(str(error).split())[:200]}") from error
 
@@ -424,8 +424,8 @@ def _verdict(world: int, ended: dict[int, int], logs: Path, asked: list[float]) 
             raise Stopped("at once, without a checkpoint")
         long = f"killed, as no checkpoint came in {_TO_CHECKPOINT:.0f} s"
         raise Stopped("at once, as no training was under way" if ended else long)
-    silent = [rank for rank, status in ended.items() if status]
-    raise UserError(f"process {silent[0]} of {world} ended with status {ended[silent[0]]}; see {logs}")
+    silent = min(rank for rank in range(world) if rank not in said)
+    raise UserError(f"process {silent} of {world} ended with status {ended.get(silent)} and without a word; see {logs}")
 
 
 def _work(rank: int, fleet: Fleet, port: int, logs: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

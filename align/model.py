@@ -100,9 +100,13 @@ def _initialise(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrai
     return model
 
 
-def load_policy(cfg: ModelConfig, start: Start, seed: int) -> PreTrainedModel:
-    """The policy as it is at step 0, in float32 on the CPU, adapter included. `seed` decides the adapter's start."""
-    dtype_and_code: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": cfg.trust_remote_code}
+def load_policy(cfg: ModelConfig, start: Start, seed: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The policy as it is at step 0, on the CPU, adapter included. `seed` decides the adapter's start.
+
+    `dtype` is that of the weights. A model that is cast afterwards is another one: its rotary frequencies are buffers,
+    and in bfloat16 their angles are radians off at 2,000 tokens.
+    """
+    dtype_and_code: dict[str, Any] = {"dtype": dtype, "trust_remote_code": cfg.trust_remote_code}
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             start.path,

@@ -26,7 +26,7 @@ def sample(cfg: RunConfig) -> None:
     start, prompts, fleet = selfplay.prepare_answers(cfg)
     policy = Policy(iteration=0, cfg=cfg.model, start=start)
     asked = selfplay.prompts_of(cfg, prompts, 1)
-    selfplay.in_each_process(fleet, folder / "logs", _sample, cfg, policy, asked, folder, fleet)
+    selfplay.in_each_process(fleet, selfplay.stage_logs(folder), _sample, cfg, policy, asked, folder, fleet)
     run.say(f"responses  {folder / 'responses'}")
 
 

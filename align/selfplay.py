@@ -18,9 +18,13 @@ of the openai backend, which whoever started them has to start again with the ne
 import contextlib
 import gc
 import json
+import os
 import shutil
+import socket
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,7 @@ from transformers import PreTrainedModel
 from align import config, launch, model, plan, run, slurm, strategy, tracking, train
 from align.cache import build_once, write_json
 from align.config import (
+    Backend,
     DatasetConfig,
     Launcher,
     ModelConfig,
@@ -47,7 +52,7 @@ from align.onpolicy.pairs import scored_prompts, write_pairs
 from align.onpolicy.prompts import PromptRow, Prompts, load_prompts
 from align.onpolicy.sample import ResponseRow, check_sampling, open_sampler, read_samples, sample_prompts
 from align.onpolicy.scorers import registry
-from align.onpolicy.scorers.base import Identity
+from align.onpolicy.scorers.base import Identity, Item
 from align.tracking import Stretch, Tracker
 
 _PARENT = Place(device=torch.device("cpu"), bf16=False, rank=0, world=1)  # of the process that only checks
@@ -106,8 +111,10 @@ class Policy:
 
     def load(self, where: Place) -> PreTrainedModel:
         """As it samples: a new adapter, which changes nothing yet, is left out."""
-        policy = model.load_policy(replace(self.cfg, lora={}), self.start, seed=0)
-        return policy.to(where.device, torch.bfloat16 if where.bf16 else torch.float32)
+        dtype = torch.bfloat16 if where.bf16 else torch.float32
+        policy: Any = model.load_policy(replace(self.cfg, lora={}), self.start, seed=0, dtype=dtype)
+        loaded: PreTrainedModel = policy.to(where.device)
+        return loaded
 
     @property
     def name(self) -> str:
@@ -142,15 +149,19 @@ def prepare(cfg: RunConfig) -> Play:
     _check_selection(cfg)
     scorer = _scorer(cfg)
     start, prompts, fleet = prepare_answers(cfg)
-    of_iteration = len(prompts_of(cfg, prompts, 1)) - len(prompts.held_out)
+    of_iteration = len(prompts_of(cfg, prompts, cfg.iterations)) - len(
+        prompts.held_out
+    )  # the last share is the smallest
     plan.check_batch(cfg, of_iteration, fleet.world)
     longest = max(prompts.tokens.values()) + 2 * min(cfg.sampling.max_new_tokens, cfg.train.max_length)
     fleet = plan.settle_strategy(cfg, start, fleet, longest)
+    if warning := plan.too_large(cfg, start, fleet, longest):
+        warnings.warn(warning, UserWarning, stacklevel=2)
     if not cfg.plan:
         strategy.check(fleet)
         if cfg.cluster.launcher is Launcher.slurm and not launch.inside():
             slurm.check()
-    identity = _identity(cfg, run.identify(config.plain(cfg), objective, start, prompts.fingerprint, fleet))
+    identity = _identity(cfg, scorer, run.identify(config.plain(cfg), objective, start, prompts.fingerprint, fleet))
     names = f"{cfg.model.name}-{cfg.dataset.name}-{cfg.objective['name']}-selfplay"
     folder = Path(cfg.run_dir or f"runs/{names}-{config.fingerprint(identity)[:6]}").expanduser()
     text = plan.describe_selfplay(cfg, start, prompts, of_iteration, scorer, objective, fleet, longest)
@@ -185,6 +196,11 @@ def prepare_answers(cfg: RunConfig) -> tuple[model.Start, Prompts, Fleet]:
     check_sampling(cfg.sampling)
     fleet = launch.fleet(cfg.cluster, cfg.plan)
     cache = Path(cfg.cache_dir).expanduser()
+    if cfg.sampling.backend is Backend.vllm and fleet.world > 1:
+        raise UserError(
+            f"sampling.backend=vllm is one engine in one process, and there are {fleet.world}: start a vLLM server for each "
+            "GPU and give sampling.backend=openai 'sampling.urls=[...]', or sampling.backend=hf"
+        )
     start = run.start_model(cfg, cache)
     return start, load_prompts(cfg, start, cache), fleet
 
@@ -202,7 +218,7 @@ def scorer_of(cfg: RunConfig) -> ScorerConfig:
     return replace(cfg.scorer, name="program", path=cfg.dataset.judge)
 
 
-def _identity(cfg: RunConfig, identity: dict[str, Any]) -> dict[str, Any]:
+def _identity(cfg: RunConfig, scorer: Identity, identity: dict[str, Any]) -> dict[str, Any]:
     """What decides a result of self-play: a training's identity, and who answers, scores and selects, but not how fast.
 
     Iterations are left out where they share the prompts: more of them go on from those that are done.
@@ -220,15 +236,28 @@ def _identity(cfg: RunConfig, identity: dict[str, Any]) -> dict[str, Any]:
     if cfg.source.split_prompts:
         kept["iterations"] = cfg.iterations
     judge = all_of["scorer"]["judge"]
+    kept["scored_by"] = config.fingerprint(asdict(scorer))  # its weights or code, too
     return {**identity, **kept, "judge": {key: judge[key] for key in ("served_model", "request")}}
 
 
 def stage_folder(cfg: RunConfig) -> Path:
-    """Where a stage alone reads and writes."""
+    """Where a stage alone reads and writes. It has no plan, and runs where it is typed."""
+    slurm.take_place()
     config.check(cfg)
+    if cfg.plan:
+        raise UserError("a stage alone has no plan: leave out plan=true, or plan the whole with python -m align")
+    if cfg.cluster.launcher is Launcher.slurm:
+        raise UserError(
+            "a stage alone runs where it is typed: put the command into a job of yours, with cluster=auto (sbatch, srun)"
+        )
     if cfg.run_dir is None:
         raise UserError("a stage alone needs a folder: run_dir=<folder>")
     return Path(cfg.run_dir).expanduser()
+
+
+def stage_logs(folder: Path) -> Path:
+    """Where the processes of a stage alone write: of each command its own, as several may share a folder."""
+    return folder / "logs" / f"{socket.gethostname()}-{os.getpid()}"
 
 
 def begin(play: Play) -> None:
@@ -260,10 +289,12 @@ def work(play: Play) -> None:
     failed = True
     try:
         first = last = Policy(iteration=0, cfg=play.cfg.model, start=play.start)
+        if where.rank == 0:
+            _try_scorer(play, where)
         for number in range(1, play.cfg.iterations + 1):
             iteration = _Iteration(play, number, first, last, where)
             made.append(iteration.run(tracker, steps_before=sum(of_one["steps"] for of_one in made)))
-            last = iteration.next_policy()
+            last = iteration.next_policy
         failed = False
     except KeyboardInterrupt:
         failed = False
@@ -273,6 +304,15 @@ def work(play: Play) -> None:
         tracker.finish({f"result/{name}": value for name, value in trained.items()}, failed)
     if where.rank == 0:
         write_json(play.results, {"start": made[0]["start"], "trained": trained, "iterations": made})
+
+
+def _try_scorer(play: Play, where: Place) -> None:
+    """Score two answers, before hours of sampling: weights that are not there, or a server that is not, show now."""
+    if (play.folder(1) / "scores").exists():
+        return
+    prompt = play.prompts.held_out[0]
+    registry.build(scorer_of(play.cfg), where)([Item(prompt=prompt.text, responses=["yes", "no"])])
+    _free()
 
 
 class _Iteration:
@@ -290,10 +330,14 @@ class _Iteration:
         if summary_file.exists():
             made = json.loads(summary_file.read_text())
             self._say(f"is complete: {self.folder}\n{summary.line(made)}")
+            self._tidy()
             return made
         chosen = self._pairs()
         job = self._training()
         if not job.is_done:
+            if self.where.rank == 0:  # of a policy that was killed before its results, and may differ in a bit
+                for made_of_it in ("merged", "evaluation"):
+                    shutil.rmtree(self.folder / made_of_it, ignore_errors=True)
             run.begin(job, Stretch(tracker, steps_before))
         _free()
         scored = self._compare()
@@ -303,7 +347,7 @@ class _Iteration:
         trained = json.loads(job.results.read_text())["trained"]
         made |= {name: trained[name] for name in ("accuracy/mean_logp", "rewards/accuracies")}
         write_json(summary_file, made)
-        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        self._tidy()
         told = {f"selfplay/{name}": value for name, value in made.items() if isinstance(value, float)}
         tracker.log(steps_before + job.steps, {**told, "selfplay/iteration": self.number})
         self._say(summary.line(made))
@@ -359,7 +403,7 @@ class _Iteration:
         )
         asked = [replace(prompt, candidates=()) for prompt in self.play.prompts.held_out[: self.cfg.evaluation.prompts]]
         answers: dict[str, list[ResponseRow]] = {}
-        for policy in (self.next_policy(), self.before, self.first):
+        for policy in (self.next_policy, self.before, self.first):
             folder = self.play.folder(policy.iteration) / "evaluation" / "responses"
             self._sample(policy, asked, settings, folder, policy.iteration, f"{policy.name}, held-out prompts")
             answers[policy.name] = read_samples(folder)
@@ -369,7 +413,7 @@ class _Iteration:
         if self.where.rank > 0:
             return {}
         scored = list(scored_prompts(rows, read_scores(scores)))
-        ours, before, first = (policy.name for policy in (self.next_policy(), self.before, self.first))
+        ours, before, first = (policy.name for policy in (self.next_policy, self.before, self.first))
         return {
             **summary.figures(rows, scored, ours),
             "win_rate": summary.win_rate(scored, ours, first),
@@ -377,6 +421,7 @@ class _Iteration:
             "start": {**summary.figures(rows, scored, first), "win_rate": 0.5},
         }
 
+    @cached_property
     def next_policy(self) -> Policy:
         """What this iteration has made, with its adapter merged into it where there is one."""
         folder = self.folder / "policy"
@@ -403,6 +448,11 @@ class _Iteration:
         what: str,
     ) -> None:
         sample_from(policy, prompts, self.cfg, settings, folder, iteration, what, self.where)
+
+    def _tidy(self) -> None:
+        """What is trained needs no checkpoints, which are several times its size."""
+        if self.where.rank == 0:
+            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
     def _say(self, text: str) -> None:
         if self.where.rank == 0:
@@ -431,6 +481,8 @@ def sample_from(
         policy.start.tokenizer,
         lambda: policy.load(where),
         policy.start.path,
+        revision=policy.cfg.revision,
+        bf16=where.bf16,
         served="/".join(Path(policy.start.path).parts[-2:]) if policy.iteration else None,
     )
     with where.autocast():

@@ -10,8 +10,10 @@ every response has a seed of its own, it does not matter who draws what. Left ou
 """
 
 import contextlib
+import importlib.util
 import json
 import math
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
@@ -41,7 +43,7 @@ class ResponseRow:
     k: int  # of `SamplingConfig.samples`; candidates of other origins follow
     prompt: Conversation | str
     response: str = ""
-    response_ids: list[int] = field(default_factory=list)  # the stop token included
+    response_ids: Sequence[int] = field(default_factory=list)  # the stop token included
     finished: bool = True  # with a stop token; else cut at max_new_tokens
     split: str = "train"  # or held_out
     origin: str = POLICY  # hybrid data have candidates of other origins
@@ -57,6 +59,11 @@ def check_sampling(settings: SamplingConfig) -> None:
             raise UserError(f"sampling.{name} must be above 0, not {getattr(settings, name)}")
     if not 0 < settings.top_p <= 1:
         raise UserError(f"sampling.top_p must lie in (0, 1], not {settings.top_p}")
+    if settings.backend is Backend.vllm and importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "sampling.backend=vllm needs vllm in this environment; or start `vllm serve` in one of its own, and use "
+            "sampling.backend=openai 'sampling.urls=[http://localhost:8000]'"
+        )
     if (settings.backend is Backend.openai) != bool(settings.urls):
         raise UserError(
             "sampling.urls goes with sampling.backend=openai: e.g. sampling.backend=openai "
@@ -71,19 +78,22 @@ def open_sampler(
     load: Callable[[], PreTrainedModel],
     path: str,
     served: str | None = None,
+    revision: str | None = None,
+    bf16: bool = False,
 ) -> Iterator[Sampler]:
     """The sampler that the settings name. Nothing is loaded before the block is entered, or kept after it.
 
     Args:
         load: the policy on its device, for backend hf.
         path: the policy's folder or name on the hub, for backend vllm.
+        revision, bf16: of the policy on the hub, and what it computes in, for backend vllm.
         served: what the name that servers give the policy must end with, for backend openai; None: any will do.
 
     Raises:
         UserError: the backend is not installed, or no server answers.
     """
     if settings.backend is Backend.vllm:
-        with vllm_sampler(path, tokenizer) as sampler:
+        with vllm_sampler(path, tokenizer, revision, bf16) as sampler:
             yield sampler
     elif settings.backend is Backend.openai:
         yield openai_sampler(
@@ -181,7 +191,7 @@ def read_samples(folder: Path) -> list[ResponseRow]:
     for file in _files(folder, manifest):
         try:
             with file.open() as lines:
-                rows += [ResponseRow(**json.loads(line)) for line in lines]
+                rows += [_read_row(line) for line in lines]
         except FileNotFoundError as error:
             raise UserError(f"{file} is not there yet: sampling is not finished, start it again") from error
         except (ValueError, TypeError) as error:
@@ -190,6 +200,12 @@ def read_samples(folder: Path) -> list[ResponseRow]:
     if len({(row.prompt_id, row.k) for row in rows}) != len(rows) or len(rows) != expected:
         raise UserError(f"{folder} holds {len(rows)} rows in place of {expected}: delete it and sample again")
     return rows
+
+
+def _read_row(line: str) -> ResponseRow:
+    """A row of a shard; its token ids in an array, as a list of them takes twenty times the room."""
+    row = ResponseRow(**json.loads(line))
+    return replace(row, response_ids=array("i", row.response_ids))
 
 
 def _rows(

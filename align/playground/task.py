@@ -38,6 +38,16 @@ ASKS = (
     "i need {} {}, {}",
     "tell me {} {}, {}",
 )
+MORE_ASKS = (  # of self-play, in words that the start model knows; held-out prompts are not asked so
+    "please tell me {} {}, {}",
+    "name me {} {}, {}",
+    "please name me {} {}, {}",
+    "list me {} {}, {}",
+    "please list me {} {}, {}",
+    "please i need {} {}, {}",
+    "give {} {}, {}",
+    "tell {} {}, {}",
+)
 FILLER = "thing"  # what a lazy answer says in place of an item
 COUNTS = range(2, 6)
 SAMPLES = 5  # a prompt
@@ -82,9 +92,19 @@ def judge(prompt: str, answer: str) -> float:
 
 def prompts(split: str) -> list[str]:
     """Prompts of a split, each in one split only: all combinations, shuffled once and for all."""
-    every = [ask.format(n, c, layout) for ask in ASKS for n in COUNTS for c in CATEGORIES for layout in LAYOUTS]
+    every = _all(ASKS)
     random.Random(0).shuffle(every)
     return every[:TRAIN_PROMPTS] if split == "train" else every[TRAIN_PROMPTS : TRAIN_PROMPTS + TEST_PROMPTS]
+
+
+def prompt_rows(split: str, start: "Start", cache: Path) -> list[dict[str, Any]]:
+    """The prompts of self-play: those of the pairs, and to train on more of them, since no pair is trained on twice."""
+    asked = [*prompts(split), *(_all(MORE_ASKS) if split == "train" else ())]
+    return [{"prompt": [{"role": "user", "content": prompt}]} for prompt in asked]
+
+
+def _all(asks: tuple[str, ...]) -> list[str]:
+    return [ask.format(n, c, layout) for ask in asks for n in COUNTS for c in CATEGORIES for layout in LAYOUTS]
 
 
 def demonstrations(count: int, seed: int) -> Iterator[tuple[str, str]]:

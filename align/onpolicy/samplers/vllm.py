@@ -18,8 +18,10 @@ from align.onpolicy.samplers.base import Prompt, Sample, Sampler, as_sample
 
 
 @contextlib.contextmanager
-def vllm_sampler(model: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[Sampler]:
-    """A sampler of the policy in a folder, or of that name on the hub.
+def vllm_sampler(
+    model: str, tokenizer: PreTrainedTokenizerBase, revision: str | None = None, bf16: bool = False
+) -> Iterator[Sampler]:
+    """A sampler of the policy in a folder, or of that name and revision on the hub.
 
     Raises:
         UserError: vLLM is not installed here.
@@ -34,7 +36,14 @@ def vllm_sampler(model: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[Sam
         ) from error
     stops = stop_token_ids(tokenizer)
     # Token ids go in and out, so vLLM needs no tokenizer; "vllm": not the model's generation_config
-    engine: Any = LLM(model=model, skip_tokenizer_init=True, enable_prefix_caching=True, generation_config="vllm")
+    engine: Any = LLM(
+        model=model,
+        revision=revision,
+        dtype="bfloat16" if bf16 else "float32",  # of a policy saved in float32 it would make float16
+        skip_tokenizer_init=True,
+        enable_prefix_caching=True,
+        generation_config="vllm",
+    )
 
     def sample(
         prompts: Sequence[Prompt], *, temperature: float, top_p: float, max_new_tokens: int

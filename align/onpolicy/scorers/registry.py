@@ -74,8 +74,8 @@ def build(cfg: ScorerConfig, where: "Place") -> Scorer:
 
 
 def stand_in(cfg: ScorerConfig) -> Identity:
-    """For plans where the hub cannot be reached: what is known of one of ours without its files."""
-    kind = _BUILT_IN[str(cfg.name)].kind
+    """For plans where the hub cannot be reached: what is known of a scorer without its files."""
+    kind = _BUILT_IN[str(cfg.name)].kind if cfg.name in _BUILT_IN else Kind.pointwise
     return Identity(kind=kind, name=f"{cfg.name}:{cfg.path}", revision="unknown", template="unknown")
 
 
