@@ -171,9 +171,6 @@ class SourceConfig:
     eval_path: str | None = None  # held-out pairs; null: from `path`
     eval_split: str | None = None  # null: `eval_fraction` of the training prompts is held out
     rows: str | None = None  # instead of path: "module:function" that makes the rows
-    prompts: str | None = (
-        None  # beside rows: the same for source=selfplay, where its prompts are not those of the pairs
-    )
     columns: dict[str, str] = field(default_factory=dict)  # our column name -> the source's
     wrap_plain: bool = False  # true: a plain prompt and response become one chat turn each
     weight: float = 1.0  # share of this source in a mix

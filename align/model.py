@@ -6,6 +6,7 @@ papers train without it, and a log-ratio to the start model is only 0 at step 0 
 """
 
 import hashlib
+import inspect
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from align.cache import build_once
-from align.config import ModelConfig, SystemMessage, UserError, fingerprint, resolve
+from align.config import ModelConfig, SystemMessage, UserError, file_fingerprint, fingerprint, resolve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,9 @@ def prepare_start(cfg: ModelConfig, cache: Path) -> Start:
     tokenizer = (
         resolve(cfg.tokenizer, "model.tokenizer")() if is_function else _load_tokenizer(cfg, cfg.tokenizer, None)
     )
-    key = fingerprint(cfg.init, cfg.init_seed, cfg.fit, tokenizer_fingerprint(tokenizer), transformers.__version__)
+    key = fingerprint(
+        cfg.init, cfg.init_seed, _code_of(cfg.fit), tokenizer_fingerprint(tokenizer), transformers.__version__
+    )
     folder = cache / "models" / f"{cfg.name}-{key}"
 
     def build(into: Path) -> None:
@@ -83,6 +86,14 @@ def _start_fingerprint(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> 
             while block := content.read(2**24):
                 digest.update(block)
     return digest.hexdigest()[:16]
+
+
+def _code_of(fit: str | None) -> list[str]:
+    """What a fit does: fingerprints of the files beside it, its own among them."""
+    if fit is None:
+        return []
+    folder = Path(inspect.getfile(resolve(fit, "model.fit"))).parent
+    return [fit, *(file_fingerprint(file) for file in sorted(folder.glob("*.py")))]
 
 
 def _initialise(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

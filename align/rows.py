@@ -92,10 +92,8 @@ def _load_source(
 ) -> dict[str, Rows]:
     def load(knob: str, path: str | None, split: str) -> Rows:
         if source.rows is not None:
-            name = "prompts" if content is Content.prompts and source.prompts is not None else "rows"
-            function = getattr(source, name)
-            made = resolve(function, f"{key}.{name}")(split, start, cache)
-            return Rows(rows=made, fingerprint=_content_fingerprint(made), where=f"{function}, {split}")
+            made = resolve(source.rows, f"{key}.rows")(split, start, cache)
+            return Rows(rows=made, fingerprint=_content_fingerprint(made), where=f"{source.rows}, {split}")
         assert path is not None
         return read_rows(f"{key}.{knob}", path, split, source)
 

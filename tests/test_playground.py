@@ -60,7 +60,7 @@ def test_demonstrations_are_imperfect_and_always_the_same():
     made = list(task.demonstrations(500, seed=3))
     assert made == list(task.demonstrations(500, seed=3))
     scores = [task.judge(*demonstration) for demonstration in made]
-    assert 0.6 < sum(scores) / len(scores) < 0.9 and max(scores) == 1.0
+    assert 0.5 < sum(scores) / len(scores) < 0.7 and max(scores) == 1.0
 
 
 @pytest.mark.slow

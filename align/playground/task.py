@@ -38,16 +38,6 @@ ASKS = (
     "i need {} {}, {}",
     "tell me {} {}, {}",
 )
-MORE_ASKS = (  # of self-play, in words that the start model knows; held-out prompts are not asked so
-    "please tell me {} {}, {}",
-    "name me {} {}, {}",
-    "please name me {} {}, {}",
-    "list me {} {}, {}",
-    "please list me {} {}, {}",
-    "please i need {} {}, {}",
-    "give {} {}, {}",
-    "tell {} {}, {}",
-)
 FILLER = "thing"  # what a lazy answer says in place of an item
 COUNTS = range(2, 6)
 SAMPLES = 5  # a prompt
@@ -92,37 +82,30 @@ def judge(prompt: str, answer: str) -> float:
 
 def prompts(split: str) -> list[str]:
     """Prompts of a split, each in one split only: all combinations, shuffled once and for all."""
-    every = _all(ASKS)
+    every = [ask.format(n, c, layout) for ask in ASKS for n in COUNTS for c in CATEGORIES for layout in LAYOUTS]
     random.Random(0).shuffle(every)
     return every[:TRAIN_PROMPTS] if split == "train" else every[TRAIN_PROMPTS : TRAIN_PROMPTS + TEST_PROMPTS]
 
 
-def prompt_rows(split: str, start: "Start", cache: Path) -> list[dict[str, Any]]:
-    """The prompts of self-play: those of the pairs, and to train on more of them, since no pair is trained on twice."""
-    asked = [*prompts(split), *(_all(MORE_ASKS) if split == "train" else ())]
-    return [{"prompt": [{"role": "user", "content": prompt}]} for prompt in asked]
-
-
-def _all(asks: tuple[str, ...]) -> list[str]:
-    return [ask.format(n, c, layout) for ask in asks for n in COUNTS for c in CATEGORIES for layout in LAYOUTS]
-
-
 def demonstrations(count: int, seed: int) -> Iterator[tuple[str, str]]:
-    """(prompt, imperfect answer): half go wrong in one way or more, as an assistant does that was taught in haste."""
+    """(prompt, imperfect answer): most go wrong in some way, as those of an assistant that was taught in haste.
+
+    Often enough that its start model gives few perfect answers: a judge that knows only ties cannot compare.
+    """
     rng = random.Random(seed)
     train = prompts("train")
     for _ in range(count):
         prompt = rng.choice(train)
         n, category, layout = re.search(r"(\d+) (\w+), (.*)$", prompt).groups()  # type: ignore[union-attr]
         items = rng.sample(CATEGORIES[category], int(n))
-        if rng.random() < 0.15:  # wrong count
+        if rng.random() < 0.20:  # wrong count
             items = (items + rng.sample(CATEGORIES[category], 3))[: max(1, len(items) + rng.choice((-2, -1, 1, 2)))]
         for i in range(len(items)):
-            if rng.random() < 0.15:
+            if rng.random() < 0.25:
                 items[i] = FILLER
             elif rng.random() < 0.05:  # an item of another category
                 items[i] = rng.choice(CATEGORIES[rng.choice(list(CATEGORIES))])
-        yield prompt, render(items, layout if rng.random() > 0.20 else rng.choice(LAYOUTS))
+        yield prompt, render(items, layout if rng.random() > 0.35 else rng.choice(LAYOUTS))
 
 
 def corpus() -> Iterator[str]:
