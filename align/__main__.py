@@ -72,7 +72,7 @@ def main(stage: str | None = None) -> None:
         sys.exit(f"align: {compose.one_line(error)}{unsent}")
     except KeyboardInterrupt as stop:
         at = f" {stop}" if isinstance(stop, Stopped) else ""
-        print(f"align: stopped{at}; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"align: stopped{at}; the same command goes on where it stopped", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
 

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
@@ -17,6 +18,8 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from align.config import UserError
+
+_SILENCE = 3.0  # seconds without a word while another process builds
 
 
 def build_once(folder: Path, build: Callable[[Path], None], remedy: str = "set cache_dir= or ALIGN_CACHE") -> Path:
@@ -30,7 +33,11 @@ def build_once(folder: Path, build: Callable[[Path], None], remedy: str = "set c
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{folder}.lock")
-        lock.acquire()
+        try:
+            lock.acquire(timeout=_SILENCE)
+        except Timeout:
+            print(f"align: waiting for another process, which makes {folder}", file=sys.stderr)
+            lock.acquire()
     except OSError as error:
         raise UserError(f"cannot write {folder.parent} ({error.strerror}); {remedy}") from error
     with lock:

@@ -106,6 +106,7 @@ def describe_selfplay(
     sampling, evaluation = cfg.sampling, cfg.evaluation
     held_out, mean_prompt = len(prompts.held_out), fmean(prompts.tokens.values())
     asked = of_iteration + held_out
+    plain = sum(isinstance(prompt.text, str) for prompt in prompts.all) if start.tokenizer.chat_template else 0
     responses = asked * sampling.samples
     longest_response = sampling.max_new_tokens
     compared = min(evaluation.prompts, held_out)
@@ -124,7 +125,8 @@ def describe_selfplay(
         f"self-play   {cfg.iterations} iterations of {of_iteration:,} training prompts"
         + (" each, none twice" if cfg.source.split_prompts else ", the same ones each time"),
         f"prompts     {cfg.dataset.name}: {mean_prompt:,.0f} tokens on average; {held_out:,} held out; "
-        f"dropped: {prompts.describe_dropped()}",
+        f"dropped: {prompts.describe_dropped()}"
+        + (f"; {plain:,} are plain texts, asked without a chat template (dataset.wrap_plain)" if plain else ""),
         f"sample      {responses:,} responses an iteration by {sampling.backend.name}: {sampling.samples} to a prompt, "
         f"temperature {sampling.temperature:g}, top_p {sampling.top_p:g}; {asked * mean_prompt:,.0f} tokens of prompts, up to "
         f"{responses * longest_response:,} to sample{others}",

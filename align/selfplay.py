@@ -82,19 +82,19 @@ class Play:
         return self.dir / "iter_*" / "metrics.jsonl"
 
     @property
-    def _done(self) -> int:
+    def done(self) -> int:
         """How many iterations are."""
         return len(json.loads(self.results.read_text())["iterations"]) if self.results.exists() else 0
 
     @property
     def is_done(self) -> bool:
         """Whether as many iterations are done as are asked for: more of them go on from these."""
-        return self._done >= self.cfg.iterations
+        return self.done >= self.cfg.iterations
 
     @property
     def policy(self) -> Path:
         """Of the last iteration, which is the one that results.json is about."""
-        return self.folder(max(self._done, self.cfg.iterations)) / "policy"
+        return self.folder(max(self.done, self.cfg.iterations)) / "policy"
 
     def folder(self, iteration: int) -> Path:
         """Of an iteration; 0 is the start model."""
@@ -140,7 +140,10 @@ def selfplay(cfg: RunConfig) -> float | None:
     """
     train.quieten()
     slurm.take_place()
-    return run.carry_out(prepare(cfg), selfplay, begin)
+    play = prepare(cfg)
+    if play.is_done and play.done > cfg.iterations:
+        run.say(f"{play.dir} holds {play.done} iterations already, which are more than the {cfg.iterations} asked for")
+    return run.carry_out(play, selfplay, begin)
 
 
 def prepare(cfg: RunConfig) -> Play:
@@ -152,6 +155,15 @@ def prepare(cfg: RunConfig) -> Play:
     of_iteration = len(prompts_of(cfg, prompts, cfg.iterations)) - len(
         prompts.held_out
     )  # the last share is the smallest
+    if of_iteration < cfg.train.pairs_per_step:
+        shared = (
+            f" shared out over {cfg.iterations} iterations (source.split_prompts)," if cfg.source.split_prompts else ""
+        )
+        raise UserError(
+            f"an iteration trains on {of_iteration} prompts: of {cfg.dataset.name}'s {len(prompts.all)},{shared} "
+            f"{len(prompts.held_out)} are held out (dataset.eval_fraction); train.pairs_per_step="
+            f"{cfg.train.pairs_per_step} needs that many pairs: give more prompts, or a smaller step"
+        )
     plan.check_batch(cfg, of_iteration, fleet.world)
     longest = max(prompts.tokens.values()) + 2 * min(cfg.sampling.max_new_tokens, cfg.train.max_length)
     fleet = plan.settle_strategy(cfg, start, fleet, longest)

@@ -609,7 +609,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_the_same_command_goes_on(
     assert 4 <= step < STEPS
     last = result.err.splitlines()[-1]
     assert last == (
-        f"align: stopped at step {step} of {STEPS}, with a checkpoint; the same command goes on from the last checkpoint"
+        f"align: stopped at step {step} of {STEPS}, with a checkpoint; the same command goes on where it stopped"
     )
     assert "Traceback" not in result.err
     again = complete(words, tmp_path)

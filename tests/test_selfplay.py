@@ -601,12 +601,16 @@ CASES = [
     bad(
         "servers of hf", "sampling.urls=[http://localhost:1]", says=("sampling.urls goes with sampling.backend=openai",)
     ),
-    bad("fewer prompts than a step", "dataset.limit=3", says=("train.pairs_per_step=4 is more than the 3",)),
+    bad(
+        "fewer prompts than a step",
+        "dataset.limit=3",
+        says=("an iteration trains on 3 prompts", "train.pairs_per_step=4 needs"),
+    ),
     bad(
         "fewer prompts than a step when split",
         "source.split_prompts=true",
         "iterations=4",
-        says=("train.pairs_per_step=4 is more than the 3",),
+        says=("an iteration trains on 3 prompts", "shared out over", "train.pairs_per_step=4 needs"),
     ),
     bad("source", "source=other", says=("source=other", "dataset, selfplay")),
     bad("a typo", "sampling.sample=3", says=("sampling.sample",)),
@@ -927,7 +931,7 @@ def test_self_play_that_is_asked_to_stop_while_it_samples_stops_and_the_same_com
     os.kill(pid, signal.SIGTERM)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGINT
     said = (tmp_path / "forked.log").read_text().splitlines()[-1]
-    assert said == "align: stopped; the same command goes on from the last checkpoint"
+    assert said == "align: stopped; the same command goes on where it stopped"
     made = written(folder, "iter_1/responses/*.jsonl")
     assert 2 <= len(made) < TRAIN + HELD_OUT
     assert typed(home, *again).status == 0

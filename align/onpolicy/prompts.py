@@ -201,7 +201,9 @@ class _Answers:
     def check_used(self) -> None:
         """Raise where no prompt has got an answer: the prompts of the two sources are not the same ones."""
         if not self._used:
-            raise UserError(f"{self._key}={self._where} holds no answer to any of the prompts")
+            there = next(iter(self._by_prompt), None)
+            said = "" if there is None else f"; prompts must be equal to the letter, and its first is {there[:60]!r}"
+            raise UserError(f"{self._key}={self._where} holds no answer to any of the prompts{said}")
 
 
 def _said(prompt: Conversation | str) -> str:

@@ -186,7 +186,7 @@ def read_samples(folder: Path) -> list[ResponseRow]:
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
     except OSError as error:
-        raise UserError(f"{folder} holds no responses: it has no {_MANIFEST}") from error
+        raise UserError(f"{folder} holds no responses, as it has no {_MANIFEST}: run align.sample first") from error
     rows = []
     for file in _files(folder, manifest):
         try:

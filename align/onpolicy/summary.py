@@ -76,10 +76,10 @@ def line(made: Mapping[str, Any]) -> str:
         "score": "judge_score",
         "spread": "score_spread",
         "tokens an answer": "sample_length",
-        "distinct answers": "distinct",
         "held-out accuracy": "accuracy/mean_logp",
     }
-    return ", ".join(f"{label} {made[name]:.3g}" for label, name in shown.items() if name in made)
+    figures_ = [f"{label} {made[name]:.3g}" for label, name in shown.items() if name in made]
+    return ", ".join([*figures_, f"{made['distinct']:.0%} of the answers distinct"])
 
 
 def _usable(scored: Sequence[ScoredPrompt]) -> list[ScoredPrompt]:

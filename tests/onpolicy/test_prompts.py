@@ -294,7 +294,10 @@ def test_bad_candidates_are_one_line_that_names_the_knob(loaded, tmp_path):
         refused("answer")
     )
     assert "(source.candidates.gpt4) needs the columns prompt and response; it has question, response" in refused(wrong)
-    assert refused(others).endswith("others.jsonl holds no answer to any of the prompts")
+    assert (
+        "others.jsonl holds no answer to any of the prompts; prompts must be equal to the letter, and its first is 'c'"
+        in (refused(others))
+    )
     assert refused("gpt") == "source.candidates.gpt4=gpt holds no answer to any of the prompts"
     assert refused("none.jsonl").startswith("source.candidates.gpt4=none.jsonl does not exist")
     assert "source.candidates.policy: that is the name of the policy's own answers" in refused("gpt", "policy")

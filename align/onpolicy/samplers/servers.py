@@ -126,7 +126,7 @@ class Servers:
             if self._rests_until[url] > time.monotonic():
                 return
             if self._failures[url] == _WORTH_A_LINE:
-                tqdm.write(f"align: {url}: {reason}; trying again", file=sys.stderr)
+                tqdm.write(f"align: {url}: {reason}; trying again for {self._patience:.0f} seconds", file=sys.stderr)
             self._rests_until[url] = time.monotonic() + min(most, first * 2 ** self._failures[url])
             self._failures[url] = min(self._failures[url] + 1, 16)
 
