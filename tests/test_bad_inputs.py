@@ -416,7 +416,7 @@ MODELS = [
         "small embedding",
         "model.path=./model",
         setup=small_embedding,
-        says=("tokenizer has 613 tokens", "embeds only 100", "model.tokenizer and model.path"),
+        says=("tokenizer has 614 tokens", "embeds only 100", "model.tokenizer and model.path"),
     ),
     bad(
         "attention",
