@@ -229,7 +229,14 @@ STARTERS = {
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("starter", [*STARTERS, "variables"])
+@pytest.mark.parametrize(
+    "starter",
+    [
+        "torchrun c10d",
+        "variables",
+        *(pytest.param(s, marks=pytest.mark.matrix) for s in ("torchrun static", "accelerate")),
+    ],
+)
 def test_processes_that_somebody_else_has_started_meet_again(tmp_path, starter):
     (tmp_path / "meet.py").write_text("import test_launch\nprint(test_launch.meet_three_times())")
     with socket.create_server(("127.0.0.1", 0)) as free:

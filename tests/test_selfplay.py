@@ -927,7 +927,7 @@ def test_self_play_that_is_killed_goes_on_by_the_same_command_and_loses_nothing(
 def test_self_play_that_is_asked_to_stop_while_it_samples_stops_and_the_same_command_goes_on(tmp_path, words, home):
     folder = tmp_path / "run"
     again = words(folder, "sampling.prompts_per_shard=1")
-    pid = forked_until("iter_1/responses/00001-*", again, tmp_path, folder, home)
+    pid = forked_until("iter_1/responses/00001-*.jsonl", again, tmp_path, folder, home)
     os.kill(pid, signal.SIGTERM)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGINT
     said = (tmp_path / "forked.log").read_text().splitlines()[-1]

@@ -5,6 +5,7 @@ Six of the twenty moments are in CI; the others, with the mark `matrix`, are run
 
 import contextlib
 import json
+import os
 import random
 import signal
 import time
@@ -21,7 +22,7 @@ from test_launch import Command, complete, weights
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
 STEPS = 8
-KILLS = {"single": 1, "ddp": 2, "fsdp": 2, "zero3": 1}  # in CI
+KILLS = {"single": 1, "ddp": 1, "fsdp": 1, "zero3": 1}  # in CI
 BY_HAND = 5  # for each strategy
 EXACT = {"single", "ddp"}  # whose checkpoints hold every bit; sharded ones sum in an order that we do not promise
 
@@ -135,8 +136,11 @@ def test_a_run_that_is_killed_goes_on_by_the_same_command_and_loses_nothing(
 
     with Command(typed, tmp_path) as command:
         wait_until(command, moment, seconds, folder)
-        had = sorted(
-            str(path.relative_to(folder / "checkpoints")) for path in folder.glob("checkpoints/**/checkpoint-*")
+        had = sorted(  # walk passes over what is renamed meanwhile
+            str((Path(at) / name).relative_to(folder / "checkpoints"))
+            for at, names, _ in os.walk(folder / "checkpoints")
+            for name in names
+            if name.startswith("checkpoint-")
         )
         number = kill(command, moment.victim)
         died = time.monotonic()
