@@ -19,7 +19,7 @@ LAYERS = [
     {"run"},
     {"selfplay"},
     {"__main__"},
-    {"sample", "annotate", "select"},  # commands of a stage alone
+    {"sample", "annotate", "select", "report"},  # commands of their own
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 INSIDE = {"engine": [{"layout"}, {"attention", "head"}, {"forward"}, {"budget"}, {"__init__"}]}  # packages, likewise
@@ -30,6 +30,7 @@ OWNERS = {
     "hydra": "compose",
     "flash_attn": "engine",
     "deepspeed": "strategy",
+    "matplotlib": "report",
     "submitit": "slurm",
     "vllm": "onpolicy",
 }

@@ -1,0 +1,369 @@
+"""Run folders -> typed rows. Reads only what a run has written of itself, and nothing of it is trusted to be whole.
+
+A folder counts as a run where it holds identity.json, config.yaml beside plan.txt, or a traceback. The iterations of a
+self-play run belong to it and are no runs. A run without results.json is read as far as it got. Left out: checkpoints,
+weights and tracker files.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from align.config import UserError
+from align.report.length_control import length_controlled_win_rate
+
+Values = Mapping[str, Any]
+
+_NOT_RUNS = ("checkpoints", "model", "policy", "wandb", "logs", "tensorboard")
+
+
+class State(Enum):
+    """How far a run got."""
+
+    complete = "complete"
+    failed = "failed"  # it left a traceback
+    running = "running"  # a process holds its folder
+    incomplete = "incomplete"  # stopped or killed: the same command goes on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What start model and policy said to one prompt, K answers each, and what the judge makes of it."""
+
+    prompt: str
+    start: list[str]
+    policy: list[str]
+    start_scores: list[float]  # empty where the scorer only compares
+    policy_scores: list[float]
+    chances: list[list[float]]  # [K][K] P(the policy's i-th answer beats the start model's j-th); a tie is one half
+
+    @property
+    def win_rate(self) -> float:
+        """A tie is half a win."""
+        return fmean(chance for row in self.chances for chance in row)
+
+    @property
+    def ties(self) -> float:
+        """The share of pairs of answers that are equally good."""
+        return fmean(chance == 0.5 for row in self.chances for chance in row)
+
+    @property
+    def wins(self) -> float:
+        """The share of pairs in which the policy's answer is the better one."""
+        return self.win_rate - self.ties / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run folder."""
+
+    dir: Path
+    name: str  # what the report calls it: its folder, without what all folders have in common
+    state: State
+    note: str = ""  # why it is not complete, in a line
+    config: Values = field(default_factory=dict)  # "objective.beta": 2.0, ... all of config.yaml
+    identity: Values = field(default_factory=dict)  # likewise, of identity.json: what decides the result
+    start: Mapping[str, float] = field(default_factory=dict)  # results of the start model
+    trained: Mapping[str, float] = field(default_factory=dict)  # of the policy
+    curves: Mapping[str, list[tuple[int, float]]] = field(default_factory=dict)  # metric: (step, value), in order
+    answers: list[Answers] = field(default_factory=list)
+    iterations: Sequence[Mapping[str, float]] = field(default_factory=list)  # of self-play
+    steps: int | None = None  # planned; of self-play those of all iterations that are done
+    made_with: str = ""  # versions
+    command: str = ""
+
+    @property
+    def objective(self) -> str:
+        """Its name."""
+        return str(self.config.get("objective.name", "unknown"))
+
+    @property
+    def seed(self) -> int | None:
+        """The seed of data order, new weights and sampling."""
+        return self.config.get("seed")
+
+    @property
+    def last_step(self) -> int:
+        """The last step that is in metrics.jsonl."""
+        return max((points[-1][0] for points in self.curves.values()), default=0)
+
+
+def read_runs(folders: Iterable[Path]) -> list[Run]:
+    """All runs in and below the folders, each once, in the order of their paths.
+
+    Raises:
+        UserError: a folder is not there, or no run is in any of them.
+    """
+    folders = list(folders)
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"no folder {folder}: give folders of runs, e.g. python -m align.report runs")
+    found = sorted({path.resolve() for folder in folders for path in find_runs(folder)})
+    if not found:
+        raise UserError(
+            f"no runs in {', '.join(map(str, folders))}: train first, e.g. python -m align -m objective=dpo,simpo"
+        )
+    above = common_folder(found)
+    return [read_run(path, str(path.relative_to(above)) if path != above else path.name) for path in found]
+
+
+def common_folder(paths: Iterable[Path]) -> Path:
+    """The deepest folder that holds all of them; of one run, the folder it is in."""
+    return Path(os.path.commonpath([path.resolve().parent for path in paths]))
+
+
+def find_runs(folder: Path) -> Iterator[Path]:
+    """Run folders in and below a folder, links included."""
+    seen: set[Path] = set()  # links may lead in a circle
+    for path, inner, files in os.walk(folder, followlinks=True):
+        own = Path(path)
+        if own.resolve() in seen:
+            inner.clear()
+            continue
+        seen.add(own.resolve())
+        if "identity.json" in files or {"config.yaml", "plan.txt"} <= set(files) or any(_tracebacks(own)):
+            inner.clear()
+            yield own
+        else:
+            inner[:] = sorted(name for name in inner if name not in _NOT_RUNS and not name.startswith("."))
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """One run folder, whatever of it is there."""
+    results = _json(folder / "results.json")
+    plan = _text(folder / "plan.txt")
+    planned = re.search(r"^steps\s+([\d,]+) of ", plan, re.MULTILINE)
+    config = _yaml(folder / "config.yaml")
+    curves = _curves(folder)
+    iterations = [_numbers(made) for made in results.get("iterations", [])]
+    steps = int(planned[1].replace(",", "")) if planned else None
+    if iterations:
+        steps = int(sum(made.get("steps", 0) for made in iterations))
+    state, note = _state(folder, bool(results), curves, steps)
+    card = next((text for place in ("model", "policy") for text in [_text(folder / place / "README.md")] if text), "")
+    if not card and (last := _last_iteration(folder)):
+        card = _text(last / "policy" / "README.md")
+    made_with = re.search(r"^- Made with (.*)$", card, re.MULTILINE)
+    problem = ""
+    answers: list[Answers] = []
+    try:
+        answers = _answers(folder)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        problem = f"its answers cannot be read: {' '.join(str(error).split())[:200]}"
+    sides = {
+        "start": _numbers(results.get("start", {}) or _unprefixed(_json(folder / "start.json"))),
+        "trained": _numbers(results.get("trained", {})),
+    }
+    if answers and "win_rate" in sides["trained"]:
+        sides["trained"].setdefault("lc_win_rate", _length_controlled(answers))
+        sides["start"].setdefault("lc_win_rate", 0.5)
+    return Run(
+        dir=folder,
+        name=name,
+        state=state,
+        note="; ".join(filter(None, (note, problem))),
+        config=flat(config),
+        identity=flat(_json(folder / "identity.json")),
+        start=sides["start"],
+        trained=sides["trained"],
+        curves=curves,
+        answers=answers,
+        iterations=iterations,
+        steps=steps,
+        made_with=made_with[1] if made_with else "",
+        command=_text(folder / "command.txt").strip(),
+    )
+
+
+def flat(node: Values, prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted keys, as they are typed."""
+    made: dict[str, Any] = {}
+    for name, value in node.items():
+        if isinstance(value, Mapping) and value:
+            made |= flat(value, f"{prefix}{name}.")
+        else:
+            made[f"{prefix}{name}"] = value
+    return made
+
+
+# Parts of a run -------------------------------------------------------------------------------------------------------
+
+
+def _state(folder: Path, done: bool, curves: Mapping[str, Any], steps: int | None) -> tuple[State, str]:
+    if done:
+        return State.complete, ""
+    last = max((points[-1][0] for points in curves.values()), default=0)
+    reached = f"at step {last}" + (f" of {steps}" if steps else "") if last else "before the first step"
+    if _is_held(folder / ".lock"):
+        return State.running, reached
+    for file in _tracebacks(folder):
+        lines = [line for line in _text(file).splitlines() if line.strip()]
+        return State.failed, f"{reached}: {lines[-1].strip()[:300] if lines else 'no message'} ({file.name})"
+    return State.incomplete, f"stopped {reached}; the same command goes on"
+
+
+def _tracebacks(folder: Path) -> Iterator[Path]:
+    yield from sorted(folder.glob("logs/*.traceback"))
+
+
+def _is_held(lock: Path) -> bool:
+    if not lock.exists():
+        return False
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # not ours to lock
+        return False
+
+
+def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Of metrics.jsonl; of self-play all iterations in a row, as in a tracker."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    before = 0
+    for own in _iterations(folder) or [folder]:
+        rows = [row for row in _lines(own / "metrics.jsonl") if row.get("step") or not before]
+        for row in rows:
+            for name, value in row.items():
+                if name != "step" and isinstance(value, int | float):
+                    curves.setdefault(name, []).append((before + int(row["step"]), float(value)))
+        before += max((int(row["step"]) for row in rows), default=0)
+    return curves
+
+
+def _answers(folder: Path) -> list[Answers]:
+    """Of samples.jsonl, or of the last complete iteration of self-play."""
+    made = []
+    for row in _lines(folder / "samples.jsonl"):
+        scores = row["scores"]
+        made.append(
+            Answers(
+                prompt=row["prompt"],
+                start=row["start"],
+                policy=row["policy"],
+                start_scores=scores["start"],
+                policy_scores=scores["policy"],
+                chances=[[(a > b) + 0.5 * (a == b) for b in scores["start"]] for a in scores["policy"]],
+            )
+        )
+    last = _last_iteration(folder)
+    return _selfplay_answers(folder, last) if last else made
+
+
+def _length_controlled(answers: list[Answers]) -> float:
+    """The length-controlled win rate by pairs of answers, without AlpacaEval's difficulties: these are other prompts."""
+    rows = [
+        (chance, len(ours), len(theirs))
+        for one in answers
+        for ours, row in zip(one.policy, one.chances, strict=True)
+        for theirs, chance in zip(one.start, row, strict=True)
+    ]
+    return length_controlled_win_rate(*zip(*rows, strict=True)).rate
+
+
+def _selfplay_answers(folder: Path, last: Path) -> list[Answers]:
+    from align.onpolicy.annotate import read_scores
+    from align.onpolicy.pairs import scored_prompts
+    from align.onpolicy.sample import read_samples
+    from align.onpolicy.select import preferences
+    from align.onpolicy.summary import side_by_side
+
+    number = int(last.name.removeprefix("iter_"))
+    told = {"policy": number, "before": number - 1, "start": 0}  # in the order in which selfplay.py compares
+    if number == 1:
+        del told["before"]
+    rows = side_by_side(
+        {name: read_samples(folder / f"iter_{of}" / "evaluation" / "responses") for name, of in told.items()}, number
+    )
+    prompts = {row.prompt_id: row.prompt for row in rows}
+    made = []
+    for scored in scored_prompts(rows, read_scores(last / "evaluation" / "scores")):
+        ours, theirs = (
+            [i for i, candidate in enumerate(scored.candidates) if candidate.origin == side]
+            for side in ("policy", "start")
+        )
+        scores = [candidate.score for candidate in scored.candidates]
+        numbers = [score for score in scores if score is not None]
+        matrix = scored.preferences or preferences(numbers, temperature=0.0)
+        chances = [[matrix[i][j] for j in theirs] for i in ours]
+        if any(not 0 <= chance <= 1 for row in chances for chance in row):  # NaN: not scored
+            continue
+        asked = prompts[scored.id]
+        made.append(
+            Answers(
+                prompt=asked if isinstance(asked, str) else asked[-1]["content"],
+                start=[scored.candidates[j].text for j in theirs],
+                policy=[scored.candidates[i].text for i in ours],
+                start_scores=[numbers[j] for j in theirs] if len(numbers) == len(scores) else [],
+                policy_scores=[numbers[i] for i in ours] if len(numbers) == len(scores) else [],
+                chances=chances,
+            )
+        )
+    return made
+
+
+def _iterations(folder: Path) -> list[Path]:
+    """The folders of self-play's trainings, in order."""
+    own = [path for path in folder.glob("iter_*") if path.name[5:].isdigit() and path.name != "iter_0"]
+    return sorted(own, key=lambda path: int(path.name[5:]))
+
+
+def _last_iteration(folder: Path) -> Path | None:
+    """The newest iteration that is complete."""
+    return next((path for path in reversed(_iterations(folder)) if (path / "summary.json").exists()), None)
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        made = json.loads(_text(file) or "{}")
+    except ValueError:
+        return {}
+    return made if isinstance(made, dict) else {}
+
+
+def _yaml(file: Path) -> dict[str, Any]:
+    try:
+        made = yaml.safe_load(_text(file)) or {}
+    except yaml.YAMLError:
+        return {}
+    return made if isinstance(made, dict) else {}
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    """Of a JSONL file; a last line that was cut off by a kill is left out."""
+    for line in _text(file).splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            yield row
+
+
+def _numbers(node: Any) -> dict[str, float]:
+    pairs = node.items() if isinstance(node, Mapping) else ()
+    return {name: float(value) for name, value in pairs if isinstance(value, int | float)}
+
+
+def _unprefixed(metrics: Values) -> dict[str, Any]:
+    return {name.removeprefix("eval/"): value for name, value in metrics.items()}

@@ -1,0 +1,472 @@
+"""The report over several runs: what is read, what counts as a method, what the three files say, and the page in a browser."""
+
+import csv
+import io
+import json
+import re
+import shutil
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from random import Random
+from statistics import fmean
+
+import pytest
+import yaml
+from conftest import quick
+from filelock import FileLock
+
+from align.report import methods as methods_
+from align.report.__main__ import main, report
+from align.report.page import page
+from align.report.read import State, find_runs, read_runs
+from align.report.text import results_csv
+
+SETTINGS = {
+    "model": {"name": "tiny"},
+    "dataset": {"name": "playground"},
+    "optimizer": {"learning_rate": 3e-4, "max_steps": 4},
+    "evaluation": {"prompts": 12, "samples_per_prompt": 2},
+}
+PROMPTS = [f"please list {i} cities" for i in range(12)]
+
+
+def write_run(folder: Path, objective="dpo", seed=1, better=0.0, state="complete", prompts=PROMPTS, **more) -> Path:
+    """A run folder as align writes it. `better` is by how much the policy's scores are above the start model's."""
+    hyper = {"dpo": {"beta": 0.1}, "simpo": {"beta": 2.0, "gamma_beta_ratio": 0.5}, "wpo": {"beta": 0.1}}[objective]
+    hyper |= more.pop("hyper", {})
+    settings = {**SETTINGS, "objective": {"name": objective, **hyper}, "seed": seed, **more}
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({**settings, "cache_dir": f"/cache/{seed}"}))
+    fingerprints = {
+        "start": "5b6d",
+        "pairs": "0ffb",
+        "device": "cpu",
+        "bf16": False,
+        "objective_code": {"X": objective},
+    }
+    (folder / "identity.json").write_text(json.dumps({**settings, **fingerprints}))
+    (folder / "plan.txt").write_text("objective   X\nsteps       4 of 32 pairs\n")
+    (folder / "model").mkdir()
+    (folder / "model" / "README.md").write_text("# tiny\n\n- Made with align 0.1.0, torch 2.13.0\n")
+    rows = []
+    for step in range(5 if state == "complete" else 3):
+        if step:
+            rows.append({"step": step, "train/loss": 0.7 - step / 10, "train/accuracy/mean_logp": 0.7 + step / 20})
+        if step % 2 == 0:
+            rows.append({"step": step, "eval/accuracy/mean_logp": 0.7 + step / 20 + seed / 100, "eval/entropy": 1.4})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if state == "failed":
+        (folder / "logs").mkdir()
+        (folder / "logs" / "0.traceback").write_text("Traceback:\n  here\nRuntimeError: the loss is not finite\n")
+    if state != "complete":
+        return folder
+    samples = []
+    for prompt in prompts:
+        luck = Random(f"{objective} {seed} {hyper} {prompt}")
+        hard = 0.5 * Random(prompt).random()
+        start, policy = (
+            [round(min(1.0, hard + 0.5 * luck.random() + of), 2) for _ in range(2)] for of in (0.0, better)
+        )
+        texts = {"start": [f"oslo {k}" for k in range(2)], "policy": [f"rome {objective} {seed} {k}" for k in range(2)]}
+        samples.append({"prompt": prompt, **texts, "scores": {"start": start, "policy": policy}})
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+    rate = fmean((a > b) + 0.5 * (a == b) for s in samples for a in s["scores"]["policy"] for b in s["scores"]["start"])
+    start = {"win_rate": 0.5, "sample_length": 8.0, "kl_policy_start": 0.0, "accuracy/mean_logp": 0.7, "loss": 0.7}
+    trained = {
+        "win_rate": rate,
+        "sample_length": 9.0 + seed / 10,
+        "kl_policy_start": 1.0 + seed / 10,
+        "accuracy/mean_logp": 0.9 + seed / 100,
+        "loss": 0.3,
+    }
+    (folder / "results.json").write_text(json.dumps({"start": start, "trained": trained}))
+    return folder
+
+
+@pytest.fixture
+def study_folder(tmp_path: Path) -> Path:
+    """Three objectives with three seeds each; one failed, one was stopped."""
+    runs = tmp_path / "runs"
+    for objective, better in (("dpo", 0.0), ("simpo", 0.02), ("wpo", 0.6)):
+        for seed in (1, 2, 3):
+            write_run(runs / f"{objective}-{seed}", objective, seed, better)
+    write_run(runs / "dpo-4", seed=4, state="failed")
+    write_run(runs / "dpo-5", seed=5, state="incomplete")
+    return runs
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def study_of(*folders: Path) -> methods_.Study:
+    return methods_.study(read_runs(folders))
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def test_runs_are_found_at_any_depth_and_iterations_of_self_play_are_none(tmp_path):
+    write_run(tmp_path / "a" / "b" / "deep")
+    play = write_run(tmp_path / "play")
+    write_run(play / "iter_1")
+    write_run(tmp_path / "top" / "checkpoints" / "not-a-run")
+    assert {path.name for path in find_runs(tmp_path)} == {"deep", "play"}
+
+
+def test_links_are_followed_and_circles_end(tmp_path):
+    write_run(tmp_path / "elsewhere" / "one")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "circle").symlink_to(tmp_path / "runs")
+    assert [path.name for path in find_runs(tmp_path / "runs")] == ["one"]
+
+
+def test_a_folder_that_is_given_twice_is_read_once(tmp_path):
+    run = write_run(tmp_path / "runs" / "one")
+    assert len(read_runs([tmp_path, tmp_path / "runs", run])) == 1
+
+
+def test_states_are_told_with_the_reason(study_folder):
+    lock = FileLock(write_run(study_folder / "dpo-6", seed=6, state="incomplete") / ".lock")
+    with lock:
+        runs = {run.name: run for run in read_runs([study_folder])}
+    assert runs["dpo-1"].state is State.complete
+    assert (runs["dpo-4"].state, runs["dpo-4"].note) == (
+        State.failed,
+        "at step 2 of 4: RuntimeError: the loss is not finite (0.traceback)",
+    )
+    assert (runs["dpo-5"].state, runs["dpo-5"].note) == (
+        State.incomplete,
+        "stopped at step 2 of 4; the same command goes on",
+    )
+    assert (runs["dpo-6"].state, runs["dpo-6"].note) == (State.running, "at step 2 of 4")
+
+
+def test_a_run_that_failed_before_anything_was_written_is_listed(tmp_path):
+    (tmp_path / "runs" / "early" / "logs").mkdir(parents=True)
+    (tmp_path / "runs" / "early" / "logs" / "1.traceback").write_text("ImportError: no module\n")
+    (run,) = read_runs([tmp_path / "runs"])
+    assert (run.state, run.note) == (State.failed, "before the first step: ImportError: no module (1.traceback)")
+
+
+@pytest.mark.parametrize("damage", ["results.json", "metrics.jsonl", "samples.jsonl", "config.yaml", "identity.json"])
+def test_a_damaged_file_does_not_stop_the_report(study_folder, damage):
+    whole = (study_folder / "wpo-1" / damage).read_text()
+    (study_folder / "wpo-1" / damage).write_text(whole[: len(whole) // 2])
+    study = study_of(study_folder)
+    rows = {row["run"]: row for row in csv.DictReader(io.StringIO(results_csv(study)))}
+    assert page(study, "") and len(rows) == 11
+    assert rows["wpo-1"]["state"] == ("incomplete" if damage == "results.json" else "complete")
+
+
+def test_wins_ties_and_win_rate_are_those_of_the_samples(tmp_path):
+    run = write_run(tmp_path / "one", better=0.3)
+    (read,) = read_runs([run])
+    scores = [json.loads(line)["scores"] for line in (run / "samples.jsonl").read_text().splitlines()]
+    pairs = [(a, b) for of in scores for a in of["policy"] for b in of["start"]]
+    assert fmean(answers.wins for answers in read.answers) == pytest.approx(fmean(a > b for a, b in pairs))
+    assert fmean(answers.ties for answers in read.answers) == pytest.approx(fmean(a == b for a, b in pairs))
+    assert fmean(answers.win_rate for answers in read.answers) == pytest.approx(read.trained["win_rate"])
+
+
+def write_selfplay(folder: Path, wins: list[list[float]] | None = None) -> Path:
+    """Two iterations, two prompts, one answer each; the scorer gives scores, or P(i beats j) among the three policies."""
+    write_run(folder, state="incomplete")
+    manifest = {"row_count": 2, "shards": ["0.jsonl"], "rows": 6}
+    for number in range(3):
+        responses = folder / f"iter_{number}" / "evaluation" / "responses"
+        responses.mkdir(parents=True)
+        rows = [
+            {
+                "iteration": number,
+                "prompt_id": p,
+                "k": 0,
+                "prompt": [{"role": "user", "content": p}],
+                "response": f"{p}{number}",
+            }
+            for p in ("p", "q")
+        ]
+        (responses / "0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (responses / "manifest.json").write_text(json.dumps(manifest))
+    scores = folder / "iter_2" / "evaluation" / "scores"
+    scores.mkdir()
+    rows = [
+        {
+            "iteration": 2,
+            "prompt_id": p,
+            "k": k,
+            **({"wins": wins[k]} if wins else {"score": [0.9, 0.5, 0.9 if p == "q" else 0.1][k]}),
+        }
+        for p in ("p", "q")
+        for k in range(3)  # the new policy, the one before, the start model
+    ]
+    (scores / "0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (scores / "manifest.json").write_text(json.dumps(manifest))
+    for number in (1, 2):
+        (folder / f"iter_{number}" / "summary.json").write_text("{}")
+        (folder / f"iter_{number}" / "metrics.jsonl").write_text(
+            "".join(json.dumps({"step": s, "eval/entropy": 1.0 + number + s / 10}) + "\n" for s in (0, 4))
+        )
+    iterations = [{"iteration": n, "steps": 4, "win_rate": 0.5 + n / 10} for n in (1, 2)]
+    results = {"start": {"win_rate": 0.5}, "trained": {"win_rate": 0.75}, "iterations": iterations}
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def test_self_play_is_read_as_one_run_with_the_answers_of_its_last_iteration(tmp_path, monkeypatch):
+    monkeypatch.setattr("align.onpolicy.sample._files", lambda folder, manifest: [folder / "0.jsonl"])
+    monkeypatch.setattr("align.onpolicy.annotate._files", lambda folder, shards: [folder / "0.jsonl"])
+    (run,) = read_runs([write_selfplay(tmp_path / "play")])
+    assert [(a.prompt, a.policy, a.start, a.wins, a.ties) for a in run.answers] == [
+        ("p", ["p2"], ["p0"], 1.0, 0.0),
+        ("q", ["q2"], ["q0"], 0.0, 1.0),
+    ]
+    assert run.steps == 8
+    assert run.curves["eval/entropy"] == [(0, 2.0), (4, 2.4), (8, 3.4)]
+    assert study_of(tmp_path).methods[0].label == "dpo self-play"
+
+
+# Methods and comparisons ----------------------------------------------------------------------------------------------
+
+
+def test_runs_that_differ_by_their_seeds_are_one_method(study_folder):
+    study = study_of(study_folder)
+    assert [(method.label, len(method.runs)) for method in study.methods] == [("wpo", 3), ("simpo", 3), ("dpo", 3)]
+
+
+def test_a_label_says_what_varies_and_no_more(tmp_path):
+    for i, (beta, rate) in enumerate([(1.0, 1e-4), (2.0, 1e-4), (2.0, 3e-4)]):
+        optimizer = {"learning_rate": rate, "max_steps": 4}
+        write_run(tmp_path / str(i), "simpo", hyper={"beta": beta}, optimizer=optimizer)
+    write_run(tmp_path / "dpo", "dpo")
+    assert {method.label for method in study_of(tmp_path).methods} == {
+        "dpo",
+        "simpo beta=1 learning_rate=0.0001",
+        "simpo beta=2 learning_rate=0.0001",
+        "simpo beta=2 learning_rate=0.0003",
+    }
+
+
+def test_what_an_objective_wraps_is_named(tmp_path):
+    for base in ("dpo", "simpo"):
+        write_run(tmp_path / base, "wpo", hyper={"base": {"name": base}})
+    assert {method.label for method in study_of(tmp_path).methods} == {"wpo base=dpo", "wpo base=simpo"}
+
+
+def test_models_that_differ_are_named_also_where_objectives_do(tmp_path):
+    write_run(tmp_path / "a", "dpo")
+    write_run(tmp_path / "b", "wpo", model={"name": "other"})
+    assert {method.label for method in study_of(tmp_path).methods} == {"dpo model=tiny", "wpo model=other"}
+
+
+def test_two_and_two_point_zero_are_the_same_number(tmp_path):
+    write_run(tmp_path / "a", "dpo", hyper={"beta": 2})
+    write_run(tmp_path / "b", "dpo", seed=2, hyper={"beta": 2.0})
+    assert [len(method.runs) for method in study_of(tmp_path).methods] == [2]
+
+
+def test_the_same_run_in_two_folders_counts_once(tmp_path):
+    shutil.copytree(write_run(tmp_path / "a"), tmp_path / "b")
+    study = study_of(tmp_path)
+    assert [len(method.runs) for method in study.methods] == [1]
+    assert [(twin.name, kept.name) for twin, kept in study.twins] == [("b", "a")]
+
+
+def test_a_large_difference_is_called_significant_and_a_small_one_is_not(study_folder):
+    study = study_of(study_folder)
+    wpo, simpo, dpo = study.methods
+    against = study.between(wpo, dpo)
+    assert against.made.significant and "wpo is above dpo: significant" in against.sentence
+    assert "dpo is below wpo: significant" in study.between(dpo, wpo).sentence
+    assert study.between(dpo, wpo).made.low == -against.made.high
+    assert "simpo and dpo: not significant" in study.between(simpo, dpo).sentence
+
+
+def test_one_seed_is_compared_by_prompts(tmp_path):
+    write_run(tmp_path / "a", "dpo")
+    write_run(tmp_path / "b", "wpo", better=0.6)
+    (made,) = study_of(tmp_path).comparisons
+    assert (made.made.over, made.made.prompts) == ("prompts", 12)
+
+
+def test_methods_that_answered_other_prompts_are_compared_by_those_they_share(tmp_path):
+    write_run(tmp_path / "a", "dpo")
+    write_run(tmp_path / "b", "wpo", prompts=[*PROMPTS[4:], "another"])
+    write_run(tmp_path / "c", "simpo", prompts=["x", "y", "z"])
+    assert [made.made.prompts for made in study_of(tmp_path).comparisons] == [8]
+
+
+def test_what_is_not_the_same_for_all_is_said(tmp_path):
+    write_run(tmp_path / "a", "dpo")
+    write_run(tmp_path / "b", "wpo", evaluation={"prompts": 20, "samples_per_prompt": 2})
+    report([str(tmp_path)])
+    said = (tmp_path / "report.md").read_text()
+    assert "Not the same for all methods: evaluation (prompts=12, samples_per_prompt=2 for dpo; prompts=20" in said
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def test_results_csv_has_a_row_for_each_run_with_its_results_unrounded(study_folder):
+    report([str(study_folder)])
+    rows = {row["run"]: row for row in rows_of(study_folder / "results.csv")}
+    assert len(rows) == 11
+    for name, row in rows.items():
+        file = study_folder / name / "results.json"
+        if file.exists():
+            results = json.loads(file.read_text())
+            assert {k: float(row[k]) for k in results["trained"]} == results["trained"]
+            assert float(row["start/sample_length"]) == 8.0
+            assert float(row["wins"]) + float(row["ties"]) + float(row["losses"]) == pytest.approx(1)
+            assert float(row["wins"]) + float(row["ties"]) / 2 == pytest.approx(float(row["win_rate"]))
+    assert {rows[name]["state"] for name in ("dpo-4", "dpo-5")} == {"failed", "incomplete"}
+    assert rows["dpo-4"]["win_rate"] == ""
+
+
+def test_the_means_in_report_md_are_those_of_results_csv(study_folder):
+    report([str(study_folder)])
+    rates = [float(row["win_rate"]) for row in rows_of(study_folder / "results.csv") if row["method"] == "wpo"]
+    line = next(line for line in (study_folder / "report.md").read_text().splitlines() if line.startswith("| wpo |"))
+    assert line.split("|")[4].strip().startswith(f"{fmean(rates):.3f} (")
+
+
+def test_the_page_asks_nobody_for_anything_and_its_tags_and_ids_are_in_order(study_folder):
+    html = report([str(study_folder)]).read_text()
+    assert not re.findall(r"""(?:src|href|action)=["'](?!#|data:)""", html.replace("xlink:href", "href"))
+    assert "http" not in re.sub(r"http-equiv|https?://www\.w3\.org\S*", "", html)
+
+    open_tags: list[str] = []
+    ids: list[str] = []
+
+    class Checker(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            ids.extend(value for name, value in attrs if name == "id" and tag not in ("path", "clippath"))
+            if tag not in ("meta", "link", "br", "path", "use", "rect"):
+                open_tags.append(tag)
+
+        def handle_endtag(self, tag):
+            if tag not in ("path", "use", "rect"):
+                assert open_tags.pop() == tag
+
+    Checker().feed(html)
+    assert open_tags == []
+    assert len(ids) == len(set(ids))
+
+
+def test_text_of_a_run_cannot_become_markup(tmp_path):
+    evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
+    write_run(tmp_path / "a", "dpo", prompts=[evil, "b", "c"], dataset={"name": evil})
+    write_run(tmp_path / "b", "wpo", prompts=[evil, "b", "c"], dataset={"name": evil})
+    html = report([str(tmp_path)]).read_text()
+    assert "<img" not in html and "alert(1)</script>" not in html
+
+
+def test_two_numbers_that_vary_make_heat_maps_and_one_makes_lines(tmp_path):
+    for beta in (1.0, 2.0):
+        for ratio in (0.3, 0.5):
+            write_run(tmp_path / "grid" / f"{beta}{ratio}", "simpo", hyper={"beta": beta, "gamma_beta_ratio": ratio})
+    for beta in (0.01, 0.1, 1.0):
+        write_run(tmp_path / "line" / str(beta), "dpo", hyper={"beta": beta})
+    line, grid = sorted(study_of(tmp_path).sweeps, key=lambda sweep: sweep.title)
+    assert (grid.title, grid.x, grid.y) == ("simpo", "objective.beta", "objective.gamma_beta_ratio")
+    assert (line.title, line.x, line.y) == ("dpo", "objective.beta", None)
+    html = report([str(tmp_path)]).read_text()
+    assert "gamma_beta_ratio</text>" in html
+
+
+def test_names_may_hold_any_letter(tmp_path):
+    write_run(tmp_path / "a", "dpo", model={"name": "$a_{b$ 模型"})
+    write_run(tmp_path / "b", "dpo", model={"name": "tiny"})
+    assert "model=$a_{b$ 模型</text>" in report([str(tmp_path)]).read_text()
+
+
+def test_where_nothing_is_complete_the_report_still_lists_the_runs(tmp_path):
+    write_run(tmp_path / "a", state="failed")
+    html = report([str(tmp_path)]).read_text()
+    assert "the loss is not finite" in html and "No run is complete" in html
+
+
+def test_without_a_judge_there_is_no_win_rate_and_it_is_said(tmp_path):
+    for name, objective in (("a", "dpo"), ("b", "wpo")):
+        run = write_run(tmp_path / name, objective)
+        (run / "samples.jsonl").unlink()
+        results = json.loads((run / "results.json").read_text())
+        (run / "results.json").write_text(
+            json.dumps({s: {k: v for k, v in of.items() if k != "win_rate"} for s, of in results.items()})
+        )
+    report([str(tmp_path)])
+    said = (tmp_path / "report.md").read_text()
+    assert "No judge" in said and "Differences" not in said
+
+
+def test_results_of_suites_are_shown_under_their_names(tmp_path):
+    run = write_run(tmp_path / "a")
+    results = json.loads((run / "results.json").read_text())
+    results["trained"]["lm_eval/gsm8k"] = 0.125
+    (run / "results.json").write_text(json.dumps(results))
+    html = report([str(tmp_path)]).read_text()
+    assert "lm_eval/gsm8k" in html and "0.125" in html
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def test_out_is_where_the_files_go_and_the_runs_stay_as_they_are(study_folder, tmp_path):
+    before = sorted(study_folder.rglob("*"))
+    assert report([str(study_folder), f"out={tmp_path / 'made'}"]) == tmp_path / "made" / "report.html"
+    assert {path.name for path in (tmp_path / "made").iterdir()} == {"report.html", "report.md", "results.csv"}
+    assert sorted(study_folder.rglob("*")) == before
+
+
+def test_without_out_the_files_go_into_what_the_given_folders_have_in_common(study_folder, tmp_path):
+    assert report([str(study_folder / "dpo-1"), str(study_folder / "wpo-1")]).parent == study_folder
+    assert report([str(study_folder / "dpo-1")]).parent == study_folder / "dpo-1"
+
+
+def test_a_score_that_is_no_number_does_not_break_the_page(tmp_path):
+    run = write_run(tmp_path / "a")
+    rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    rows[0]["scores"]["policy"][0] = float("nan")
+    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = re.search(r'id="data">(.*?)</script>', report([str(tmp_path)]).read_text(), re.DOTALL)[1]
+    assert json.loads(data)["answers"]["runs"][0]["said"][0]["policy_scores"][0] is None
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["nowhere"], "no folder nowhere"),
+        ([], "no folder runs"),
+        (["outt=x"], "unknown option outt"),
+        (["."], "no runs in .: train first"),
+    ],
+)
+def test_a_wrong_command_is_one_line(words, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["align.report", *words])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert str(end.value).startswith("align: ") and told in str(end.value) and "\n" not in str(end.value)
+
+
+def judge(prompt: str, response: str) -> float:
+    """More words are better."""
+    return min(1.0, len(response.split()) / 8)
+
+
+@pytest.mark.slow
+def test_what_align_has_trained_is_reported(align, tiny_llama, pairs_file, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    words = quick(tiny_llama, pairs_file, "dataset.judge=test_report:judge", "evaluation.prompts=4")
+    assert align("-m", "objective=dpo,simpo", "seed=1,2", *words, "evaluation.max_new_tokens=4").status == 0
+    html = report([]).read_text()
+    rows = rows_of(tmp_path / "runs" / "results.csv")
+    assert [row["method"] for row in rows].count("dpo") == 2 and len(rows) == 4
+    for row in rows:
+        trained = json.loads((tmp_path / "runs" / row["run"] / "results.json").read_text())["trained"]
+        assert float(row["win_rate"]) == trained["win_rate"]
+        assert float(row["wins"]) + float(row["ties"]) / 2 == pytest.approx(trained["win_rate"])
+    assert "The same for all methods" in html
