@@ -6,7 +6,7 @@ The words are those of `python -m align`; `scorer` (or the dataset's judge) and 
 
 from pathlib import Path
 
-from align import launch, run, selfplay, train
+from align import launch, run, stages, train
 from align.__main__ import main
 from align.config import RunConfig
 from align.launch import Fleet
@@ -20,15 +20,15 @@ def annotate(cfg: RunConfig) -> None:
         UserError: anything the user can put right.
     """
     train.quieten()
-    folder = selfplay.stage_folder(cfg)
+    folder = stages.folder_of(cfg)
     read_samples(folder / "responses")
     fleet = launch.fleet(cfg.cluster)
-    selfplay.in_each_process(fleet, selfplay.stage_logs(folder), _annotate, cfg, folder, fleet)
+    stages.in_each_process(fleet, stages.logs_of(folder), _annotate, cfg, folder, fleet)
     run.say(f"scores  {folder / 'scores'}")
 
 
 def _annotate(cfg: RunConfig, folder: Path, fleet: Fleet) -> None:
-    selfplay.score_responses(read_samples(folder / "responses"), cfg, folder / "scores", launch.apart(fleet))
+    stages.score_responses(read_samples(folder / "responses"), cfg, folder / "scores", launch.apart(fleet))
 
 
 if __name__ == "__main__":

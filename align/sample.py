@@ -7,12 +7,12 @@ Started several times on one folder, also on several machines, the commands shar
 from collections.abc import Sequence
 from pathlib import Path
 
-from align import launch, run, selfplay, train
+from align import launch, run, stages, train
 from align.__main__ import main
 from align.config import RunConfig
 from align.launch import Fleet
 from align.onpolicy.prompts import PromptRow
-from align.selfplay import Policy
+from align.stages import Policy
 
 
 def sample(cfg: RunConfig) -> None:
@@ -22,16 +22,16 @@ def sample(cfg: RunConfig) -> None:
         UserError: anything the user can put right.
     """
     train.quieten()
-    folder = selfplay.stage_folder(cfg)
-    start, prompts, fleet = selfplay.prepare_answers(cfg)
+    folder = stages.folder_of(cfg)
+    start, prompts, fleet = stages.prepare_answers(cfg)
     policy = Policy(iteration=0, cfg=cfg.model, start=start)
-    asked = selfplay.prompts_of(cfg, prompts, 1)
-    selfplay.in_each_process(fleet, selfplay.stage_logs(folder), _sample, cfg, policy, asked, folder, fleet)
+    asked = stages.prompts_of(cfg, prompts, 1)
+    stages.in_each_process(fleet, stages.logs_of(folder), _sample, cfg, policy, asked, folder, fleet)
     run.say(f"responses  {folder / 'responses'}")
 
 
 def _sample(cfg: RunConfig, policy: Policy, asked: Sequence[PromptRow], folder: Path, fleet: Fleet) -> None:
-    selfplay.sample_from(policy, asked, cfg, cfg.sampling, folder / "responses", 1, "responses", launch.apart(fleet))
+    stages.sample_from(policy, asked, cfg, cfg.sampling, folder / "responses", 1, "responses", launch.apart(fleet))
 
 
 if __name__ == "__main__":

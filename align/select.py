@@ -4,7 +4,7 @@ The words are those of `python -m align`; `selection` and the seed matter. <fold
 read, <folder>/pairs is written: a preference file to train on.
 """
 
-from align import run, selfplay
+from align import run, stages
 from align.__main__ import main
 from align.config import RunConfig
 from align.onpolicy.pairs import write_pairs
@@ -16,10 +16,10 @@ def select(cfg: RunConfig) -> None:
     Raises:
         UserError: anything the user can put right.
     """
-    folder = selfplay.stage_folder(cfg)
+    folder = stages.folder_of(cfg)
     pairs = folder / "pairs"
     counts = write_pairs(folder / "responses", folder / "scores", cfg.selection, pairs, seed=cfg.seed + 1)
-    run.say(f"{selfplay.describe(counts)}\npairs  {pairs}")
+    run.say(f"{stages.describe(counts)}\npairs  {pairs}")
     run.say(
         f"to train: dataset=local dataset.path={pairs / 'train.jsonl'} dataset.eval_path={pairs / 'held_out.jsonl'}"
     )

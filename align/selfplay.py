@@ -16,43 +16,36 @@ of the openai backend, which whoever started them has to start again with the ne
 """
 
 import contextlib
-import gc
 import json
-import os
 import shutil
-import socket
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
-from align import config, launch, model, plan, run, slurm, strategy, tracking, train
+from align import config, launch, model, plan, run, slurm, stages, strategy, tracking, train
 from align.cache import build_once, write_json
 from align.config import (
-    Backend,
     DatasetConfig,
     Launcher,
-    ModelConfig,
     PairSourceConfig,
     RunConfig,
     SamplingConfig,
-    ScorerConfig,
-    Strategy,
     UserError,
 )
 from align.launch import Fleet, Place
 from align.onpolicy import summary
-from align.onpolicy.annotate import annotate, read_scores
+from align.onpolicy.annotate import read_scores
 from align.onpolicy.pairs import scored_prompts, write_pairs
-from align.onpolicy.prompts import PromptRow, Prompts, load_prompts
-from align.onpolicy.sample import ResponseRow, check_sampling, open_sampler, read_samples, sample_prompts
+from align.onpolicy.prompts import PromptRow, Prompts
+from align.onpolicy.sample import ResponseRow, read_samples
 from align.onpolicy.scorers import registry
 from align.onpolicy.scorers.base import Identity, Item
+from align.stages import Policy
 from align.tracking import Stretch, Tracker
 
 _PARENT = Place(device=torch.device("cpu"), bf16=False, rank=0, world=1)  # of the process that only checks
@@ -101,32 +94,6 @@ class Play:
         return self.dir / f"iter_{iteration}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Policy:
-    """The start model, or what an iteration made of the one before."""
-
-    iteration: int  # that made it; 0: the start model
-    cfg: ModelConfig
-    start: model.Start
-
-    def load(self, where: Place) -> PreTrainedModel:
-        """As it samples: a new adapter, which changes nothing yet, is left out."""
-        dtype = torch.bfloat16 if where.bf16 else torch.float32
-        policy: Any = model.load_policy(replace(self.cfg, lora={}), self.start, seed=0, dtype=dtype)
-        loaded: PreTrainedModel = policy.to(where.device)
-        return loaded
-
-    @property
-    def name(self) -> str:
-        """As people read it."""
-        return f"iteration {self.iteration}" if self.iteration else "start"
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes when its weights do."""
-        return model.policy_fingerprint(replace(self.cfg, lora={}), self.start, seed=0)
-
-
 # Beginning -----------------------------------------------------------------------------------------------------------
 
 
@@ -151,10 +118,9 @@ def prepare(cfg: RunConfig) -> Play:
     objective = run.check(cfg)
     _check_selection(cfg)
     scorer = _scorer(cfg)
-    start, prompts, fleet = prepare_answers(cfg)
-    of_iteration = len(prompts_of(cfg, prompts, cfg.iterations)) - len(
-        prompts.held_out
-    )  # the last share is the smallest
+    start, prompts, fleet = stages.prepare_answers(cfg)
+    asked_last = stages.prompts_of(cfg, prompts, cfg.iterations)  # the last share is the smallest
+    of_iteration = len(asked_last) - len(prompts.held_out)
     if of_iteration < cfg.train.pairs_per_step:
         shared = (
             f" shared out over {cfg.iterations} iterations (source.split_prompts)," if cfg.source.split_prompts else ""
@@ -195,39 +161,12 @@ def _check_selection(cfg: RunConfig) -> None:
 def _scorer(cfg: RunConfig) -> Identity:
     """Who scores, checked before anything is sampled; a plan does without the model."""
     try:
-        return registry.build(scorer_of(cfg), _PARENT).identity
+        return registry.build(registry.scorer_of(cfg), _PARENT).identity
     except model.NotHereError as error:
         if not cfg.plan:
             raise
         run.say(f"align: {error}")
         return registry.stand_in(cfg.scorer)
-
-
-def prepare_answers(cfg: RunConfig) -> tuple[model.Start, Prompts, Fleet]:
-    """What sampling alone needs: who answers, what is asked, and the processes."""
-    check_sampling(cfg.sampling)
-    fleet = launch.fleet(cfg.cluster, cfg.plan)
-    cache = Path(cfg.cache_dir).expanduser()
-    if cfg.sampling.backend is Backend.vllm and fleet.world > 1:
-        raise UserError(
-            f"sampling.backend=vllm is one engine in one process, and there are {fleet.world}: start a vLLM server for each "
-            "GPU and give sampling.backend=openai 'sampling.urls=[...]', or sampling.backend=hf"
-        )
-    start = run.start_model(cfg, cache)
-    return start, load_prompts(cfg, start, cache), fleet
-
-
-def scorer_of(cfg: RunConfig) -> ScorerConfig:
-    """Who scores: as configured, or else the dataset's own judge."""
-    if cfg.scorer.name is not None:
-        return cfg.scorer
-    if cfg.dataset.judge is None:
-        raise UserError(
-            f"source=selfplay needs a scorer, and dataset {cfg.dataset.name} has no judge of its own: give scorer=armorm, "
-            "scorer=pairrm, scorer=reward_model scorer.path=<folder or hub name>, scorer=llm_judge, or scorer=program "
-            "scorer.path=module:function"
-        )
-    return replace(cfg.scorer, name="program", path=cfg.dataset.judge)
 
 
 def _identity(cfg: RunConfig, scorer: Identity, identity: dict[str, Any]) -> dict[str, Any]:
@@ -252,41 +191,12 @@ def _identity(cfg: RunConfig, scorer: Identity, identity: dict[str, Any]) -> dic
     return {**identity, **kept, "judge": {key: judge[key] for key in ("served_model", "request")}}
 
 
-def stage_folder(cfg: RunConfig) -> Path:
-    """Where a stage alone reads and writes. It has no plan, and runs where it is typed."""
-    slurm.take_place()
-    config.check(cfg)
-    if cfg.plan:
-        raise UserError("a stage alone has no plan: leave out plan=true, or plan the whole with python -m align")
-    if cfg.cluster.launcher is Launcher.slurm:
-        raise UserError(
-            "a stage alone runs where it is typed: put the command into a job of yours, with cluster=auto (sbatch, srun)"
-        )
-    if cfg.run_dir is None:
-        raise UserError("a stage alone needs a folder: run_dir=<folder>")
-    return Path(cfg.run_dir).expanduser()
-
-
-def stage_logs(folder: Path) -> Path:
-    """Where the processes of a stage alone write: of each command its own, as several may share a folder."""
-    return folder / "logs" / f"{socket.gethostname()}-{os.getpid()}"
-
-
 def begin(play: Play) -> None:
     """Run in this process, in processes of ours, or as one of several that were started from outside."""
     with run.own_folder(play.dir) if run.is_first() else contextlib.nullcontext():
         if run.is_first():
             run.open_folder(play)
-        in_each_process(play.fleet, play.dir / "logs", work, play)
-
-
-def in_each_process(fleet: Fleet, logs: Path, function: Callable[..., None], *args: Any) -> None:
-    """Call `function(*args)` here, in processes of ours, or as one of several that were started from outside."""
-    alone = fleet.world == 1 and fleet.strategy in (Strategy.single, Strategy.auto)  # auto: nothing is trained
-    if launch.inside() or alone:
-        function(*args)
-    else:
-        launch.start(fleet, logs, function, *args)
+        stages.in_each_process(play.fleet, play.dir / "logs", work, play)
 
 
 # Each process --------------------------------------------------------------------------------------------------------
@@ -323,8 +233,8 @@ def _try_scorer(play: Play, where: Place) -> None:
     if (play.folder(1) / "scores").exists():
         return
     prompt = play.prompts.held_out[0]
-    registry.build(scorer_of(play.cfg), where)([Item(prompt=prompt.text, responses=["yes", "no"])])
-    _free()
+    registry.build(registry.scorer_of(play.cfg), where)([Item(prompt=prompt.text, responses=["yes", "no"])])
+    stages.free()
 
 
 class _Iteration:
@@ -351,7 +261,7 @@ class _Iteration:
                 for made_of_it in ("merged", "evaluation"):
                     shutil.rmtree(self.folder / made_of_it, ignore_errors=True)
             run.begin(job, Stretch(tracker, steps_before))
-        _free()
+        stages.free()
         scored = self._compare()
         if self.where.rank > 0:
             return {"steps": job.steps}
@@ -370,15 +280,15 @@ class _Iteration:
     def _pairs(self) -> dict[str, Any]:
         """Sample, score and select; what became of the prompts, of each split."""
         responses, scores, pairs = (self.folder / name for name in ("responses", "scores", "pairs"))
-        prompts = prompts_of(self.cfg, self.play.prompts, self.number)
+        prompts = stages.prompts_of(self.cfg, self.play.prompts, self.number)
         self._sample(self.before, prompts, self.cfg.sampling, responses, self.number, "responses")
-        score_responses(read_samples(responses), self.cfg, scores, self.where)
+        stages.score_responses(read_samples(responses), self.cfg, scores, self.where)
         made = write_pairs(responses, scores, self.cfg.selection, pairs, seed=self.cfg.seed + self.number)
-        self._say(describe(made))
+        self._say(stages.describe(made))
         for split, least in (("train", self.cfg.train.pairs_per_step), ("held_out", 1)):
             if made[split]["pairs"] < least:
                 raise UserError(
-                    f"iteration {self.number} needs {least} {split} pairs at least: {describe(made)}. Samples that are all "
+                    f"iteration {self.number} needs {least} {split} pairs at least: {stages.describe(made)}. Samples that are all "
                     "alike want another sampling.temperature, close scores another selection.min_gap, few pairs a "
                     "smaller train.pairs_per_step; give another run_dir= then"
                 )
@@ -421,7 +331,7 @@ class _Iteration:
             answers[policy.name] = read_samples(folder)
         rows = summary.side_by_side(answers, self.number)
         scores = self.folder / "evaluation" / "scores"
-        score_responses(rows, self.cfg, scores, self.where)
+        stages.score_responses(rows, self.cfg, scores, self.where)
         if self.where.rank > 0:
             return {}
         scored = list(scored_prompts(rows, read_scores(scores)))
@@ -459,7 +369,7 @@ class _Iteration:
         iteration: int,
         what: str,
     ) -> None:
-        sample_from(policy, prompts, self.cfg, settings, folder, iteration, what, self.where)
+        stages.sample_from(policy, prompts, self.cfg, settings, folder, iteration, what, self.where)
 
     def _tidy(self) -> None:
         """What is trained needs no checkpoints, which are several times its size."""
@@ -469,71 +379,3 @@ class _Iteration:
     def _say(self, text: str) -> None:
         if self.where.rank == 0:
             print(text, flush=True)
-
-
-def prompts_of(cfg: RunConfig, prompts: Prompts, iteration: int) -> list[PromptRow]:
-    """What an iteration asks: its share of the training prompts, or all of them, and the held-out ones."""
-    own = prompts.share(iteration, cfg.iterations) if cfg.source.split_prompts else prompts.train
-    return [*own, *prompts.held_out]
-
-
-def sample_from(
-    policy: Policy,
-    prompts: Sequence[PromptRow],
-    cfg: RunConfig,
-    settings: SamplingConfig,
-    folder: Path,
-    iteration: int,
-    what: str,
-    where: Place,
-) -> None:
-    """Answers of a policy, into a folder; what is there is kept, and other processes do their share."""
-    opening = open_sampler(
-        settings,
-        policy.start.tokenizer,
-        lambda: policy.load(where),
-        policy.start.path,
-        revision=policy.cfg.revision,
-        bf16=where.bf16,
-        served="/".join(Path(policy.start.path).parts[-2:]) if policy.iteration else None,
-    )
-    with where.autocast():
-        sample_prompts(
-            prompts,
-            opening,
-            settings,
-            folder,
-            tokenizer=policy.start.tokenizer,
-            policy=policy.fingerprint,
-            seed=cfg.seed,
-            iteration=iteration,
-            what=what,
-            silent=where.rank > 0,
-        )
-    _free()
-
-
-def score_responses(rows: Sequence[ResponseRow], cfg: RunConfig, folder: Path, where: Place) -> None:
-    """Scores of responses, into a folder; what is there is kept, and other processes do their share."""
-    counts = annotate(rows, registry.build(scorer_of(cfg), where), folder, silent=where.rank > 0)
-    if counts and where.rank == 0:
-        print(", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items()), flush=True)
-    _free()
-
-
-def describe(counts: dict[str, dict[str, Any]]) -> str:
-    """What became of the prompts of each split, in a line."""
-    lines = []
-    for split, of_split in counts.items():
-        dropped = ", ".join(f"{count} {reason}" for reason, count in of_split["dropped"].items())
-        lines.append(
-            f"{split} pairs {of_split['pairs']} of {of_split['prompts']} prompts ({dropped or 'none dropped'})"
-        )
-    return "; ".join(lines)
-
-
-def _free() -> None:
-    """Give the device back what a stage has used."""
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()

@@ -17,6 +17,7 @@ LAYERS = [
     {"plan", "card", "slurm"},
     {"train"},
     {"run"},
+    {"stages"},
     {"selfplay"},
     {"__main__"},
     {"sample", "annotate", "select", "report"},  # commands of their own

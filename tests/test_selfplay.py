@@ -529,7 +529,7 @@ CASES = [
         "scorer=dataset",
         "scorer.path=null",
         says=(
-            "source=selfplay needs a scorer",
+            "answers need a scorer",
             "dataset local has no judge",
             "scorer=program scorer.path=module:function",
         ),

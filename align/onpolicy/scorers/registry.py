@@ -8,10 +8,10 @@ Left out: torch, until a scorer is made.
 
 import importlib.metadata
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from align.config import ScorerConfig, UserError, closest, resolve
+from align.config import RunConfig, ScorerConfig, UserError, closest, resolve
 from align.onpolicy.scorers.base import Identity, Kind, Scorer
 
 if TYPE_CHECKING:  # torch: not needed to look a name up
@@ -45,6 +45,19 @@ _BUILT_IN = {
 def available() -> list[str]:
     """Names of all scorers: ours and those of installed packages."""
     return sorted({*_BUILT_IN, *(entry.name for entry in importlib.metadata.entry_points(group="align.scorers"))})
+
+
+def scorer_of(cfg: RunConfig) -> ScorerConfig:
+    """Who scores: as configured, or else the dataset's own judge."""
+    if cfg.scorer.name is not None:
+        return cfg.scorer
+    if cfg.dataset.judge is None:
+        raise UserError(
+            f"answers need a scorer, and dataset {cfg.dataset.name} has no judge of its own: give scorer=armorm, "
+            "scorer=pairrm, scorer=reward_model scorer.path=<folder or hub name>, scorer=llm_judge, or scorer=program "
+            "scorer.path=module:function"
+        )
+    return replace(cfg.scorer, name="program", path=cfg.dataset.judge)
 
 
 def build(cfg: ScorerConfig, where: "Place") -> Scorer:
