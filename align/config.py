@@ -310,7 +310,7 @@ class TrackerConfig:
     mode: TrackerMode = TrackerMode.auto
     project: str = "align"
     entity: str | None = None  # wandb team or user
-    group: str | None = None  # runs to be compared; null: the model and dataset
+    group: str | None = None  # runs to be compared; null: a sweep's own name, of a single run the model and dataset
     tags: list[str] = field(default_factory=list)  # besides objective, model and dataset
 
 
@@ -358,6 +358,9 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: dict[str, Any] = field(default_factory=dict)  # fields of transformers.TrainingArguments, their names
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    optimized_metric: str | None = (
+        None  # of the trained policy in results.json: what a search maximises; null: win_rate, else accuracy/mean_logp
+    )
     seed: int = 42
     run_dir: str | None = None  # null: runs/<model>-<dataset>-<objective>-<fingerprint of what decides the result>
     cache_dir: str = MISSING  # prepared data, start models, reference log-probabilities: shared by runs

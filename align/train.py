@@ -27,7 +27,7 @@ from align import (
     config,
     data,
     engine,
-    evaluate,
+    judging,
     launch,
     memory,
     model,
@@ -334,7 +334,7 @@ class _Training:
         for policy in (trained, start_policy):
             engine.attach(policy, self.layout, self.attention)
         asked = list(dict.fromkeys(self.job.pairs.held_out["conversation"]))[: cfg.evaluation.prompts]
-        return evaluate.compare_with_start(
+        return judging.compare_with_start(
             trained,
             start_policy,
             self.job.start,

@@ -13,14 +13,15 @@ LAYERS = [
     {"rows", "arguments", "tracking"},
     {"data"},
     {"onpolicy"},
-    {"reference", "trainer", "evaluate"},
+    {"reference", "trainer", "judging"},
     {"plan", "card", "slurm"},
     {"train"},
     {"run"},
     {"stages"},
     {"selfplay"},
     {"__main__"},
-    {"sample", "annotate", "select", "report"},  # commands of their own
+    {"suites", "report"},
+    {"sample", "annotate", "select", "evaluate", "dashboard"},  # commands of their own
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 INSIDE = {"engine": [{"layout"}, {"attention", "head"}, {"forward"}, {"budget"}, {"__init__"}]}  # packages, likewise
@@ -34,6 +35,8 @@ OWNERS = {
     "matplotlib": "report",
     "submitit": "slurm",
     "vllm": "onpolicy",
+    "lm_eval": "suites",
+    "wandb_workspaces": "dashboard",
 }
 
 
