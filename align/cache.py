@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
@@ -22,8 +23,12 @@ from align.config import UserError
 _SILENCE = 3.0  # seconds without a word while another process builds
 
 
-def build_once(folder: Path, build: Callable[[Path], None], remedy: str = "set cache_dir= or ALIGN_CACHE") -> Path:
+def build_once(
+    folder: Path, build: Callable[[Path], None], remedy: str = "set cache_dir= or ALIGN_CACHE", what: str = ""
+) -> Path:
     """`folder`, after `build(temporary folder)` has filled it, now or earlier. Returns `folder`.
+
+    `what` it is, for a line that says that it was made: the log of a sweep then shows what its runs share once.
 
     Raises:
         UserError: it cannot be written; the message ends with the remedy.
@@ -46,9 +51,17 @@ def build_once(folder: Path, build: Callable[[Path], None], remedy: str = "set c
         unfinished = folder.with_name(f"{folder.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)  # of a build that was killed: the lock is ours now
         unfinished.mkdir()
+        began = time.perf_counter()
         build(unfinished)
         unfinished.replace(folder)
+        if what:
+            say_made(what, began, folder)
     return folder
+
+
+def say_made(what: str, began: float, folder: Path) -> None:
+    """One line about what is in the cache from now on; `began` by `time.perf_counter`."""
+    print(f"made {what} in {time.perf_counter() - began:.1f} s: {folder}", flush=True)
 
 
 def write_json(file: Path, value: Any) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 MISSING: Any = "???"  # what OmegaConf takes for a value that must be given
+GROUPS = Path("runs") / "groups"  # a folder of links for each group of runs: what a report of one sweep reads
 
 
 class UserError(ValueError):
@@ -330,8 +331,19 @@ class TrainConfig:
 
 
 @dataclass
+class SentinelConfig:
+    """When a run is beyond hope: it ends then, and says so. A loss that is not finite ends every run."""
+
+    mean_logp_drop: float | None = (
+        5.0  # nats per token that chosen responses may fall below the start model's; null: any
+    )
+    sample_every_steps: int | None = None  # a few held-out prompts are answered so often; null: never
+    repetition: float = 0.5  # share of an answer's 4-grams that may repeat an earlier one; more is a collapse
+
+
+@dataclass
 class EvaluationConfig:
-    """Sampling for the win rate, where the dataset has a judge."""
+    """Sampling for the win rate, where there is a judge: a scorer, or the dataset's own."""
 
     prompts: int = 160  # held-out prompts, at most
     samples_per_prompt: int = 4
@@ -358,6 +370,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: dict[str, Any] = field(default_factory=dict)  # fields of transformers.TrainingArguments, their names
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    sentinel: SentinelConfig = field(default_factory=SentinelConfig)
     optimized_metric: str | None = (
         None  # of the trained policy in results.json: what a search maximises; null: win_rate, else accuracy/mean_logp
     )
@@ -365,6 +378,7 @@ class RunConfig:
     run_dir: str | None = None  # null: runs/<model>-<dataset>-<objective>-<fingerprint of what decides the result>
     cache_dir: str = MISSING  # prepared data, start models, reference log-probabilities: shared by runs
     plan: bool = False  # true: print what would run, start nothing
+    command: str = ""  # what was typed, of a sweep what would be typed for this job alone: align fills it in
 
 
 def check(cfg: RunConfig) -> None:
@@ -394,6 +408,8 @@ def check(cfg: RunConfig) -> None:
         "evaluation.samples_per_prompt": cfg.evaluation.samples_per_prompt,
         "evaluation.temperature": cfg.evaluation.temperature,
         "evaluation.max_new_tokens": cfg.evaluation.max_new_tokens,
+        "sentinel.mean_logp_drop": cfg.sentinel.mean_logp_drop,
+        "sentinel.sample_every_steps": cfg.sentinel.sample_every_steps,
     }
     if isinstance(budget := cfg.engine.tokens_per_micro_batch, int):
         positive["engine.tokens_per_micro_batch"] = budget
@@ -405,6 +421,13 @@ def check(cfg: RunConfig) -> None:
             raise UserError(f"{key} must be above 0, not {value}")
     if not 0 < cfg.evaluation.top_p <= 1:
         raise UserError(f"evaluation.top_p must lie in (0, 1], not {cfg.evaluation.top_p}")
+    if not 0 < cfg.sentinel.repetition <= 1:
+        raise UserError(f"sentinel.repetition must lie in (0, 1], not {cfg.sentinel.repetition}")
+    if (every := cfg.sentinel.sample_every_steps) is not None and every % train.log_every_steps:
+        raise UserError(
+            f"sentinel.sample_every_steps ({every}) must be a multiple of train.log_every_steps "
+            f"({train.log_every_steps}): what it finds is logged with a step's metrics"
+        )
     if cfg.iterations < 1:
         raise UserError(f"iterations must be 1 or more, not {cfg.iterations}")
     if cfg.iterations > 1 and cfg.source.name is not Source.selfplay:
@@ -453,6 +476,11 @@ def closest(word: str, names: list[str], prefix: str = "") -> str:
     """ " (did you mean ...?)", where one of the names is close to the word."""
     close = difflib.get_close_matches(word, names, n=1)
     return f" (did you mean {prefix}{close[0]}?)" if close else ""
+
+
+def is_group(name: str) -> bool:
+    """Whether a folder in `GROUPS` can be called so."""
+    return Path(name).name == name and name not in ("", "..")
 
 
 def resolve(reference: str, key: str) -> Callable[..., Any]:

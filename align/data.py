@@ -83,7 +83,7 @@ def prepare(cfg: DatasetConfig, train: TrainConfig, system: SystemMessage, start
             pairs.save_to_disk(str(into / name))
         (into / "counts.json").write_text(json.dumps(counts, indent=2))
 
-    folder = build_once(cache / "pairs" / f"{cfg.name}-{key}", build)
+    folder = build_once(cache / "pairs" / f"{cfg.name}-{key}", build, what=f"pairs of {cfg.name}")
     counts = json.loads((folder / "counts.json").read_text())
     return Pairs(
         train=datasets.load_from_disk(str(folder / "train")),

@@ -1,115 +1,189 @@
-"""A policy against its start model on held-out prompts, by the dataset's own judge.
+"""A policy against its start model on held-out prompts, by the run's judge: any scorer of onpolicy/scorers.
 
 Accuracy on held-out pairs says that the policy ranks given answers rightly; this says whether its own answers got
-better. Length stands beside it, because judges like long answers, and KL(policy || start), estimated the same way for
-every objective: the mean of log pi - log pi_start over the policy's own samples. Left out: judges that are models.
+better. Beside the win rate stand what judges are fooled by and what goes first when a policy collapses: ties, length,
+repetition, entropy, and KL(policy || start), estimated the same way for every objective: the mean of
+log pi - log pi_start over the policy's own samples. The judge sees all answers to a prompt together, of which it gives
+numbers or says who beats whom.
+
+In three steps, so that one model at a time is on the device: `answer` and `weigh` with each policy, `compare` with the
+judge. Left out: sharing the work among processes (stages.py).
 """
 
 import json
-from collections.abc import Callable
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from align.batching import FORWARD_ONLY, plan_micro_batches
-from align.config import EvaluationConfig, Layout
+from align.cache import write_text
+from align.config import EvaluationConfig, Layout, RunConfig, ScorerConfig, UserError, fingerprint
 from align.engine import collate, evaluating, response_statistics
 from align.launch import Place
-from align.model import Start
-from align.onpolicy.samplers import Prompt, Sample, hf_sampler, prompt_ids, seeds
+from align.onpolicy import summary
+from align.onpolicy.annotate import annotate, read_scores
+from align.onpolicy.pairs import scored_prompts
+from align.onpolicy.prompts import Conversation
+from align.onpolicy.sample import ResponseRow
+from align.onpolicy.samplers import Prompt, hf_sampler, prompt_ids, seeds
+from align.onpolicy.scorers import registry
+from align.onpolicy.scorers.base import Scorer, last_turn
 
-Judge = Callable[[str, str], float]
+START, POLICY = "start", "policy"  # whose answers they are, in samples.jsonl too
+OTHERS = 2  # what stands for other answers than these in the seeds of a run
 
 
-def compare_with_start(
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """Of an answer, under some policy: sums over its tokens, in nats."""
+
+    logp: float
+    entropy: float
+    length: int  # tokens, the stop token included
+
+
+def judge_of(cfg: RunConfig) -> ScorerConfig | None:
+    """Who judges an ordinary run: the scorer, else the dataset's judge; None where there is neither."""
+    return registry.scorer_of(cfg) if cfg.scorer.name is not None or cfg.dataset.judge is not None else None
+
+
+def answer(
     policy: PreTrainedModel,
-    start_policy: PreTrainedModel,
-    start: Start,
-    conversations: list[list[dict[str, str]] | str],
-    judge: Judge,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Conversation | str],
     cfg: EvaluationConfig,
     where: Place,
     *,
+    name: str,
     seed: int,
+    tokens_per_batch: int,
+) -> list[ResponseRow]:
+    """The answers of the policy that is called `name`, START or POLICY, to every prompt; `tokens_per_batch` at once."""
+    # Of each policy random numbers of its own: answers that share them are no independent samples.
+    ids = [json.dumps(conversation) for conversation in conversations]
+    prompts = [
+        Prompt(
+            token_ids=prompt_ids(conversation, tokenizer),
+            seeds=seeds(seed, (START, POLICY).index(name), prompt_id, cfg.samples_per_prompt),
+        )
+        for prompt_id, conversation in zip(ids, conversations, strict=True)
+    ]
+    with where.autocast():  # one block each: it keeps a copy of the weights to its end
+        drawn = hf_sampler(policy, tokenizer, tokens_per_batch)(
+            prompts, temperature=cfg.temperature, top_p=cfg.top_p, max_new_tokens=cfg.max_new_tokens
+        )
+    return [
+        ResponseRow(
+            iteration=0,
+            prompt_id=prompt_id,
+            k=k,
+            prompt=conversation,
+            response=sample.text,
+            response_ids=sample.response_ids,
+            finished=sample.finished,
+            split="held_out",
+            origin=name,
+        )
+        for prompt_id, conversation, samples in zip(ids, conversations, drawn, strict=True)
+        for k, sample in enumerate(samples)
+    ]
+
+
+def weigh(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    answers: Sequence[ResponseRow],
+    where: Place,
+    *,
     layout: Layout,
     budget: int,
-    tokens_per_batch: int,
-    samples_file: Path,
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Metrics of the start policy and of the trained one: win rate, judge's score, length in tokens, KL in nats.
-
-    The judge is given the last user turn of each conversation (or the plain prompt) and an answer. The responses are
-    written to `samples_file`.
+) -> list[Weight]:
+    """What a policy makes of answers, its own or another's, in their order.
 
     Args:
-        policy, start_policy: `engine.attach`ed in `layout` and on the device.
+        policy: `engine.attach`ed in `layout` and on the device.
         budget: tokens of a training micro-batch.
-        tokens_per_batch: that are sampled at once.
     """
-    questions = [c if isinstance(c, str) else c[-1]["content"] for c in conversations]
-    ids = [prompt_ids(conversation, start.tokenizer) for conversation in conversations]
-    drawn = {}
-    for number, (name, model) in enumerate((("start", start_policy), ("policy", policy))):
-        prompts = [  # of each policy random numbers of its own: answers that share them are no independent samples
-            Prompt(token_ids=own, seeds=seeds(seed, number, json.dumps(conversation), cfg.samples_per_prompt))
-            for own, conversation in zip(ids, conversations, strict=True)
-        ]
-        with where.autocast():  # one block each: it keeps a copy of the weights to its end
-            drawn[name] = hf_sampler(model, start.tokenizer, tokens_per_batch)(
-                prompts, temperature=cfg.temperature, top_p=cfg.top_p, max_new_tokens=cfg.max_new_tokens
-            )
-    scores = {
-        name: [[judge(question, s.text) for s in own] for question, own in zip(questions, samples, strict=True)]
-        for name, samples in drawn.items()
-    }
-    with samples_file.open("w") as file:
-        for i, prompt in enumerate(questions):
-            answers = {name: [s.text for s in drawn[name][i]] for name in drawn}
-            file.write(json.dumps({"prompt": prompt, **answers, "scores": {n: scores[n][i] for n in scores}}) + "\n")
-    metrics = {}
-    for name, model in (("start", start_policy), ("policy", policy)):
-        flat = [s for own in drawn[name] for s in own]
-        pad = int(start.tokenizer.pad_token_id)
-        metrics[name] = {
-            "win_rate": win_rate(scores[name], scores["start"]),
-            "judge_score": fmean(score for own in scores[name] for score in own),
-            "sample_length": fmean(len(s.response_ids) for s in flat),
-            "kl_policy_start": fmean(
-                a - b
-                for a, b in zip(
-                    *(_logps(m, ids, drawn[name], where, layout, budget, pad) for m in (model, start_policy)),
-                    strict=True,
-                )
-            ),
-        }
-    return metrics["start"], metrics["policy"]
-
-
-def win_rate(ours: list[list[float]], theirs: list[list[float]]) -> float:
-    """P(a sample of ours scores above one of theirs), over all pairs of samples of the same prompt; a tie is half."""
-    return fmean(
-        (a > b) + 0.5 * (a == b) for mine, others in zip(ours, theirs, strict=True) for a in mine for b in others
-    )
-
-
-def _logps(
-    model: PreTrainedModel,
-    ids: list[list[int]],
-    samples: list[list[Sample]],
-    where: Place,
-    layout: Layout,
-    budget: int,
-    pad_token_id: int,
-) -> list[float]:
-    """log pi of each sample, in nats; `ids` and `samples` are those of each prompt, and the result is in their order."""
-    logps: list[list[float]] = [[] for _ in samples]
-    groups = [(prompt, [s.response_ids for s in own]) for prompt, own in zip(ids, samples, strict=True)]
+    at: dict[str, list[int]] = {}  # of each prompt, where its answers are
+    for i, row in enumerate(answers):
+        at.setdefault(row.prompt_id, []).append(i)
+    members = list(at.values())
+    groups = [
+        (prompt_ids(answers[own[0]].prompt, tokenizer), [list(answers[i].response_ids) for i in own]) for own in members
+    ]
     lengths = [(len(prompt), *map(len, responses)) for prompt, responses in groups]
-    with evaluating(model), where.autocast():
+    pad = int(tokenizer.pad_token_id)
+    made: dict[int, Weight] = {}
+    with evaluating(policy), where.autocast():
         for some in plan_micro_batches(lengths, layout, FORWARD_ONLY * budget):
-            batch = collate([groups[i] for i in some], layout, pad_token_id).to(where.device)
-            values = iter(response_statistics(model, batch, ())["logp"].tolist())
-            for i in some:
-                logps[i] = [next(values) for _ in samples[i]]
-    return [logp for own in logps for logp in own]
+            batch = collate([groups[i] for i in some], layout, pad).to(where.device)
+            of_batch = response_statistics(policy, batch, ("entropy",))
+            values = zip(*(of_batch[name].tolist() for name in ("logp", "entropy", "length")), strict=True)
+            for i in (i for group in some for i in members[group]):
+                logp, entropy, length = next(values)
+                made[i] = Weight(logp=logp, entropy=entropy, length=int(length))
+    return [made[i] for i in range(len(answers))]
+
+
+def sample_entropy(own: Sequence[Weight]) -> float:
+    """Nats per token: the mean over all tokens of the policy's own answers, at temperature 1."""
+    return math.fsum(weight.entropy for weight in own) / sum(weight.length for weight in own)
+
+
+def kl(own: Sequence[Weight], by_start: Sequence[Weight]) -> float:
+    """KL(policy || start) in nats per answer: `own` is what the policy makes of its own samples."""
+    return fmean(ours.logp - theirs.logp for ours, theirs in zip(own, by_start, strict=True))
+
+
+def compare(
+    answers: Mapping[str, Sequence[ResponseRow]], judge: Scorer, scores: Path, samples_file: Path
+) -> tuple[dict[str, float], dict[str, float]]:
+    """What the judge says of the START policy's answers and of the trained POLICY's.
+
+    The answers go into `samples_file` with their scores, or with P(the policy's i-th beats the start's j-th) where the judge only
+    compares. What was judged is kept in the folder `scores` until then, so a judge that fails is not asked twice.
+
+    Raises:
+        UserError: the judge fails, or has no word on any prompt.
+    """
+    rows = summary.side_by_side({name: answers[name] for name in (START, POLICY)}, 0)
+    own = scores / fingerprint(
+        [(row.prompt_id, row.response) for row in rows], judge.identity.name
+    )  # none's but theirs
+    if counts := annotate(rows, judge, own):
+        print(", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items()), flush=True)
+    scored = list(scored_prompts(rows, read_scores(own)))
+    known = summary.usable(scored)
+    if not known:
+        raise UserError(f"{judge.identity.name} has no finite score for any of the {len(scored)} prompts: see {own}")
+    if len(known) < len(scored):
+        print(f"{judge.identity.name} could not judge {len(scored) - len(known)} of {len(scored)} prompts", flush=True)
+    asked = {row.prompt_id: row.prompt for row in rows}
+    lines = []
+    for prompt in known:
+        candidates = {name: [c for c in prompt.candidates if c.origin == name] for name in (START, POLICY)}
+        texts = {name: [c.text for c in of_one] for name, of_one in candidates.items()}
+        line: dict[str, Any] = {"prompt": last_turn(asked[prompt.id]), **texts}
+        if prompt.preferences is None:
+            line["scores"] = {name: [c.score for c in of_one] for name, of_one in candidates.items()}
+        else:
+            line["chances"] = summary.chances(prompt, POLICY, START)
+        lines.append(json.dumps(line) + "\n")
+    write_text(samples_file, "".join(lines))
+    shutil.rmtree(scores, ignore_errors=True)
+    even = {name: summary.ties(scored, name, START) for name in (START, POLICY)}
+    made = {
+        name: {
+            "win_rate": summary.win_rate(scored, name, START) if name == POLICY else 0.5,
+            **({} if math.isnan(even[name]) else {"ties": even[name]}),  # of one answer, none with another
+            **summary.figures(rows, scored, name),
+        }
+        for name in (START, POLICY)
+    }
+    return made[START], made[POLICY]

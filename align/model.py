@@ -72,7 +72,7 @@ def prepare_start(cfg: ModelConfig, cache: Path) -> Start:
         model.save_pretrained(into)
         tokenizer.save_pretrained(into)
 
-    return Start(path=str(build_once(folder, build)), fingerprint=key, tokenizer=tokenizer)
+    return Start(path=str(build_once(folder, build, what="start model")), fingerprint=key, tokenizer=tokenizer)
 
 
 def _start_fingerprint(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -11,6 +11,7 @@ killed goes on, so the work is shared out by itself.
 """
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from align.batching import FORWARD_ONLY, Lengths, deal, fed_tokens
-from align.cache import writing
+from align.cache import say_made, writing
 from align.config import Layout, UserError, fingerprint
 from align.data import as_group
 from align.engine import collate, evaluating, response_statistics
@@ -89,16 +90,20 @@ def reference_logps(
 
     to_do = where.from_first(missing)
     silent = where.rank > 0 or len(to_do) < _BAR_SHARDS
+    began, made = time.perf_counter(), 0
     with tqdm(total=len(to_do), desc=f"reference log-probabilities, {name}", unit="shard", disable=silent) as bar:
         for wait in (False, True):  # first what no one is about, then what others have not finished
             for number in to_do if not wait else where.from_first(missing):
                 between()
                 with _claimed(files[number], wait, where) as ours:
                     if ours:
+                        made += len(shards[number])
                         logps = compute(shards[number])
                         if where.rank == 0:
                             _write(files[number], logps)
                 bar.update(sum(files[i].exists() for i in to_do) - bar.n)
+    if made and where.rank == 0:
+        say_made(f"reference log-probabilities of {made:,} {name} pairs", began, folder)
     column: Tensor = where.from_first(lambda: _read(files, shards))
     return column
 

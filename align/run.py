@@ -12,23 +12,40 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import torch
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
-from align import arguments, card, config, data, launch, model, plan, slurm, strategy, tracking, train
+from align import (
+    arguments,
+    card,
+    config,
+    data,
+    judging,
+    launch,
+    model,
+    plan,
+    sentinel,
+    slurm,
+    strategy,
+    tracking,
+    train,
+)
 from align.cache import write_json
-from align.config import ClusterConfig, Launcher, Precision, RunConfig, Strategy, UserError
-from align.launch import Fleet
+from align.config import ClusterConfig, Launcher, Precision, RunConfig, ScorerConfig, Strategy, UserError
+from align.launch import Fleet, Place
+from align.onpolicy.scorers import registry
+from align.onpolicy.scorers.base import Identity
 from align.tracking import Tracker
 from align.train import Job, last_checkpoint
 from align.trainer import MADE_BY
 from objectives import Objective
 
-OF_SELFPLAY = ("source", "sampling", "scorer", "selection", "iterations")  # nodes that only selfplay.py reads
+OF_SELFPLAY = ("source", "sampling", "scorer", "selection", "iterations")  # nodes of self-play; a scorer also judges
 _WORTH_KEEPING = ("start.json", "logs/*.traceback", "iter_*/*/*.jsonl")  # in the folder of a run that is refused
 _ENDING = 5.0  # seconds in which the processes of a run that was killed are gone
 
@@ -96,6 +113,7 @@ def carry_out(made: T, command: Callable[[RunConfig], object], start: Callable[[
         say(made.plan)
         return None
     if not made.is_done:
+        sentinel.refuse(made.dir)
         if cfg.cluster.launcher is Launcher.slurm and not launch.inside():
             given = replace(
                 cfg, run_dir=str(made.dir.resolve()), cache_dir=str(Path(cfg.cache_dir).expanduser().resolve())
@@ -107,21 +125,59 @@ def carry_out(made: T, command: Callable[[RunConfig], object], start: Callable[[
                 made.fleet.device == "cuda",
             )
             return None
-        start(made)
+        with _in_its_group(made):
+            start(made)
     else:
+        _link(made)
         say(f"This run is complete: {made.dir}. To train it anew, delete that folder or give another run_dir=")
     results = json.loads(made.results.read_text()) if is_first() else None
     if results is None:
         return None
-    say(card.text_table(card.table(results["start"], results["trained"])))
+    say(card.text_table(results["start"], results["trained"]))
+    if "cost" in results:  # a run of an older version has none
+        say(f"cost     {card.cost_line(results['cost'])}")
     say(f"model    {made.policy}\nmetrics  {made.metrics}")
     trained: dict[str, float] = results["trained"]
-    return trained.get("win_rate", trained["accuracy/mean_logp"])
+    metric = cfg.optimized_metric or ("win_rate" if "win_rate" in trained else "accuracy/mean_logp")
+    if metric not in trained:
+        raise UserError(
+            f"optimized_metric={metric} is none of this run's results{config.closest(metric, list(trained))}: "
+            f"{', '.join(trained)}"
+        )
+    return trained[metric]
+
+
+@contextlib.contextmanager
+def _in_its_group(made: Prepared) -> Iterator[None]:
+    link = _link(made)
+    try:
+        yield
+    finally:
+        if link is not None and not link.exists():  # the run was refused, and its folder is gone
+            link.unlink(missing_ok=True)
+
+
+def _link(made: Prepared) -> Path | None:
+    """A link to the run in the folder of its group; of a run without a group None."""
+    if made.cfg.tracker.group is None or not is_first():
+        return None
+    folder = config.GROUPS / made.cfg.tracker.group
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        target = Path(os.path.relpath(made.dir.resolve(), folder.resolve()))  # runs/ may be a link to another disk
+        link = folder / "-".join(part for part in target.parts if part != "..")
+        with contextlib.suppress(FileExistsError):  # of a run that goes on, or of another sweep at this moment
+            link.symlink_to(target)
+    except OSError as error:
+        raise UserError(f"tracker.group: cannot write {folder} ({error.strerror})") from error
+    return link
 
 
 def prepare(cfg: RunConfig) -> Job:
     """Check everything, and make what the processes need: data, start model, plan, the run folder's name."""
     objective = check(cfg)
+    judge = judging.judge_of(cfg)
+    scorer = who_scores(cfg, judge) if judge is not None else None
     fleet = launch.fleet(cfg.cluster, cfg.plan)
     cache = Path(cfg.cache_dir).expanduser()
     start = start_model(cfg, cache)
@@ -129,6 +185,7 @@ def prepare(cfg: RunConfig) -> Job:
     check_data(cfg, objective, start, pairs, fleet)
     longest = plan.longest(cfg, pairs)
     fleet = plan.settle_strategy(cfg, start, fleet, longest)
+    check_sentinel(cfg, fleet)
     if not cfg.plan:
         strategy.check(fleet)
         if cfg.cluster.launcher is Launcher.slurm and not launch.inside():
@@ -138,6 +195,8 @@ def prepare(cfg: RunConfig) -> Job:
     if warning := plan.too_large(cfg, start, fleet, longest):
         warnings.warn(warning, UserWarning, stacklevel=2)
     identity = identify(config.plain(cfg), objective, start, pairs.fingerprint, fleet)
+    if scorer is not None and cfg.scorer.name is not None:  # else dataset.judge is there
+        identity |= scored_by(cfg, scorer)
     names = f"{cfg.model.name}-{cfg.dataset.name}-{cfg.objective['name']}"
     folder = Path(cfg.run_dir or f"runs/{names}-{config.fingerprint(identity)[:6]}").expanduser()
     text = plan.describe(cfg, start, pairs, objective, fleet)
@@ -153,6 +212,25 @@ def prepare(cfg: RunConfig) -> Job:
     )
     recognise(job)
     return job
+
+
+def who_scores(cfg: RunConfig, scorer: ScorerConfig) -> Identity:
+    """The scorer's identity, before anything is sampled or trained; a plan does without its files."""
+    try:
+        return registry.build(scorer, Place(device=torch.device("cpu"), bf16=False, rank=0, world=1)).identity
+    except model.NotHereError as error:
+        if not cfg.plan:
+            raise
+        say(f"align: {error}")
+        return registry.stand_in(scorer)
+
+
+def scored_by(cfg: RunConfig, scorer: Identity) -> dict[str, Any]:
+    """What of the scorer decides a result: its settings but those of how fast, and what it is made of."""
+    node = config.plain(cfg)["scorer"]
+    judge = {key: node["judge"][key] for key in ("served_model", "request")}
+    settings = {key: value for key, value in node.items() if key not in ("tokens_per_batch", "judge")}
+    return {"scorer": settings, "judge": judge, "scored_by": config.fingerprint(asdict(scorer))}
 
 
 def start_model(cfg: RunConfig, cache: Path) -> model.Start:
@@ -225,6 +303,15 @@ def check_data(cfg: RunConfig, objective: Objective, start: model.Start, pairs: 
             )
 
 
+def check_sentinel(cfg: RunConfig, fleet: Fleet) -> None:
+    """Raise where nobody could sample the policy in training."""
+    if cfg.sentinel.sample_every_steps is not None and fleet.strategy in (Strategy.fsdp, Strategy.zero3):
+        raise UserError(
+            f"sentinel.sample_every_steps={cfg.sentinel.sample_every_steps} samples with one process, and cluster.strategy="
+            f"{fleet.strategy.value} divides the weights among all: set it to null, or use ddp or zero2"
+        )
+
+
 def recognise(job: Prepared) -> None:
     """Refuse a folder that holds another run."""
     known = job.dir / "identity.json"
@@ -234,7 +321,7 @@ def recognise(job: Prepared) -> None:
         before = json.loads(known.read_text())
     except ValueError as error:
         raise UserError(f"run_dir: {known} is damaged; delete {job.dir} or give another run_dir=") from error
-    differs = _differences(before, json.loads(json.dumps(job.identity, default=str)))
+    differs = differences(before, json.loads(json.dumps(job.identity, default=str)))
     if differs:
         raise UserError(f"{job.dir} holds another run ({'; '.join(differs[:4])}); give another run_dir= or delete it")
 
@@ -305,7 +392,18 @@ def identify(
 ) -> dict[str, Any]:
     """What decides the result of a training: its settings, start model, pairs (their fingerprint), precision, and the
     code of its objective."""
-    indifferent = {"tracker", "cluster", "engine", "run_dir", "cache_dir", "plan", *OF_SELFPLAY}
+    indifferent = {
+        "tracker",
+        "cluster",
+        "engine",
+        "sentinel",
+        "run_dir",
+        "cache_dir",
+        "plan",
+        "optimized_metric",
+        "command",
+        *OF_SELFPLAY,
+    }
     bookkeeping = {
         "log_every_steps",
         "eval_every_steps",
@@ -325,12 +423,12 @@ def identify(
     return {**settings, **computed, "start": start.fingerprint, "pairs": pairs, "objective_code": code}
 
 
-def _differences(before: Any, now: Any, key: str = "") -> list[str]:
+def differences(before: Any, now: Any, key: str = "") -> list[str]:
     """ "key: was -> is" for every value that differs."""
     if isinstance(before, dict) and isinstance(now, dict):
         return [
             difference
             for name in sorted({*before, *now})
-            for difference in _differences(before.get(name), now.get(name), f"{key}.{name}".lstrip("."))
+            for difference in differences(before.get(name), now.get(name), f"{key}.{name}".lstrip("."))
         ]
     return [] if before == now else [f"{key}: {before} -> {now}"]

@@ -25,30 +25,46 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from align import config, launch, model, plan, run, slurm, stages, strategy, tracking, train
-from align.cache import build_once, write_json
+from align import (
+    card,
+    config,
+    engine,
+    judging,
+    launch,
+    model,
+    plan,
+    run,
+    sentinel,
+    slurm,
+    stages,
+    strategy,
+    tracking,
+    train,
+)
+from align.cache import write_json
 from align.config import (
     DatasetConfig,
     Launcher,
     PairSourceConfig,
     RunConfig,
     SamplingConfig,
+    ScorerConfig,
     UserError,
 )
+from align.cost import Cost, together
 from align.launch import Fleet, Place
 from align.onpolicy import summary
 from align.onpolicy.annotate import read_scores
 from align.onpolicy.pairs import scored_prompts, write_pairs
 from align.onpolicy.prompts import PromptRow, Prompts
 from align.onpolicy.sample import ResponseRow, read_samples
+from align.onpolicy.samplers import prompt_ids
 from align.onpolicy.scorers import registry
 from align.onpolicy.scorers.base import Identity, Item
+from align.sentinel import CollapsedError
 from align.stages import Policy
 from align.tracking import Stretch, Tracker
 
-_PARENT = Place(device=torch.device("cpu"), bf16=False, rank=0, world=1)  # of the process that only checks
 _EVALUATION_SHARD = 16  # prompts: few, so that many processes share them
 
 
@@ -117,7 +133,7 @@ def prepare(cfg: RunConfig) -> Play:
     """Check everything that can be checked before the first answer is sampled."""
     objective = run.check(cfg)
     _check_selection(cfg)
-    scorer = _scorer(cfg)
+    scorer = run.who_scores(cfg, registry.scorer_of(cfg))
     start, prompts, fleet = stages.prepare_answers(cfg)
     asked_last = stages.prompts_of(cfg, prompts, cfg.iterations)  # the last share is the smallest
     of_iteration = len(asked_last) - len(prompts.held_out)
@@ -133,6 +149,7 @@ def prepare(cfg: RunConfig) -> Play:
     plan.check_batch(cfg, of_iteration, fleet.world)
     longest = max(prompts.tokens.values()) + 2 * min(cfg.sampling.max_new_tokens, cfg.train.max_length)
     fleet = plan.settle_strategy(cfg, start, fleet, longest)
+    run.check_sentinel(cfg, fleet)
     if warning := plan.too_large(cfg, start, fleet, longest):
         warnings.warn(warning, UserWarning, stacklevel=2)
     if not cfg.plan:
@@ -158,37 +175,18 @@ def _check_selection(cfg: RunConfig) -> None:
         raise UserError("sampling.samples=1 makes no pairs: give 2 or more, or source.candidates to pair the one with")
 
 
-def _scorer(cfg: RunConfig) -> Identity:
-    """Who scores, checked before anything is sampled; a plan does without the model."""
-    try:
-        return registry.build(registry.scorer_of(cfg), _PARENT).identity
-    except model.NotHereError as error:
-        if not cfg.plan:
-            raise
-        run.say(f"align: {error}")
-        return registry.stand_in(cfg.scorer)
-
-
 def _identity(cfg: RunConfig, scorer: Identity, identity: dict[str, Any]) -> dict[str, Any]:
     """What decides a result of self-play: a training's identity, and who answers, scores and selects, but not how fast.
 
     Iterations are left out where they share the prompts: more of them go on from those that are done.
     """
     all_of = config.plain(cfg)
-    indifferent = {
-        "sampling": {"tokens_per_batch", "urls", "served_model", "requests_at_once", "timeout", "patience"},
-        "scorer": {"tokens_per_batch", "judge"},
-    }
-    nodes = {name: all_of[name] for name in run.OF_SELFPLAY if name != "iterations"}
-    kept: dict[str, Any] = {
-        name: {key: value for key, value in node.items() if key not in indifferent.get(name, ())}
-        for name, node in nodes.items()
-    }
+    fast = {"tokens_per_batch", "urls", "served_model", "requests_at_once", "timeout", "patience"}
+    kept: dict[str, Any] = {name: all_of[name] for name in ("source", "selection")}
+    kept["sampling"] = {key: value for key, value in all_of["sampling"].items() if key not in fast}
     if cfg.source.split_prompts:
         kept["iterations"] = cfg.iterations
-    judge = all_of["scorer"]["judge"]
-    kept["scored_by"] = config.fingerprint(asdict(scorer))  # its weights or code, too
-    return {**identity, **kept, "judge": {key: judge[key] for key in ("served_model", "request")}}
+    return {**identity, **kept, **run.scored_by(cfg, scorer)}
 
 
 def begin(play: Play) -> None:
@@ -221,11 +219,25 @@ def work(play: Play) -> None:
     except KeyboardInterrupt:
         failed = False
         raise
+    except CollapsedError as end:  # of the training, whose folder is not the one that people look at
+        number, steps = len(made) + 1, sum(of_one["steps"] for of_one in made)
+        of_play = CollapsedError(steps + end.step, f"iteration {number}: {end.why}")
+        if where.rank == 0:
+            (play.folder(number) / sentinel.FILE).unlink(missing_ok=True)
+            sentinel.mark(play.dir, of_play)
+        raise sentinel.with_remedy(of_play, play.dir) from end
     finally:
         trained = {name: value for name, value in made[-1].items() if isinstance(value, float)} if made else {}
-        tracker.finish({f"result/{name}": value for name, value in trained.items()}, failed)
+        results = {"trained": trained, "cost": _cost(play, len(made)) if where.rank == 0 else {}}
+        tracker.finish(card.summary(results), failed)
     if where.rank == 0:
-        write_json(play.results, {"start": made[0]["start"], "trained": trained, "iterations": made})
+        write_json(play.results, {"start": made[0]["start"], **results, "iterations": made})
+
+
+def _cost(play: Play, iterations: int) -> dict[str, Any]:
+    """Of the trainings; that of sampling and scoring depends on who does it, and is not counted."""
+    of_each = [json.loads((play.folder(number) / "results.json").read_text()) for number in range(1, iterations + 1)]
+    return asdict(together(Cost(**of_one.get("cost", {})) for of_one in of_each))
 
 
 def _try_scorer(play: Play, where: Place) -> None:
@@ -294,6 +306,21 @@ class _Iteration:
                 )
         return made
 
+    def _weigh(self, policy: Policy, answers: Sequence[ResponseRow]) -> list[judging.Weight]:
+        """What a policy makes of answers to held-out prompts."""
+        loaded = policy.load(self.where)
+        tokenizer = policy.start.tokenizer
+        groups = [
+            (prompt_ids(row.prompt, tokenizer)[-32:], [list(row.response_ids[:n]) for n in (32, 24)])
+            for row in answers[:2]
+        ]
+        with self.where.autocast():
+            layout, _, _ = engine.settle(loaded, groups, self.cfg.engine.layout, self.cfg.model.attn_implementation)
+        weights = judging.weigh(loaded, tokenizer, answers, self.where, layout=layout, budget=engine.CPU_TOKENS)
+        del loaded
+        stages.free()
+        return weights
+
     def _training(self) -> train.Job:
         """An ordinary training, from the policy that has sampled, on what it has sampled."""
         pairs = self.folder / "pairs"
@@ -308,6 +335,7 @@ class _Iteration:
             ),
             cluster=replace(self.cfg.cluster, strategy=self.play.fleet.strategy),
             source=PairSourceConfig(),
+            scorer=ScorerConfig(),  # the iteration compares by itself
             iterations=1,
             run_dir=str(self.folder),
         )
@@ -336,29 +364,28 @@ class _Iteration:
             return {}
         scored = list(scored_prompts(rows, read_scores(scores)))
         ours, before, first = (policy.name for policy in (self.next_policy, self.before, self.first))
+        own = self._weigh(self.next_policy, answers[ours])
+        by_start = self._weigh(self.first, [*answers[ours], *answers[first]])
+        by_start, of_start = by_start[: len(own)], by_start[len(own) :]
         return {
             **summary.figures(rows, scored, ours),
             "win_rate": summary.win_rate(scored, ours, first),
+            "ties": summary.ties(scored, ours, first),
             "win_rate/previous": summary.win_rate(scored, ours, before),
-            "start": {**summary.figures(rows, scored, first), "win_rate": 0.5},
+            "sample_entropy": judging.sample_entropy(own),
+            "kl_policy_start": judging.kl(own, by_start),
+            "start": {
+                **summary.figures(rows, scored, first),
+                "win_rate": 0.5,
+                "sample_entropy": judging.sample_entropy(of_start),
+                "kl_policy_start": 0.0,
+            },
         }
 
     @cached_property
     def next_policy(self) -> Policy:
         """What this iteration has made, with its adapter merged into it where there is one."""
-        folder = self.folder / "policy"
-        if self.cfg.model.lora:
-            folder = build_once(self.folder / "merged", self._merge, "give another run_dir=")
-        cfg = replace(
-            self.cfg.model, path=str(folder), revision=None, tokenizer=None, chat_template=None, init={}, fit=None
-        )
-        start = model.prepare_start(cfg, Path(self.cfg.cache_dir).expanduser())
-        return Policy(iteration=self.number, cfg=cfg, start=start)
-
-    def _merge(self, into: Path) -> None:
-        adapted: Any = model.load_trained(self.before.cfg, self.before.start, self.folder / "policy")
-        adapted.merge_and_unload().save_pretrained(into)
-        self.before.start.tokenizer.save_pretrained(into)
+        return stages.trained_from(self.before, self.folder / "policy", Path(self.cfg.cache_dir).expanduser())
 
     def _sample(
         self,

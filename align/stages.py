@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from align import config, launch, model, run, slurm
+from align.cache import build_once
 from align.config import Backend, Launcher, ModelConfig, RunConfig, SamplingConfig, Strategy, UserError
 from align.launch import Fleet, Place
 from align.onpolicy.annotate import annotate
@@ -50,18 +51,37 @@ class Policy:
         return model.policy_fingerprint(replace(self.cfg, lora={}), self.start, seed=0)
 
 
+def trained_from(before: Policy, folder: Path, cache: Path) -> Policy:
+    """What a training that began with `before` has left in `folder`; an adapter is merged, into `merged` beside it."""
+
+    def merge(into: Path) -> None:
+        adapted: Any = model.load_trained(before.cfg, before.start, folder)
+        adapted.merge_and_unload().save_pretrained(into)
+        before.start.tokenizer.save_pretrained(into)
+
+    plain = build_once(folder.with_name("merged"), merge, "give another run_dir=") if before.cfg.lora else folder
+    cfg = replace(before.cfg, path=str(plain), revision=None, tokenizer=None, chat_template=None, init={}, fit=None)
+    return Policy(iteration=before.iteration + 1, cfg=cfg, start=model.prepare_start(cfg, cache))
+
+
 def prepare_answers(cfg: RunConfig) -> tuple[model.Start, Prompts, Fleet]:
     """What sampling alone needs: who answers, what is asked, and the processes."""
+    fleet = answering_fleet(cfg)
+    cache = Path(cfg.cache_dir).expanduser()
+    start = run.start_model(cfg, cache)
+    return start, load_prompts(cfg, start, cache), fleet
+
+
+def answering_fleet(cfg: RunConfig) -> Fleet:
+    """The processes, checked for how answers are sampled."""
     check_sampling(cfg.sampling)
     fleet = launch.fleet(cfg.cluster, cfg.plan)
-    cache = Path(cfg.cache_dir).expanduser()
     if cfg.sampling.backend is Backend.vllm and fleet.world > 1:
         raise UserError(
             f"sampling.backend=vllm is one engine in one process, and there are {fleet.world}: start a vLLM server for each "
             "GPU and give sampling.backend=openai 'sampling.urls=[...]', or sampling.backend=hf"
         )
-    start = run.start_model(cfg, cache)
-    return start, load_prompts(cfg, start, cache), fleet
+    return fleet
 
 
 def folder_of(cfg: RunConfig) -> Path:

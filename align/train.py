@@ -1,14 +1,15 @@
 """The training of one prepared run, as each of its processes does it: policy, reference, steps, evaluation, saving.
 
 Everything it makes is in the run folder: metrics.jsonl, start.json, reference.safetensors, checkpoints/, the policy,
-samples.jsonl, results.json; it goes on from whatever of that is there. Left out: where configuration, data and
-processes come from (run.py, launch.py), and the step itself (trainer.py).
+held_out.jsonl, samples.jsonl, results.json; it goes on from whatever of that is there. Left out: where configuration,
+data and processes come from (run.py, launch.py), and the step itself (trainer.py).
 """
 
+import functools
 import gc
 import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,20 @@ from align import (
     model,
     plan,
     reference,
+    sentinel,
     strategy,
     tracking,
 )
-from align.cache import write_json
+from align.cache import write_json, write_text
 from align.config import Layout, RunConfig, Stopped, Strategy, UserError
+from align.cost import Cost
 from align.launch import Fleet, Place
+from align.onpolicy.sample import ResponseRow
+from align.onpolicy.samplers import Prompt, hf_sampler, prompt_ids, seeds
+from align.onpolicy.scorers import registry
+from align.sentinel import CollapsedError, Sentinel
 from align.tracking import Tracker
-from align.trainer import MADE_BY, PairData, PairTrainer, step_of
+from align.trainer import COST, MADE_BY, PairData, PairTrainer, step_of
 from objectives import Objective
 
 
@@ -140,8 +147,10 @@ class _Training:
         results: dict[str, Any] = {}
         try:
             self._fit(trainer)
+            cost = asdict(trainer.cost())
             measured = {"start": self.at_start, "trained": trainer.evaluate()}
             results = {side: {k.removeprefix("eval/"): v for k, v in m.items()} for side, m in measured.items()}
+            results["cost"] = cost
             self._save(trainer)
             trainer.accelerator.wait_for_everyone()
             trainer.accelerator.free_memory()
@@ -154,11 +163,13 @@ class _Training:
         except Stopped:
             failed = False
             raise
+        except CollapsedError as end:
+            where.from_first(functools.partial(sentinel.mark, job.dir, end))
+            raise sentinel.with_remedy(end, job.dir) from end
         finally:
             if report is not None:
                 report.close()
-            summary = {f"result/{name}": value for name, value in results.get("trained", {}).items()}
-            tracker.finish(summary, failed)
+            tracker.finish(card.summary(results), failed)
 
     def _fit(self, trainer: PairTrainer) -> None:
         trainer.on_ready = lambda: self._at_step_zero(trainer)
@@ -181,10 +192,12 @@ class _Training:
         splits = {"train": trainer.train_dataset, "held_out": trainer.eval_dataset}
         if self.checkpoint is not None:
             self._say(f"going on from {self.checkpoint}")
+            trainer.spent = Cost.read(self.checkpoint / COST)
             known = load_file(str(columns))
             for name, split in splits.items():
                 split.ref_logp = known.get(name)
             self.at_start = json.loads(figures.read_text())
+            trainer.sentinel = self._sentinel(trainer)
             return
         # Held-out pairs always get the column: they are few, and what is comparable across objectives needs it.
         wanted = ["held_out"] + (["train"] if "ref_logp" in self.objective.needs else [])
@@ -197,6 +210,34 @@ class _Training:
             save_file(made, str(columns.with_suffix(".unfinished")))
             columns.with_suffix(".unfinished").replace(columns)
             write_json(figures, self.at_start)
+        trainer.sentinel = self._sentinel(trainer)
+
+    def _sentinel(self, trainer: PairTrainer) -> Sentinel:
+        """Of the policy in training, which the first process samples: it must hold whole weights."""
+        cfg, tokenizer = self.cfg, self.job.start.tokenizer
+        asked = list(dict.fromkeys(self.job.pairs.held_out["conversation"]))[: sentinel.PROMPTS]
+        prompts = [  # the same random numbers each time, and not those of the win rate
+            Prompt(
+                token_ids=prompt_ids(json.loads(text), tokenizer),
+                seeds=seeds(cfg.seed, judging.OTHERS, text, cfg.evaluation.samples_per_prompt),
+            )
+            for text in asked
+        ]
+
+        def sample() -> list[list[int]]:
+            policy = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+            devices = [self.where.device] if self.where.device.type == "cuda" else []
+            with torch.random.fork_rng(devices), self.where.autocast():  # training goes on as if nobody had looked
+                drawn = hf_sampler(policy, tokenizer, cfg.sampling.tokens_per_batch)(
+                    prompts,
+                    temperature=cfg.evaluation.temperature,
+                    top_p=cfg.evaluation.top_p,
+                    max_new_tokens=cfg.evaluation.max_new_tokens,
+                )
+            return [answer.response_ids for of_prompt in drawn for answer in of_prompt]
+
+        start = self.at_start["eval/mean_logp/chosen"]
+        return Sentinel(cfg=cfg.sentinel, where=self.where, start_mean_logp=start, sample=sample)
 
     def _reference(self, trainer: PairTrainer, split: PairData, name: str) -> Tensor:
         return reference.reference_logps(
@@ -252,8 +293,7 @@ class _Training:
             layout, _, why = self._settled(policy)
             attention = engine.backends(device, self.cfg.model.attn_implementation)[0]
         del policy
-        gc.collect()
-        torch.cuda.empty_cache()
+        _free()
         return layout, attention, why
 
     def _settled(self, policy: PreTrainedModel) -> tuple[Layout, str, str | None]:
@@ -315,39 +355,76 @@ class _Training:
             self.job.start.tokenizer.save_pretrained(unfinished)
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before its results
             unfinished.replace(folder)
+            names = sorted(trainer.held_out.keys() - {"rewards/accuracies"})  # which no two objectives share
+            columns = zip(self.job.pairs.held_out["row_id"], *(trainer.held_out[name] for name in names), strict=True)
+            lines = (json.dumps(dict(zip(("pair", *names), values, strict=True))) for values in columns)
+            write_text(self.job.dir / "held_out.jsonl", "".join(f"{line}\n" for line in lines))
 
     def _finish(self, results: dict[str, Any]) -> None:
-        """The win rate where there is a judge, the card, and the results, which mark the end."""
+        """What the judge says, where there is one, the card, and the results, which mark the end."""
         job, folder = self.job, self.job.policy
-        if self.cfg.dataset.judge is not None:
+        if judging.judge_of(self.cfg) is not None:
             for side, metrics in zip(("start", "trained"), self._judged(folder), strict=True):
                 results[side] |= metrics
-        rows = card.table(results["start"], results["trained"])
-        (folder / "README.md").write_text(card.model_card(self.cfg, config.plain(self.cfg), job.start, job.pairs, rows))
+        (folder / "README.md").write_text(
+            card.model_card(self.cfg, config.plain(self.cfg), job.start, job.pairs, results)
+        )
         write_json(job.results, results)
 
     def _judged(self, folder: Path) -> tuple[dict[str, float], dict[str, float]]:
-        """Metrics by the dataset's judge, of the start policy and of the trained one as it was saved."""
+        """Metrics of answers, of the start policy and of the trained one as it was saved. One model at a time is loaded."""
         cfg, alone = self.cfg, replace(self.where, rank=0, world=1, strategy=Strategy.single)
-        trained = model.load_trained(cfg.model, self.job.start, folder).to(alone.device)
-        start_policy = self._whole_policy(alone.device)
-        for policy in (trained, start_policy):
-            engine.attach(policy, self.layout, self.attention)
         asked = list(dict.fromkeys(self.job.pairs.held_out["conversation"]))[: cfg.evaluation.prompts]
-        return judging.compare_with_start(
-            trained,
-            start_policy,
-            self.job.start,
-            [json.loads(conversation) for conversation in asked],
-            config.resolve(str(cfg.dataset.judge), "dataset.judge"),
-            cfg.evaluation,
-            alone,
-            seed=cfg.seed,
-            layout=self.layout,
-            budget=self.budget,
-            tokens_per_batch=cfg.sampling.tokens_per_batch,
-            samples_file=self.job.dir / "samples.jsonl",
+        conversations = [json.loads(conversation) for conversation in asked]
+        judge = registry.build(registry.scorer_of(cfg), alone)
+        self._say(
+            f"{cfg.evaluation.samples_per_prompt} answers of the trained and of the start model to {len(asked)} held-out "
+            f"prompts, judged by {judge.identity.name}"
         )
+        tokenizer = self.job.start.tokenizer
+
+        def answers(policy: PreTrainedModel, name: str) -> list[ResponseRow]:
+            engine.attach(policy, self.layout, self.attention)
+            return judging.answer(
+                policy,
+                tokenizer,
+                conversations,
+                cfg.evaluation,
+                alone,
+                name=name,
+                seed=cfg.seed,
+                tokens_per_batch=cfg.sampling.tokens_per_batch,
+            )
+
+        def weigh(policy: PreTrainedModel, of: list[ResponseRow]) -> list[judging.Weight]:
+            return judging.weigh(policy, tokenizer, of, alone, layout=self.layout, budget=self.budget)
+
+        trained = model.load_trained(cfg.model, self.job.start, folder).to(alone.device)
+        ours = answers(trained, judging.POLICY)
+        own = weigh(trained, ours)
+        del trained
+        _free()
+        start_policy = self._whole_policy(alone.device)
+        theirs = answers(start_policy, judging.START)
+        own_of_start, by_start = weigh(start_policy, theirs), weigh(start_policy, ours)
+        del start_policy
+        _free()
+        start, policy = judging.compare(
+            {judging.START: theirs, judging.POLICY: ours},
+            judge,
+            self.job.dir / "scores",
+            self.job.dir / "samples.jsonl",
+        )
+        start |= {"sample_entropy": judging.sample_entropy(own_of_start), "kl_policy_start": 0.0}
+        policy |= {"sample_entropy": judging.sample_entropy(own), "kl_policy_start": judging.kl(own, by_start)}
+        return start, policy
+
+
+def _free() -> None:
+    """Give the device back what a model has used."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 class _Report:

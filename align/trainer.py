@@ -9,7 +9,9 @@ import contextlib
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import datasets
@@ -25,9 +27,11 @@ from align import strategy
 from align.batching import FORWARD_ONLY, MicroBatch, StepSampler, deal, plan_micro_batches
 from align.cache import write_json
 from align.config import Layout, Strategy, UserError
+from align.cost import Cost, forget_peak, peak_memory
 from align.data import as_group, pair_lengths
 from align.engine import COMPUTED, collate, evaluating, response_statistics, to_device
 from align.launch import Place
+from align.sentinel import CollapsedError, Sentinel
 from objectives import Objective, PairLoss, Response
 
 #: `responses`, the engine's batch; `pairs_in_step`; `pair`, `counted` and columns of the pairs, `[b]` or `[b, 2]`.
@@ -35,6 +39,12 @@ PairBatch = dict[str, Any]
 
 #: The file of a checkpoint that says by which strategy, on how many processes, it was written.
 MADE_BY = "made_by.json"
+
+#: The file of a checkpoint that says what the steps up to it have cost.
+COST = "cost.json"
+
+#: What evaluation keeps of each held-out pair.
+_BY_PAIR = ("rewards/accuracies", "accuracy/mean_logp", "accuracy/log_ratio")
 
 #: Largest mean |log_ratio| per token at step 0, in nats: what rounding leaves, and a wrong reference exceeds.
 _STEP_ZERO_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
@@ -92,6 +102,7 @@ class PairTrainer(Trainer):
 
     `on_metrics`, where it is set, is called with (step, metrics) for every logged step and evaluation. `on_ready` is called
     once the policy is wrapped, and loaded where a run goes on, before the first step. `stop` is asked after every step.
+    `sentinel`, where it is set, looks at every logged step, and may end the run. `held_out` has, once evaluated, the accuracies of `_BY_PAIR` for every held-out pair.
     """
 
     def __init__(
@@ -118,7 +129,10 @@ class PairTrainer(Trainer):
         self.on_metrics: Callable[[int, dict[str, float]], None] | None = None
         self.on_ready: Callable[[], None] = lambda: None
         self.stop: Callable[[], bool] = lambda: False
+        self.sentinel: Sentinel | None = None
         self.pairs_per_step, self.micro_batch_tokens = pairs_per_step, micro_batch_tokens
+        self.held_out: dict[str, list[float]] = {}
+        self.spent = Cost()  # before the last log, on this process; of a run that goes on, by its checkpoint
         self._sums: dict[str, Tensor] = {}  # of the pairs since the last log, on the device
         self._window_began = time.perf_counter()
         self._losses: list[tuple[Tensor, Tensor]] = []  # (pair indices, their losses) of this rank's share of the step
@@ -217,6 +231,11 @@ class PairTrainer(Trainer):
         summary = {f"objective/{name}": value for name, value in self.objective.summary(own).items()}
         return {**means, **summary}, pairs, tokens
 
+    def steps_begin(self) -> None:
+        """From here on time and memory count."""
+        forget_peak(self.where.device)
+        self._window_began = time.perf_counter()
+
     # Gates ---------------------------------------------------------------------------------------------------------
 
     def check_step_zero(self) -> None:
@@ -260,9 +279,10 @@ class PairTrainer(Trainer):
             bad = [data.pairs[i]["row_id"] for pairs, loss in self._losses for i in pairs[~loss.isfinite()].tolist()]
             bad = list(dict.fromkeys(self.where.gathered(bad)))
             what = f"the loss is not finite for pairs {', '.join(bad[:8])}" if bad else "the gradient is not finite"
-            raise UserError(
-                f"step {self.state.global_step + 1}: {what}. Nothing of this step is kept; "
-                f"checkpoints, every {self.args.save_steps:g} steps (train.save_every_steps), are under {self.args.output_dir}"
+            raise CollapsedError(
+                self.state.global_step + 1,
+                f"{what}. Nothing of this step is kept; "
+                f"checkpoints, every {self.args.save_steps:g} steps (train.save_every_steps), are under {self.args.output_dir}",
             )
         return norm
 
@@ -282,9 +302,11 @@ class PairTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
+            cost = self.cost()
             if self.where.rank == 0:
                 whole = unfinished / f"checkpoint-{self.state.global_step}"
                 made_by = {"strategy": self.where.strategy.value, "processes": self.where.world}
+                cost.write(whole / COST)
                 write_json(whole / MADE_BY, made_by)
                 if not (folder / whole.name).exists():  # a save that repeats one is the same
                     whole.replace(folder / whole.name)
@@ -319,11 +341,28 @@ class PairTrainer(Trainer):
         means, pairs, tokens = self._means(self._sums)
         seconds = time.perf_counter() - self._window_began
         self._sums, self._window_began = {}, time.perf_counter()
+        self.spent = replace(self.spent, seconds=self.spent.seconds + seconds, tokens=self.spent.tokens + int(tokens))
         own = {"pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds, "epoch": self.state.epoch}
         named = {f"train/{k}": v for k, v in {**means, **logs, "loss": means["loss"], **own}.items()}
+        if self.sentinel is not None:
+            named |= self.sentinel.sampled(self.state.global_step)
+            self._window_began = time.perf_counter()  # that is no training
         super().log(dict(named), start_time)  # which adds a key of its own
         if self.on_metrics is not None:
             self.on_metrics(self.state.global_step, named)
+        if self.sentinel is not None:
+            self.sentinel.check(self.state.global_step, named)
+
+    def cost(self) -> Cost:
+        """What the steps so far have cost, of all processes. Every process calls it."""
+        tokens = self._sums.get("tokens", torch.zeros((), device=self.where.device, dtype=torch.double))
+        peak = max(self.where.gathered([peak_memory(self.where.device)])) / 2**30
+        return Cost(
+            seconds=self.spent.seconds + time.perf_counter() - self._window_began,
+            tokens=self.spent.tokens + int(self.accelerator.reduce(tokens, "sum").item()),
+            peak_memory_gib=max(peak, self.spent.peak_memory_gib),
+            processes=self.where.world,
+        )
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -336,7 +375,8 @@ class PairTrainer(Trainer):
         assert isinstance(data, PairData)
         groups = list(data.pairs["group"])
         sums = self._sums
-        kept: dict[int, float] = {}
+        names = _BY_PAIR if data.ref_logp is not None else _BY_PAIR[:-1]
+        kept: dict[int, list[float]] = {}
         began = time.perf_counter()
         self._sums = {}
         budget = FORWARD_ONLY * self.micro_batch_tokens
@@ -344,17 +384,20 @@ class PairTrainer(Trainer):
             for some in deal(range(len(data)), data.lengths, self.where.world, data.layout, budget)[self.where.rank]:
                 batch = self._on_device(data[some])
                 _, metrics = self._pair_loss(self.model_wrapped, batch)
-                accuracies = zip(some.pairs, some.counted, metrics["rewards/accuracies"].tolist(), strict=True)
-                kept |= {pair: accuracy for pair, counted, accuracy in accuracies if counted}
+                of_pairs = torch.stack([metrics[name] for name in names], 1).tolist()
+                kept |= {i: own for i, counts, own in zip(some.pairs, some.counted, of_pairs, strict=True) if counts}
                 self._add(metrics, batch)
-        right = torch.zeros(len(data), device=self.where.device, dtype=torch.double)
-        right[list(kept)] = torch.tensor(list(kept.values()), device=self.where.device, dtype=torch.double)
-        right = self.accelerator.reduce(right, "sum")
+        by_pair = torch.zeros(len(data), len(names), device=self.where.device, dtype=torch.double)
+        values = torch.tensor(list(kept.values()), device=self.where.device, dtype=torch.double)
+        by_pair[list(kept)] = values.view(-1, len(names))  # of a rank that has none but fillers, too
+        by_pair = self.accelerator.reduce(by_pair, "sum")
+        self.held_out = {name: by_pair[:, at].tolist() for at, name in enumerate(names)}
+        right = self.held_out["rewards/accuracies"]
         means, _, _ = self._means(self._sums)
         self._sums, self._window_began = sums, self._window_began + time.perf_counter() - began
         for group in sorted(set(groups) - {""}):
             members = [i for i, name in enumerate(groups) if name == group]
-            means[f"accuracy/{group}"] = right[members].mean().item()
+            means[f"accuracy/{group}"] = fmean(right[i] for i in members)
         named = {f"{metric_key_prefix}/{name}": value for name, value in means.items()}
         self.control.should_evaluate = False  # done: else the end of an epoch would ask again
         if self.on_metrics is not None:
@@ -371,6 +414,7 @@ class _Hooks(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """The policy is wrapped, and loaded where a run goes on."""
         self._trainer.on_ready()
+        self._trainer.steps_begin()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """All processes stop, or none: after the same step, with a checkpoint."""

@@ -8,11 +8,12 @@ from conftest import ROOT
 LAYERS = [
     {"config"},
     {"cache", "compose", "batching", "memory", "lifeline"},
-    {"launch"},
+    {"launch", "cost"},
     {"model", "engine", "strategy"},
     {"rows", "arguments", "tracking"},
     {"data"},
     {"onpolicy"},
+    {"sentinel"},
     {"reference", "trainer", "judging"},
     {"plan", "card", "slurm"},
     {"train"},
@@ -20,7 +21,8 @@ LAYERS = [
     {"stages"},
     {"selfplay"},
     {"__main__"},
-    {"suites", "report"},
+    {"report"},
+    {"suites"},
     {"sample", "annotate", "select", "evaluate", "dashboard"},  # commands of their own
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

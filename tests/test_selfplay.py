@@ -162,6 +162,12 @@ def without_speed(file: Path) -> list[dict]:
     return [{name: value for name, value in line.items() if not name.endswith("_per_second")} for line in made]
 
 
+def without_cost(folder: Path) -> dict:
+    """results.json, without what depends on the clock; the tokens stay."""
+    made = read(folder / "results.json")
+    return made | {"cost": made["cost"]["tokens"]}
+
+
 # What two iterations leave ------------------------------------------------------------------------------------------
 
 
@@ -264,10 +270,38 @@ def test_the_summary_compares_the_answers_of_three_policies_to_held_out_prompts(
         assert made["judge_score"] == pytest.approx(sum(scores) / len(scores))
         spread = [max(own) - min(own) for own in vowels[number].values()]
         assert made["score_spread"] == pytest.approx(sum(spread) / len(spread))
-        assert made["start"]["win_rate"] == 0.5
+        assert made["start"]["win_rate"] == 0.5 and made["start"]["kl_policy_start"] == 0
+        even = [
+            a == b for prompt in asked for a in vowels[number][prompt] for b in vowels[0][prompt]
+        ]  # as many pairs of answers to each prompt
+        assert made["ties"] == pytest.approx(sum(even) / len(even))
     results = read(two / "results.json")
     assert results["start"] == read(two / "iter_1" / "summary.json")["start"]
     assert results["trained"]["win_rate"] == pytest.approx(rate(2, 0))
+    costs = [read(two / f"iter_{number}" / "results.json")["cost"] for number in (1, 2)]
+    for name, whole in {"seconds": sum, "tokens": sum, "peak_memory_gib": max, "processes": max}.items():
+        assert results["cost"][name] == whole(cost[name] for cost in costs)
+
+
+@torch.no_grad()
+def test_entropy_and_kl_are_of_a_policys_own_answers_by_its_plain_logits(two, tiny_llama):
+    start = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    policy = AutoModelForCausalLM.from_pretrained(two / "iter_2" / "policy")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    entropies, gaps, tokens = 0.0, [], 0
+    for row in rows(two / "iter_2" / "evaluation" / "responses"):
+        text = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
+        ids, own = tokenizer(text, add_special_tokens=False).input_ids, row["response_ids"]
+        asked = torch.tensor([ids + own])
+        ours, theirs = (
+            model(input_ids=asked).logits[0, len(ids) - 1 : -1].log_softmax(-1) for model in (policy, start)
+        )
+        entropies -= (ours.exp() * ours).sum().item()
+        gaps.append(sum((ours - theirs)[at, token].item() for at, token in enumerate(own)))
+        tokens += len(own)
+    made = read(two / "iter_2" / "summary.json")
+    assert made["sample_entropy"] == pytest.approx(entropies / tokens, rel=1e-4)
+    assert made["kl_policy_start"] == pytest.approx(sum(gaps) / len(gaps), rel=1e-3, abs=1e-5)
 
 
 # Going on -----------------------------------------------------------------------------------------------------------
@@ -305,7 +339,7 @@ def test_one_iteration_and_then_two_is_the_same_as_two_at_once(align, words, two
         assert result.status == 0, result.err
     assert contents(tmp_path / "run") == contents(two)
     assert same_weights(tmp_path / "run" / "iter_2" / "policy", two / "iter_2" / "policy")
-    assert read(tmp_path / "run" / "results.json") == read(two / "results.json")
+    assert without_cost(tmp_path / "run") == without_cost(two)
 
 
 @pytest.mark.parametrize(
@@ -663,6 +697,22 @@ def test_an_iteration_with_too_few_pairs_says_why_and_what_to_try(align, words, 
 STAGES = ("responses", "scores", "pairs")
 
 
+def test_an_iteration_that_collapses_ends_the_run_and_the_same_command_says_so_at_once(align, words, cache, tmp_path):
+    folder = tmp_path / "run"
+    absurd = ["optimizer.learning_rate=3.0", "optimizer.warmup_steps=0", "optimizer.max_steps=8", "objective=dpo"]
+    first = align(*words(folder, *absurd, f"cache_dir={cache}"))
+    told = first.err.splitlines()[-1]
+    made = read(folder / "collapsed.json")
+    assert first.status == 1 and told.startswith(
+        f"align: step {made['step']}: iteration 1: mean_logp of chosen responses"
+    )
+    assert f"delete {folder / 'collapsed.json'}" in told and not (folder / "iter_1" / "collapsed.json").exists()
+    before = written(folder, "**/*")
+    again = align(*words(folder, *absurd, f"cache_dir={cache}"))
+    assert (again.status, again.err.splitlines()[-1]) == (1, told)
+    assert written(folder, "**/*") == before
+
+
 def test_the_stages_alone_make_what_the_first_iteration_made(home, words, cache, two, tmp_path):
     folder = tmp_path / "stages"
     for module, stage in (("sample", "responses"), ("annotate", "scores"), ("select", "pairs")):
@@ -789,7 +839,7 @@ def test_real_prompts_and_a_reward_model_go_through_end_to_end(align, words, rew
 
 @pytest.mark.slow
 def test_both_iterations_are_one_run_of_the_tracker(align, words, tmp_path):
-    from test_run import read_offline
+    from test_tracking import read_offline
 
     result = align(*words(tmp_path / "run", "iterations=2"), tracker="wandb")
     assert result.status == 0, result.err
@@ -807,6 +857,7 @@ def test_both_iterations_are_one_run_of_the_tracker(align, words, tmp_path):
         assert {"selfplay/win_rate", "selfplay/win_rate/previous", "selfplay/score_spread"} <= figures.keys()
         assert {name: row[name] for name in figures} == pytest.approx(figures)
     assert offline["run"].run_id == (tmp_path / "run" / "wandb" / "run_id").read_text()
+    assert offline["run"].job_type == "selfplay"
     assert offline["summary"]["result/win_rate"] == pytest.approx(made["win_rate"])
     assert offline["exit"] == 0
 
@@ -893,7 +944,7 @@ def ends_as(folder: Path, whole: Path) -> None:
         assert same_weights(folder / f"iter_{number}" / "policy", whole / f"iter_{number}" / "policy")
         a, b = (place / f"iter_{number}" / "metrics.jsonl" for place in (folder, whole))
         assert without_speed(a) == without_speed(b)
-    assert read(folder / "results.json") == read(whole / "results.json")
+    assert without_cost(folder) == without_cost(whole)
     assert not list(folder.rglob("*unfinished*"))
 
 

@@ -164,6 +164,8 @@ def test_a_run_that_is_killed_goes_on_by_the_same_command_and_loses_nothing(
     results, wanted = (json.loads((place / "results.json").read_text()) for place in (folder, whole))
     differences = [(value - weights(folder)[name]).abs().max().item() for name, value in weights(whole).items()]
     print("worst weight:", max(differences))
+    costs = [made.pop("cost") for made in (results, wanted)]
+    assert costs[0]["tokens"] == costs[1]["tokens"]
     if strategy in EXACT:
         assert all(torch.equal(value, weights(folder)[name]) for name, value in weights(whole).items())
         assert (ours, results) == (theirs, wanted)

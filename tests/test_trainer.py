@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -256,6 +257,52 @@ def test_held_out_means_are_exact_whatever_the_micro_batches(align, tmp_path, ti
     assert parts == pytest.approx(one["eval/rewards/accuracies"], abs=1e-9)
 
 
+def test_each_held_out_pair_says_whether_it_is_ranked_rightly(align, tmp_path, tiny_llama, pairs_file):
+    held = write_jsonl(tmp_path / "held.jsonl", [pair_row(i) for i in range(50, 57)])
+    folder = train(align, tmp_path / "run", tiny_llama, pairs_file, f"dataset.eval_path={held}", "objective=simpo")
+    rows = [json.loads(line) for line in (folder / "held_out.jsonl").read_text().splitlines()]
+    assert [row["pair"] for row in rows] == [f"row-{i}" for i in range(50, 57)]
+    trained = json.loads((folder / "results.json").read_text())["trained"]
+    for name in ("accuracy/mean_logp", "accuracy/log_ratio"):
+        assert {row[name] for row in rows} <= {0, 0.5, 1}
+        assert sum(row[name] for row in rows) / 7 == pytest.approx(trained[name])
+
+
+def test_a_run_that_goes_on_adds_up_what_its_stretches_cost(align, monkeypatch, tmp_path, tiny_llama, pairs_file):
+    words = [
+        "optimizer.max_steps=5",
+        "train.save_every_steps=2",
+        "train.log_every_steps=2",
+    ]  # the last step is not logged
+    fed, original = [], PairTrainer.training_step
+
+    def record(self, wrapped, inputs, num_items_in_batch=None):
+        fed.append(sum(batch["responses"].input_ids.numel() for batch in inputs))  # a row has no padding
+        return original(self, wrapped, inputs, num_items_in_batch)
+
+    monkeypatch.setattr(PairTrainer, "training_step", record)
+    folder = train(align, tmp_path / "run", tiny_llama, pairs_file, *words)
+
+    def cost(file: Path) -> dict:
+        made = json.loads(file.read_text())
+        return made.get("cost", made)
+
+    whole = cost(folder / "results.json")
+    assert whole["tokens"] == sum(fed) and len(fed) == 5
+    at_four = cost(folder / "checkpoints" / "checkpoint-4" / "cost.json")
+    assert at_four["tokens"] == sum(fed[:4]) and 0 < at_four["seconds"] < whole["seconds"]
+    assert whole["peak_memory_gib"] >= at_four["peak_memory_gib"] > 0 and whole["processes"] == 1
+
+    (folder / "results.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-5")
+    at_four["seconds"] += 1000  # of a slow machine
+    (folder / "checkpoints" / "checkpoint-4" / "cost.json").write_text(json.dumps(at_four))
+    again = cost(train(align, folder, tiny_llama, pairs_file, *words) / "results.json")
+    assert again["tokens"] == whole["tokens"] and len(fed) == 6
+    assert at_four["seconds"] < again["seconds"] < at_four["seconds"] + 60
+    assert "of training" in (folder / "model" / "README.md").read_text()
+
+
 def command(folder: Path, model: Path, pairs: Path, *more: str) -> list[str]:
     return [*quick(model, pairs, f"run_dir={folder}", "tracker=none", "cluster.cpu_threads=1", *more)]
 
@@ -286,7 +333,9 @@ def test_a_run_that_is_killed_and_typed_again_equals_one_that_was_not(tmp_path, 
     assert again.returncode == 0 and "going on from" in again.stdout, again.stderr
     assert timeless(metrics(killed)) == timeless(metrics(whole))
     assert metrics(killed, "eval/loss") == metrics(whole, "eval/loss")
-    assert json.loads((killed / "results.json").read_text()) == json.loads((whole / "results.json").read_text())
+    results, wanted = (json.loads((folder / "results.json").read_text()) for folder in (killed, whole))
+    cost, cost_of_whole = results.pop("cost"), wanted.pop("cost")
+    assert results == wanted and cost["tokens"] == cost_of_whole["tokens"]
     assert all(torch.equal(value, weights(killed)[name]) for name, value in weights(whole).items())
 
 
@@ -322,5 +371,6 @@ def test_one_process_equals_two(tmp_path, tiny_llama, own_cache):
         metrics(tmp_path / "two", "eval/loss")[-1], rel=1e-4, abs=1e-5
     )
     assert {"eval/accuracy/odd", "eval/accuracy/even"} <= metrics(tmp_path / "two", "eval/loss")[-1].keys()
+    assert (tmp_path / "two" / "held_out.jsonl").read_text() == (tmp_path / "one" / "held_out.jsonl").read_text()
     for name, value in weights(tmp_path / "one").items():
         torch.testing.assert_close(weights(tmp_path / "two")[name], value, rtol=1e-4, atol=1e-6)

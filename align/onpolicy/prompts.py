@@ -76,8 +76,8 @@ class Prompts:
         return [prompt for prompt in self.train if prompt.id in mine]
 
 
-def load_prompts(cfg: RunConfig, start: Start, cache: Path) -> Prompts:
-    """The prompts of the configured dataset, with the candidates of `source.candidates`.
+def load_prompts(cfg: RunConfig, start: Start, cache: Path, wanted: Sequence[str] = ("held_out", "train")) -> Prompts:
+    """The prompts of the configured dataset, with the candidates of `source.candidates`; of the wanted splits.
 
     Raises:
         UserError: a source that cannot be read, or that leaves no prompt to train on or to hold out.
@@ -86,13 +86,14 @@ def load_prompts(cfg: RunConfig, start: Start, cache: Path) -> Prompts:
         raise UserError(f"source.candidates.{POLICY}: that is the name of the policy's own answers; take another")
     splits = load_splits(cfg.dataset, start, cache, Content.prompts)
     others = {origin: _Answers(origin, where, cfg) for origin, where in cfg.source.candidates.items()}
-    made: dict[str, list[PromptRow]] = {}
+    made: dict[str, list[PromptRow]] = {"train": [], "held_out": []}
     dropped: dict[str, dict[str, int]] = {}
     tokens: dict[str, int] = {}
     seen: set[str] = set()
-    for split, limit in (("held_out", cfg.dataset.eval_limit), ("train", cfg.dataset.limit)):
+    limits = {"held_out": cfg.dataset.eval_limit, "train": cfg.dataset.limit}
+    for split in wanted:  # a prompt that is held out is not trained on
         reasons: Counter[str] = Counter()
-        made[split], lengths = _prompts_of(split, splits[split], limit, others, cfg, start, seen, reasons)
+        made[split], lengths = _prompts_of(split, splits[split], limits[split], others, cfg, start, seen, reasons)
         tokens |= lengths
         dropped[split] = dict(reasons)
         if not made[split]:

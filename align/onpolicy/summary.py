@@ -13,6 +13,8 @@ from typing import Any
 from align.onpolicy.sample import ResponseRow
 from align.onpolicy.select import Matrix, ScoredPrompt, preferences
 
+_GRAM = 4  # tokens of what counts as repeated
+
 
 def side_by_side(answers: Mapping[str, Sequence[ResponseRow]], iteration: int) -> list[ResponseRow]:
     """The answers of several policies as candidates for the same prompts, each policy's name as their origin."""
@@ -29,8 +31,9 @@ def figures(rows: Sequence[ResponseRow], scored: Sequence[ScoredPrompt], name: s
 
     Returns:
         `sample_length` in tokens; `distinct`, the share of different answers to a prompt; `unfinished`, the share that
-        was cut at max_new_tokens; and where the scorer gives numbers `judge_score`, their mean, and `score_spread`, the
-        mean over prompts of best minus worst. All are means over prompts that have scores, or over answers.
+        was cut at max_new_tokens; `repetition` within an answer; and where the scorer gives numbers `judge_score`, their
+        mean, and `score_spread`, the mean over prompts of best minus worst. All are means over prompts that have scores,
+        or over answers.
     """
     own = [row for row in rows if row.origin == name]
     texts: dict[str, list[str]] = {}
@@ -40,9 +43,10 @@ def figures(rows: Sequence[ResponseRow], scored: Sequence[ScoredPrompt], name: s
         "sample_length": fmean(len(row.response_ids) for row in own),
         "distinct": fmean(len(set(said)) / len(said) for said in texts.values()),
         "unfinished": fmean(not row.finished for row in own),
+        "repetition": fmean(repetition(row.response_ids) for row in own),
     }
     scores = [
-        [c.score for c in prompt.candidates if c.origin == name and c.score is not None] for prompt in _usable(scored)
+        [c.score for c in prompt.candidates if c.origin == name and c.score is not None] for prompt in usable(scored)
     ]
     if all(scores) and scores:
         made["judge_score"] = fmean(score for of_prompt in scores for score in of_prompt)
@@ -50,22 +54,44 @@ def figures(rows: Sequence[ResponseRow], scored: Sequence[ScoredPrompt], name: s
     return made
 
 
+def repetition(token_ids: Sequence[int]) -> float:
+    """seq-rep-4: the share of an answer's 4-grams that were there before; 0 where it has none.
+
+    1 - distinct / all 4-grams, Welleck et al. 2019, https://arxiv.org/abs/1908.04319.
+    """
+    grams = [tuple(token_ids[at : at + _GRAM]) for at in range(len(token_ids) - _GRAM + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
 def win_rate(scored: Sequence[ScoredPrompt], ours: str, theirs: str) -> float:
     """P(an answer of `ours` beats one of `theirs`), over all pairs of answers to a prompt, then over prompts.
 
     Of two scores the higher one wins surely, and equal ones are half a win each. NaN where nothing is scored.
     """
-    rates = [
-        fmean(
-            matrix[i][j]
-            for i, a in enumerate(prompt.candidates)
-            for j, b in enumerate(prompt.candidates)
-            if a.origin == ours and b.origin == theirs
-        )
-        for prompt in _usable(scored)
-        for matrix in [_matrix(prompt)]
-    ]
+    rates = [fmean(p for row in chances(prompt, ours, theirs) for p in row) for prompt in usable(scored)]
     return fmean(rates) if rates else math.nan
+
+
+def ties(scored: Sequence[ScoredPrompt], ours: str, theirs: str) -> float:
+    """The share of pairs of answers to a prompt that are equally good, then over prompts.
+
+    An answer is no pair with itself. NaN where there is no pair, or nothing is scored.
+    """
+    shares = []
+    for prompt in usable(scored):
+        of_prompt = chances(prompt, ours, theirs)
+        even = [p == 0.5 for i, row in enumerate(of_prompt) for j, p in enumerate(row) if ours != theirs or i != j]
+        shares += [fmean(even)] if even else []
+    return fmean(shares) if shares else math.nan
+
+
+def chances(prompt: ScoredPrompt, ours: str, theirs: str) -> list[list[float]]:
+    """Row i, column j: P(the i-th answer of `ours` beats the j-th of `theirs`)."""
+    matrix = _matrix(prompt)
+    rows, columns = (
+        [i for i, candidate in enumerate(prompt.candidates) if candidate.origin == name] for name in (ours, theirs)
+    )
+    return [[matrix[i][j] for j in columns] for i in rows]
 
 
 def line(made: Mapping[str, Any]) -> str:
@@ -82,7 +108,7 @@ def line(made: Mapping[str, Any]) -> str:
     return ", ".join([*figures_, f"{made['distinct']:.0%} of the answers distinct"])
 
 
-def _usable(scored: Sequence[ScoredPrompt]) -> list[ScoredPrompt]:
+def usable(scored: Sequence[ScoredPrompt]) -> list[ScoredPrompt]:
     """Prompts whose answers all have finite scores."""
     return [
         prompt

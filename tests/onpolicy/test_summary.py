@@ -6,7 +6,7 @@ import pytest
 
 from align.onpolicy.sample import ResponseRow
 from align.onpolicy.select import Candidate, ScoredPrompt
-from align.onpolicy.summary import figures, line, side_by_side, win_rate
+from align.onpolicy.summary import chances, figures, line, repetition, side_by_side, ties, win_rate
 
 
 def answer(prompt, k, text="x", tokens=1, **fields):
@@ -89,6 +89,41 @@ def test_prompts_with_an_answer_that_has_no_score_are_left_out():
     assert math.isnan(win_rate([unclear], "new", "start")) and math.isnan(win_rate([], "new", "start"))
 
 
+def test_ties_are_the_share_of_answers_that_are_equally_good():
+    # Of the six pairs the two 2 are even, and the two 1.
+    assert ties([scored([2, 1], [1, 0, 2])], "new", "start") == pytest.approx(2 / 6)
+    assert ties([scored([2, 1], [1, 0, 2]), scored([0], [0])], "new", "start") == pytest.approx((2 / 6 + 1) / 2)
+    matrix = [[0.5, 0.1, 0.5, 0.6], [0.9, 0.5, 0.3, 0.9], [0.5, 0.7, 0.5, 0.5], [0.4, 0.1, 0.5, 0.5]]
+    assert ties([compared(matrix, ["new", "new", "start", "start"])], "new", "start") == 1 / 4
+    assert math.isnan(ties([scored([math.nan], [1])], "new", "start"))
+
+
+def test_an_answer_is_no_tie_with_itself():
+    # Of 1, 1, 0 one of three pairs is even, whichever is named first.
+    assert ties([scored([1, 1, 0], [9])], "new", "new") == pytest.approx(1 / 3)
+    assert math.isnan(ties([scored([1], [9])], "new", "new"))
+
+
+def test_chances_are_rows_of_ours_against_columns_of_theirs():
+    assert chances(scored([2, 1], [1, 0, 3]), "new", "start") == [[1, 1, 0], [0.5, 1, 0]]
+    assert chances(scored([2, 1], [1, 0, 3]), "start", "new") == [[0, 0.5], [0, 0], [1, 1]]
+
+
+@pytest.mark.parametrize(
+    "tokens, share",
+    [
+        ([], 0.0),
+        ([7, 7, 7], 0.0),  # no 4-gram
+        ([1, 2, 3, 4], 0.0),  # one
+        ([1, 2, 3, 4, 1, 2, 3, 4], 1 / 5),  # 1234 2341 3412 4123 1234: the last was there before
+        ([9] * 8, 4 / 5),  # five, of which one is new
+        ([1, 2, 1, 2, 1, 2], 1 / 3),  # 1212 2121 1212
+    ],
+)
+def test_repetition_is_the_share_of_4_grams_that_were_there_before(tokens, share):
+    assert repetition(tokens) == pytest.approx(share)
+
+
 # Figures -----------------------------------------------------------------------------------------------------------
 
 ROWS = [
@@ -109,8 +144,10 @@ def test_figures_are_of_a_policys_own_answers():
         "unfinished": 0.25,  # one of four
         "judge_score": 2.375,  # (4 + 1 + 2 + 2.5) / 4
         "score_spread": 1.75,  # (3 + 0.5) / 2
+        "repetition": 0.125,  # five equal tokens have two 4-grams, of which one is new: (0 + 0 + 0 + 1/2) / 4
     }
     theirs = figures(ROWS, [scored([1, 4], [9], "a"), scored([2, 2.5], [9], "b")], "start")
+    assert theirs.pop("repetition") == pytest.approx(5 / 6)  # nine equal tokens: six 4-grams, one of them new
     assert theirs == {"sample_length": 9, "distinct": 1, "unfinished": 0.5, "judge_score": 9, "score_spread": 0}
 
 
@@ -119,7 +156,7 @@ def test_scores_are_told_of_prompts_that_have_them_and_not_where_none_is_known()
     assert (made["judge_score"], made["score_spread"], made["sample_length"]) == (2.25, 0.5, 3)
     pairwise = compared([[0.5, 0.3], [0.7, 0.5]], ["new", "start"])
     for nothing in ([], [pairwise], [scored([math.nan], [1])]):
-        assert set(figures(ROWS, nothing, "new")) == {"sample_length", "distinct", "unfinished"}
+        assert set(figures(ROWS, nothing, "new")) == {"sample_length", "distinct", "unfinished", "repetition"}
 
 
 def test_the_line_says_what_is_known():

@@ -1,6 +1,6 @@
 """A program that judges: any "module:function" (prompt text, response text) -> float, such as the built-in task's.
 
-The prompt is the last user turn, or the plain text, as in evaluate.py: what was asked, not the whole conversation.
+The prompt is the last user turn, or the plain text: what was asked, not the whole conversation.
 Left out: programs that see all K responses at once, which are scorers themselves (registry.py).
 """
 
