@@ -2,13 +2,18 @@
 
 Composing needs no torch, so `--help` and `--cfg job` answer at once; the run is imported when there is one.
 An error that the user can put right is one line and exit status 1; any other keeps its traceback.
-HYDRA_FULL_ERROR=1 keeps it for all.
+HYDRA_FULL_ERROR=1 keeps it for all. A job of a sweep that fails does not stop the others; the sweep ends with their list.
 """
 
 import os
+import shlex
 import signal
 import sys
+import traceback
 import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -18,25 +23,82 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from align import compose, slurm
-from align.config import RunConfig, Source, Stopped, UserError, resolve
+from align.config import GROUPS, Launcher, RunConfig, Source, Stopped, UserError, resolve
 
 _FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
-
-
+_OF_SWEEPS = ("hparams=", "search=")  # words that say which jobs there are, and nothing of one of them
+_SHOWN = 3  # jobs that failed, in the last line: each has said why
 _RUN = {Source.dataset: "align.run:run", Source.selfplay: "align.selfplay:selfplay"}
 
 
-def _do(node: DictConfig, stage: str | None) -> float | None:
+@dataclass
+class _Sweep:
+    """The jobs of this command, where it is a sweep."""
+
+    jobs: int = 0
+    failed: list[str] = field(default_factory=list)  # their words
+    groups: dict[str, None] = field(default_factory=dict)  # of runs that are trained, in their order
+    found: Path | None = None  # of a search
+
+    def begin_job(self, cfg: Any, trains: bool, words: str) -> None:
+        """All runs are one group, and each job says what it is."""
+        typed = HydraConfig.get()
+        self.jobs += 1
+        if typed.runtime.choices["hydra/sweeper"] == "optuna":
+            self.found = Path(typed.sweep.dir) / "optimization_results.yaml"
+            if not trains or cfg.cluster.launcher is Launcher.slurm:  # else every trial would be one that failed
+                sys.exit(
+                    "align: search=optuna needs the result of each run before the next: it goes with python -m align, "
+                    "without plan=true, and on this machine or inside one SLURM job, not with cluster.launcher=slurm"
+                )
+        if isinstance(cfg, RunConfig):
+            cfg.tracker.group = cfg.tracker.group or compose.sweep_name(sys.argv[1:])
+            if trains:
+                self.groups[shlex.quote(str(GROUPS / cfg.tracker.group))] = None
+        print(f"\njob {self.jobs}: {words}", flush=True)
+
+    def end(self, ended_by_jobs: bool) -> None:
+        """Say what a search found, how to compare, and which jobs failed; these are an error where they end the sweep."""
+        if self.found is not None and self.found.exists() and not ended_by_jobs:
+            best = OmegaConf.load(self.found)
+            print(f"\nbest    {' '.join(f'{k}={v}' for k, v in best.best_params.items())}: {best.best_value:.4g}")
+        if self.groups:
+            folders = " ".join(self.groups)
+            print(f"\nsweep   {folders}\nreport  python -m align.report {folders}")
+        some = "; ".join(self.failed[:_SHOWN]) + (" ..." if len(self.failed) > _SHOWN else "")
+        failed = f"{len(self.failed)} of {self.jobs} jobs failed: {some}. The same command runs these again, and none "
+        failed += "that is complete"
+        if ended_by_jobs:
+            raise UserError(failed)
+        if self.failed:
+            print(f"align: {failed}", file=sys.stderr)
+
+
+def _do(node: DictConfig, stage: str | None, sweep: _Sweep) -> float | None:
     """One composed command: a run, or the stage of one that "module:function" names."""
+    typed = HydraConfig.get()
+    sweeps = typed.mode is RunMode.MULTIRUN
+    given: Any = OmegaConf.to_container(typed.overrides.task)  # as typed: ${seed} is not resolved
+    words = shlex.join(word for word in given if not word.startswith(_OF_SWEEPS))
     try:
-        cfg = OmegaConf.to_object(node)
-        assert isinstance(cfg, RunConfig)
+        cfg: Any = OmegaConf.to_object(node)
+        if isinstance(cfg, RunConfig):
+            cfg.command = f"python -m align {words}".strip()
+        if sweeps:
+            sweep.begin_job(cfg, stage is None and not cfg.plan, words)
         function = resolve(stage or _RUN[cfg.source.name], "source")  # torch and transformers, only when something runs
         result: float | None = function(cfg)
         return result
-    except (UserError, OmegaConfBaseException) as error:
-        if HydraConfig.get().mode is RunMode.MULTIRUN or _FULL_ERROR:
-            raise  # Hydra reports it, and the other jobs go on
+    except Exception as error:
+        by_user = isinstance(error, UserError | OmegaConfBaseException)
+        if sweeps:
+            if not by_user or _FULL_ERROR:
+                traceback.print_exc()
+            print(f"align: job {sweep.jobs} failed: {compose.one_line(error)}", file=sys.stderr, flush=True)
+            sweep.failed.append(words)
+            raise  # Hydra goes on with the others
+        if not by_user or _FULL_ERROR:
+            raise
         sys.exit(f"align: {compose.one_line(error)}")
 
 
@@ -50,21 +112,32 @@ def _as_ctrl_c(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def main(stage: str | None = None) -> None:
-    """Entry point of the console script and of `python -m align`; of `python -m align.sample` and others with a stage."""
+def main(stage: str | None = None, root: str = "config", schema: type = RunConfig) -> None:
+    """Entry point of the console script and of `python -m align`; of `python -m align.sample` and others with a stage.
 
-    @hydra.main(config_path=str(compose.CONF), config_name="config", version_base="1.3")
+    `root` is the YAML of conf/ that is composed, and `schema` its type; others than a run's have a stage.
+    """
+
+    sweep = _Sweep()
+
+    @hydra.main(config_path=str(compose.CONF), config_name=root, version_base="1.3")
     def job(node: DictConfig) -> float | None:
-        return _do(node, stage)
+        return _do(node, stage, sweep)
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise, so that the line below can say it shorter
     warnings.formatwarning = _warning_line
     signal.signal(signal.SIGTERM, _as_ctrl_c)
-    compose.install()
+    compose.install(schema)
     sys.path.insert(0, "")  # "module:function" of the working folder, for the console script as for python -m
     try:
-        job()
-        slurm.submit()
+        try:
+            job()
+            slurm.submit()
+        except Exception:
+            if not sweep.failed:
+                raise
+            sweep.end(ended_by_jobs=True)  # what is raised is what the first of them raised, which is said
+        sweep.end(ended_by_jobs=False)
     except (UserError, HydraException, OmegaConfBaseException) as error:
         unsent = "; nothing was submitted" if slurm.discard() else ""
         if _FULL_ERROR:

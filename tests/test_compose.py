@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -55,7 +56,11 @@ def test_two_words_pick_the_recipe(composed):
 
 
 def test_the_order_of_the_words_does_not_matter(composed):
-    assert composed("objective=wpo", "model=gemma2_9b") == composed("model=gemma2_9b", "objective=wpo")
+    one_way, other_way = (
+        one(composed("objective=wpo", "model=gemma2_9b")),
+        one(composed("model=gemma2_9b", "objective=wpo")),
+    )
+    assert replace(one_way, command="") == replace(other_way, command="")
 
 
 @pytest.mark.parametrize(
