@@ -1,6 +1,7 @@
 """`python -m align.report [folder ...] [out=folder]`: compare the runs in some folders; without a folder, those in runs/.
 
-Writes report.html, report.md and results.csv into `out`; without it, into the folder, or into what several have in common.
+A folder of links to runs, as a sweep leaves one in runs/groups/, is a report on these. Writes report.html, report.md and
+results.csv into `out`; without it, into the folder, or into what several have in common.
 """
 
 import os

@@ -9,9 +9,10 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from html import escape
 from typing import Any
 
@@ -74,15 +75,25 @@ class Series:
     high: Sequence[float]
 
 
-def whiskers(rows: Sequence[tuple[int, str, Estimate]], label: str, line: float | None) -> str:
-    """A row for each (number, label, estimate): the mean, and its 95% interval where there is one; a dashed line."""
+def whiskers(
+    rows: Sequence[tuple[int, str, Estimate]], label: str, line: float | None, hollow: Set[int] = frozenset()
+) -> str:
+    """A row for each (number, label, estimate): the mean, and its 95% interval where there is one; a dashed line.
+
+    Among intervals over seeds one over prompts only is dotted: it promises less, however short it is.
+    """
+    mixed = len({value.over for *_, value in rows} - {"nothing"}) > 1
     above = max(len(name) for _, name, _ in rows) > _LONG_LABEL  # else the labels leave no room for the rest
     with _figure(_WIDTH, 0.55 + (0.4 if above else 0.26) * len(rows)) as (figure, axes):
         for at, (number, name, value) in enumerate(rows):
             colour = _COLOURS[number % SERIES]
             if value.over != "nothing":
-                axes.plot([value.low, value.high], [at, at], color=colour, linewidth=2, alpha=0.55, gid=_gid(number))
-            axes.plot([value.mean], [at], _MARKERS[number % SERIES], color=colour, markersize=6, gid=_gid(number))
+                dash = (0, (1, 1)) if mixed and value.over == "prompts" else "-"
+                ends = [value.low, value.high]
+                axes.plot(ends, [at, at], linestyle=dash, color=colour, linewidth=2, alpha=0.55, gid=_gid(number))
+            inside = _PAPER if number in hollow else colour
+            marker = _MARKERS[number % SERIES]
+            axes.plot([value.mean], [at], marker, color=colour, markersize=6, markerfacecolor=inside, gid=_gid(number))
             if above:
                 axes.text(
                     0.005, at - 0.25, name, transform=axes.get_yaxis_transform(), fontsize=9, va="bottom", bbox=_BEHIND
@@ -118,8 +129,8 @@ def curves(title: str, series: Sequence[Series], x_label: str) -> str:
         return _svg(figure, title)
 
 
-def sweep_line(title: str, x_label: str, points: Sequence[tuple[float, Estimate]]) -> str:
-    """A figure over one number, with its intervals."""
+def sweep_line(title: str, x_label: str, points: Sequence[tuple[float, Estimate]], low: float, high: float) -> str:
+    """A figure over one number, with its intervals; the axis holds `low` to `high`."""
     points = sorted(points, key=lambda point: point[0])
     xs = [x for x, _ in points]
     with _figure(_WIDTH, 2.2) as (figure, axes):
@@ -131,6 +142,8 @@ def sweep_line(title: str, x_label: str, points: Sequence[tuple[float, Estimate]
             axes.set_xscale("log")
         axes.set_xticks(xs, [f"{x:g}" for x in xs])
         axes.minorticks_off()
+        axes.update_datalim([(xs[0], low), (xs[0], high)])
+        axes.autoscale_view()
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel(x_label)
         return _svg(figure, title)
@@ -143,8 +156,9 @@ def heat_map(
     cells: Mapping[tuple[float, float], float],
     digits: int,
     best: tuple[float, float] | None,
+    bold: Set[tuple[float, float]],
 ) -> str:
-    """A value for each (x, y), written on it; deeper is higher. An empty cell has no complete run."""
+    """A value for each (x, y), written on it; deeper is higher, `best` is framed. An empty cell has no complete run."""
     xs, ys = (sorted({key[axis] for key in cells}) for axis in (0, 1))
     finite = [value for value in cells.values() if math.isfinite(value)]
     low, high = min(finite), max(finite)
@@ -159,7 +173,9 @@ def heat_map(
                 if (x, y) == best:
                     axes.add_patch(Rectangle(where, 0.96, 0.92, fill=False, edgecolor=_INK, linewidth=1.4))
                 text = f"{value:.{digits}f}".replace("-", "−") if known else "–"
-                axes.text(column, row, text, ha="center", va="center", color=_INK if known else _MUTED)
+                weight = "bold" if (x, y) in bold else "normal"
+                colour = _INK if known else _MUTED
+                axes.text(column, row, text, ha="center", va="center", color=colour, fontweight=weight)
         axes.set_xlim(-0.5, len(xs) - 0.5)
         axes.set_ylim(-0.5, len(ys) - 0.5)
         axes.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])
@@ -172,6 +188,7 @@ def heat_map(
         return _svg(figure, title)
 
 
+@lru_cache
 def key_of(number: int) -> str:
     """The mark of a method in legends and tables: its colour, dash and marker."""
     with matplotlib.rc_context(_STYLE):

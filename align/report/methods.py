@@ -1,12 +1,13 @@
-"""Runs -> methods: what is the same but for the seed is one method. Its figures over seeds, and any two by prompts.
+"""Runs -> methods: what is the same but for the seed is one method. Its figures over seeds, and any two item by item.
 
-    figure of a method    mean over its seeds, with the 95% interval of that mean
-    a against b           win rate of a minus that of b, both against the start model and at the same prompts; its 95%
-                          interval is over prompts and seeds, and one seed is enough
-    significant           p at most 0.05 after Holm's correction for all comparisons that are made
+    figure of a method    mean over its seeds, with the 95% interval of that mean: over seeds, and of win rates and accuracies
+                          over seeds and prompts (or held-out pairs), so that one seed is enough
+    a against b           a's win rate minus b's, both against the start model and at the same prompts; where there is
+                          no judge a's accuracy by mean_logp minus b's, at the same held-out pairs; paired
+    significant           p at most 0.05 after Holm's correction for all comparisons that are made of that quantity
 
 The statistics are those of stats.py. Pure: no files. A run that is there twice, with the same settings and seed, counts
-once.
+once. Left out: held-out pairs of one prompt are taken as independent, since a run does not say whose prompt a pair has.
 """
 
 import itertools
@@ -15,75 +16,32 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from align.report import stats
+from align.report.columns import CURVES, OF_ANSWERS, OF_PAIRS, OF_PAPERS, Column
+from align.report.naming import is_fingerprint, kind, labels, prominence, settings_of, short_name, value_text, varied
 from align.report.read import Run, State
 
-
-@dataclass(frozen=True, kw_only=True)
-class Column:
-    """A figure that can be compared between objectives."""
-
-    name: str  # in results.json
-    heading: str
-    explanation: str
-    digits: int = 3
-    share: bool = True  # it lies in [0, 1]
+Item = tuple[Any, ...]  # a prompt or a held-out pair, that which two runs have in common
 
 
-COLUMNS = (
-    Column(
-        name="win_rate", heading="win rate", explanation="against the start model, by the judge; a tie is half a win"
-    ),
-    Column(
-        name="lc_win_rate",
-        heading="LC win rate",
-        explanation="length-controlled: predicted for answers as long as the start model's, by AlpacaEval's formula "
-        "without its difficulties of instructions",
-    ),
-    Column(
-        name="sample_length", heading="length", explanation="mean length of an answer, in tokens", digits=1, share=False
-    ),
-    Column(name="judge_score", heading="judge's score", explanation="mean score of its answers", share=False),
-    Column(
-        name="kl_policy_start",
-        heading="KL",
-        explanation="KL(policy, start model), nats per answer, estimated on its answers",
-        digits=2,
-        share=False,
-    ),
-    Column(name="repetition", heading="repetition", explanation="share of repeated text in its answers"),
-    Column(name="distinct", heading="distinct", explanation="share of different answers to a prompt"),
-    Column(name="unfinished", heading="unfinished", explanation="share of answers that were cut at max_new_tokens"),
-    Column(
-        name="accuracy/mean_logp",
-        heading="accuracy, mean_logp",
-        explanation="held-out pairs whose chosen response has the higher log-probability per token",
-    ),
-    Column(
-        name="accuracy/log_ratio",
-        heading="accuracy, log_ratio",
-        explanation="held-out pairs whose chosen response gained more log-probability over the start model",
-    ),
-    Column(name="entropy", heading="entropy", explanation="nats per token, held-out pairs", digits=2, share=False),
-)
-
-#: Curves that can be compared between objectives, by their names in metrics.jsonl without train/ or eval/.
-CURVES = {
-    "accuracy/mean_logp": "accuracy by mean_logp",
-    "accuracy/log_ratio": "accuracy by log_ratio",
-    "mean_logp/chosen": "mean_logp of chosen, nats per token",
-    "mean_logp/rejected": "mean_logp of rejected, nats per token",
-    "kl_start_policy": "kl_start_policy, nats per response",
-    "entropy": "entropy, nats per token",
+#: What two methods are compared by: the first of these that any method has. What it is, and of what.
+COMPARED = {
+    "win_rate": ("win rate", "prompts"),
+    "accuracy/mean_logp": ("accuracy by mean_logp", "held-out pairs"),
 }
 
-_PROMINENT = ("objective.", "model.name", "dataset.name", "optimizer.learning_rate", "optimizer.", "train.")
-_FINGERPRINTS = ("start", "pairs", "device", "bf16")
 _NOT_COMPARABLE = ("loss", "grad_norm", "rewards/", "objective/", "length/", "log_ratio/", "truncated", "mean_logp/")
+_KNOWN = {
+    *(column.name for column in (*OF_ANSWERS, *OF_PAIRS, *OF_PAPERS)),
+    *CURVES,
+    "ties",  # in shares
+    "cost/processes",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +54,27 @@ class Method:
     settings: Mapping[str, Any]  # "objective.beta": 2.0, ...: all that decides a result, but the seed
 
     def figure(self, name: str) -> stats.Estimate | None:
-        """Over seeds; None where a run lacks it."""
+        """The mean over seeds; None where a run lacks it."""
+        return self._figures.get(name)
+
+    @cached_property
+    def _figures(self) -> dict[str, stats.Estimate]:
+        return {name: made for name in self.runs[0].trained if (made := self._estimate(name))}
+
+    def _estimate(self, name: str) -> stats.Estimate | None:
         values = [run.trained.get(name, math.nan) for run in self.runs]
-        return None if not all(map(math.isfinite, values)) else stats.mean_over_seeds(values)
+        if not all(map(math.isfinite, values)):
+            return None
+        over_seeds = stats.mean_over_seeds(values)
+        if len(items := self.by_item(name)) < 2:
+            return over_seeds
+        margin = stats.estimate(table_of(items, list(items))).margin
+        over: stats.Over = "seeds and prompts" if len(self.runs) > 1 else "prompts"
+        return replace(over_seeds, low=over_seeds.mean - margin, high=over_seeds.mean + margin, over=over)
+
+    def of_suite(self, name: str) -> list[float]:
+        """Of the seeds that a suite was run on."""
+        return [value for run in self.runs if math.isfinite(value := run.trained.get(name, math.nan))]
 
     def shares(self) -> tuple[float, float, float] | None:
         """(wins, ties, losses) against the start model; None without a judge."""
@@ -108,25 +84,18 @@ class Method:
         ties = fmean(fmean(answers.ties for answers in run.answers) for run in self.runs)
         return wins, ties, 1 - wins - ties
 
-    def by_prompt(self) -> dict[tuple[str, int], list[float]]:
-        """Win rates at each prompt that all seeds have answered, one per seed; a prompt that is asked twice is two."""
-        values: dict[tuple[str, int], list[float]] = {}
+    def by_item(self, name: str) -> dict[Item, list[float]]:
+        """What `name` is at each prompt or pair that all seeds have, one value per seed."""
+        values: dict[Item, list[float]] = {}
         for run in self.runs:
-            times: Counter[str] = Counter()
-            for answers in run.answers:
-                values.setdefault((answers.prompt, times[answers.prompt]), []).append(answers.win_rate)
-                times[answers.prompt] += 1
-        return {prompt: rates for prompt, rates in values.items() if len(rates) == len(self.runs)}
-
-    def over_prompts(self) -> stats.Estimate | None:
-        """The win rate with its interval over prompts and seeds; None where fewer than two prompts were judged."""
-        rates = self.by_prompt()
-        return stats.estimate(_table(rates, list(rates))) if len(rates) > 1 else None
+            for item, value in _outcomes(run, name):
+                values.setdefault(item, []).append(value)
+        return {item: of_seeds for item, of_seeds in values.items() if len(of_seeds) == len(self.runs)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Win rate of method `a` minus that of method `b`, at the prompts that both have answered."""
+    """What method `a` has minus what method `b` has, at the prompts or pairs that both have."""
 
     a: Method
     b: Method
@@ -141,6 +110,33 @@ class Comparison:
         if not made.significant:
             return f"{a} and {b}: not significant, {figures}"
         return f"{a} is {'above' if made.difference > 0 else 'below'} {b}: significant, {figures}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparisons:
+    """Every two methods by one quantity."""
+
+    name: str  # of COMPARED
+    made: list[Comparison]
+
+    @property
+    def quantity(self) -> str:
+        """In words."""
+        return COMPARED[self.name][0]
+
+    @property
+    def items(self) -> str:
+        """What is paired."""
+        return COMPARED[self.name][1]
+
+    def between(self, a: Method, b: Method) -> Comparison | None:
+        """The comparison of two, in that order."""
+        for one in self.made:
+            if one.a is a and one.b is b:
+                return one
+            if one.a is b and one.b is a:
+                return _turned(one)
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,29 +155,37 @@ class Study:
 
     runs: list[Run]  # those that count first, in the order of the methods
     labels: Mapping[Path, str]  # of every run's folder what its method is called
-    methods: list[Method]  # in the order of their win rates, or of their labels
+    methods: list[Method]  # the best by the main quantity first
     twins: list[tuple[Run, Run]]  # (left out, the one that counts)
-    comparisons: list[Comparison]
+    main: Comparisons  # by win rate, or where there is no judge by accuracy
+    beside: Comparisons | None  # where there is a judge: by accuracy
     sweeps: list[Sweep]
     varied: list[str]  # settings that differ between runs, the seed among them
     unequal: dict[str, dict[str, list[str]]]  # what ought to be the same and is not: value: labels of methods
+
+    @property
+    def judged(self) -> bool:
+        """Whether any method has a win rate."""
+        return self.main.name == "win_rate"
 
     @property
     def unfinished(self) -> list[Run]:
         """Runs without results."""
         return [run for run in self.runs if run.state is not State.complete]
 
-    @property
-    def columns(self) -> list[Column]:
+    def columns(self, among: Sequence[Column]) -> list[Column]:
         """Those that any method has."""
-        return [column for column in COLUMNS if any(method.figure(column.name) for method in self.methods)]
+        return [column for column in among if any(method.of_suite(column.name) for method in self.methods)]
 
     @property
     def other_results(self) -> list[str]:
         """Further results that runs have, of suites and groups."""
-        known = {*(column.name for column in COLUMNS), *CURVES}
         names = {name for method in self.methods for run in method.runs for name in run.trained}
-        return sorted(name for name in names - known if not name.startswith(_NOT_COMPARABLE))
+        return sorted(
+            name
+            for name in names - _KNOWN
+            if not name.startswith(_NOT_COMPARABLE) and not name.endswith("standard_error")
+        )
 
     def start(self, name: str) -> float | None:
         """Of the start model, the mean over runs."""
@@ -192,15 +196,6 @@ class Study:
         """What a run is called where its method is not enough."""
         return f"{self.labels[run.dir]}, seed {value_text(run.seed)}"
 
-    def between(self, a: Method, b: Method) -> Comparison | None:
-        """The comparison of two, in that order."""
-        for made in self.comparisons:
-            if made.a is a and made.b is b:
-                return made
-            if made.a is b and made.b is a:
-                return _turned(made)
-        return None
-
 
 def study(runs: Sequence[Run]) -> Study:
     """Methods, comparisons and sweeps of these runs."""
@@ -209,8 +204,8 @@ def study(runs: Sequence[Run]) -> Study:
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(json.dumps(settings_of(run), sort_keys=True, default=str), []).append(run)
-    names = _labels([(_kind(run), settings_of(run)) for run, *_ in groups.values()])
-    labels = {run.dir: label for label, group in zip(names, groups.values(), strict=True) for run in group}
+    names = labels([(kind(run), settings_of(run)) for run, *_ in groups.values()])
+    label_of = {run.dir: label for label, group in zip(names, groups.values(), strict=True) for run in group}
     made = []
     for group in groups.values():
         members = sorted(
@@ -218,36 +213,25 @@ def study(runs: Sequence[Run]) -> Study:
             key=lambda run: run.seed or 0,
         )
         if members:
-            made.append(Method(number=0, label=labels[members[0].dir], runs=members, settings=settings_of(members[0])))
-    made.sort(key=_rank)
+            label = label_of[members[0].dir]
+            made.append(Method(number=0, label=label, runs=members, settings=settings_of(members[0])))
+    main, *others = [name for name in COMPARED if any(method.figure(name) for method in made)] or [*COMPARED][:1]
+    made.sort(key=lambda method: _rank(method, main))
     methods = [replace(method, number=number) for number, method in enumerate(made)]
     counted = [run for method in methods for run in method.runs]
     dirs = {run.dir for run in counted}
     decides = {key for run in runs for key in run.identity}
     return Study(
         runs=counted + [run for run in runs if run.dir not in dirs],
-        labels=labels,
+        labels=label_of,
         methods=methods,
         twins=twins,
-        comparisons=_comparisons(methods),
+        main=_comparisons(methods, main),
+        beside=_comparisons(methods, others[0]) if others else None,
         sweeps=_sweeps(methods),
-        varied=sorted(_varied([run.config for run in runs]), key=lambda key: (key not in decides, _prominence(key))),
+        varied=sorted(varied([run.config for run in runs]), key=lambda key: (key not in decides, prominence(key))),
         unequal=_unequal(methods),
     )
-
-
-def settings_of(run: Run) -> dict[str, Any]:
-    """What decides a run's result, but the seed."""
-    known = run.identity or run.config
-    settings = {key: _whole(value) for key, value in known.items() if key != "seed"}
-    if _plays(run):
-        settings["iterations"] = len(run.iterations) or run.config.get("iterations")
-    return settings
-
-
-def _whole(value: Any) -> Any:
-    """beta=2 is beta=2.0."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def signed(value: float) -> str:
@@ -275,84 +259,70 @@ def _twins(runs: Iterable[Run]) -> list[tuple[Run, Run]]:
     return twins
 
 
-def _rank(method: Method) -> tuple[float, str]:
-    win_rate = method.figure("win_rate")
-    return (-win_rate.mean if win_rate else 0.0, method.label)
+def _rank(method: Method, name: str) -> tuple[float, str]:
+    value = method.figure(name)
+    return (-value.mean if value else 0.0, method.label)
 
 
-def _plays(run: Run) -> bool:
-    return bool(run.iterations) or run.config.get("source.name") == "selfplay"
+def _outcomes(run: Run, name: str) -> Iterable[tuple[Item, float]]:
+    """(prompt or pair, what `name` is there); a prompt that is asked twice is two."""
+    if name == "win_rate":
+        times: Counter[str] = Counter()
+        for answers in run.answers:
+            yield (answers.prompt, times[answers.prompt]), answers.win_rate
+            times[answers.prompt] += 1
+    for pair, outcome in run.held_out.get(name, {}).items():
+        yield (run.identity.get("pairs"), pair), outcome  # a pair's name may be its place in the data only
 
 
-def _kind(run: Run) -> str:
-    return f"{run.objective} self-play" if _plays(run) else run.objective
+def _comparisons(methods: Sequence[Method], name: str) -> Comparisons:
+    values = {method.number: method.by_item(name) for method in methods}
+    raw = []
+    for a, b in itertools.combinations(methods, 2):
+        shared = [item for item in values[a.number] if item in values[b.number]]
+        if len(shared) > 1:
+            raw.append((a, b, stats.compare(*(table_of(values[method.number], shared) for method in (a, b)))))
+    adjusted = stats.holm([made.p_value for *_, made in raw])
+    return Comparisons(
+        name=name,
+        made=[
+            Comparison(a=a, b=b, made=replace(made, p_adjusted=p))
+            for (a, b, made), p in zip(raw, adjusted, strict=True)
+        ],
+    )
 
 
-def _labels(methods: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    """Of each (kind, settings): the kind, its hyperparameters that vary, and what else tells it from the others."""
-    everywhere = [key for key in ("model.name", "dataset.name") if len({str(s.get(key)) for _, s in methods}) > 1]
-    labels = []
-    for kind, settings in methods:
-        group = [other for name, other in methods if name == kind]
-        named = list(everywhere)
-        for key in sorted(_varied(group), key=_prominence):
-            tells_more = len(_classes(group, [*named, key])) > len(_classes(group, named))
-            if key not in named and (key.startswith("objective.") or tells_more):
-                named.append(key)
-        short = [short_name(key) for key in named]
-        words = [name if short.count(name) == 1 else key for name, key in zip(short, named, strict=True)]
-        told = [f"{word}={value_text(settings.get(key))}" for word, key in zip(words, named, strict=True)]
-        labels.append(" ".join([kind, *told]))
-    return labels
+def table_of(values: Mapping[Item, list[float]], items: Sequence[Item]) -> list[list[float]]:
+    """[seeds][items]."""
+    return [list(of_seed) for of_seed in zip(*(values[item] for item in items), strict=True)]
 
 
-def _classes(group: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> set[str]:
-    return {json.dumps([settings.get(key) for key in keys], default=str) for settings in group}
-
-
-def _prominence(key: str) -> tuple[int, str]:
-    """What people tell runs apart by comes first, fingerprints last."""
-    told = [number for number, start in enumerate(_PROMINENT) if key.startswith(start)]
-    last = key in _FINGERPRINTS or key.startswith("objective_code")
-    return (told[0] if told else len(_PROMINENT) + last, key)
-
-
-def _varied(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    keys = dict.fromkeys(key for one in settings for key in one)
-    return [key for key in keys if len({json.dumps(one.get(key), default=str) for one in settings}) > 1]
-
-
-def short_name(key: str) -> str:
-    """beta of objective.beta, model of model.name."""
-    return key.removesuffix(".name").rpartition(".")[2]
-
-
-def value_text(value: Any) -> str:
-    """A setting as it is typed."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        return f"{value:g}"
-    return json.dumps(value) if isinstance(value, list | dict) else str(value)
+def _turned(one: Comparison) -> Comparison:
+    made = replace(
+        one.made,
+        difference=-one.made.difference,
+        low=-one.made.high,
+        high=-one.made.low,
+        seeds=one.made.seeds[::-1],
+    )
+    return Comparison(a=one.b, b=one.a, made=made)
 
 
 def _sweeps(methods: Sequence[Method]) -> list[Sweep]:
     """Where methods of an objective differ by numbers: of two the first are the axes, and the rest makes several maps."""
     made = []
-    for kind in dict.fromkeys(_kind(method.runs[0]) for method in methods):
-        own = [method for method in methods if _kind(method.runs[0]) == kind]
-        varied = sorted(_varied([method.settings for method in own]), key=_prominence)
-        varied = [key for key in varied if _prominence(key)[0] <= len(_PROMINENT)]  # without fingerprints
-        axes = [key for key in varied if all(_is_number(method.settings.get(key)) for method in own)][:2]
+    for of_kind in dict.fromkeys(kind(method.runs[0]) for method in methods):
+        own = [method for method in methods if kind(method.runs[0]) == of_kind]
+        differ = sorted(varied([method.settings for method in own]), key=prominence)
+        differ = [key for key in differ if not is_fingerprint(key)]
+        axes = [key for key in differ if all(_is_number(method.settings.get(key)) for method in own)][:2]
         if not axes:
             continue
-        rest = [key for key in varied if key not in axes]
+        rest = [key for key in differ if key not in axes]
         maps: dict[str, list[Method]] = {}
         for method in own:
             where = " ".join(f"{short_name(key)}={value_text(method.settings.get(key))}" for key in rest)
-            maps.setdefault(" ".join(filter(None, (kind, where))), []).append(method)
+            maps.setdefault(" ".join(filter(None, (of_kind, where))), []).append(method)
         for title, members in maps.items():
             if len(members) >= 3 and all(len({m.settings[axis] for m in members}) > 1 for axis in axes):
                 made.append(Sweep(title=title, x=axes[0], y=axes[1] if len(axes) > 1 else None, methods=members))
@@ -370,6 +340,7 @@ def _unequal(methods: Sequence[Method]) -> dict[str, dict[str, list[str]]]:
         "pairs": "training pairs",
         "steps": "steps",
         "evaluation": "evaluation",
+        "judge": "judge",
         "seeds": "seeds",
         "precision": "precision",
     }
@@ -391,35 +362,10 @@ def _fairness(method: Method, name: str) -> str:
         return ", ".join(value_text(run.seed) for run in method.runs)
     if name == "precision":
         return f"{settings.get('device')}, {'bf16' if settings.get('bf16') else 'fp32'}"
+    if name == "judge":
+        config = method.runs[0].config
+        told = [config.get(f"scorer.{key}") for key in ("name", "path", "judge.served_model")]
+        return ", ".join(map(str, filter(None, told))) or value_text(config.get("dataset.judge"))
     if name == "evaluation":
         return ", ".join(f"{k[11:]}={value_text(v)}" for k, v in settings.items() if k.startswith("evaluation."))
     return value_text(settings.get(name))
-
-
-def _comparisons(methods: Sequence[Method]) -> list[Comparison]:
-    rates = {method.number: method.by_prompt() for method in methods}
-    raw = []
-    for a, b in itertools.combinations(methods, 2):
-        shared = [prompt for prompt in rates[a.number] if prompt in rates[b.number]]
-        if len(shared) > 1:
-            raw.append((a, b, stats.compare(*(_table(rates[method.number], shared) for method in (a, b)))))
-    adjusted = stats.holm([made.p_value for *_, made in raw])
-    return [
-        Comparison(a=a, b=b, made=replace(made, p_adjusted=p)) for (a, b, made), p in zip(raw, adjusted, strict=True)
-    ]
-
-
-def _table(rates: Mapping[tuple[str, int], list[float]], prompts: Sequence[tuple[str, int]]) -> list[list[float]]:
-    """[seeds][prompts]."""
-    return [list(of_seed) for of_seed in zip(*(rates[prompt] for prompt in prompts), strict=True)]
-
-
-def _turned(one: Comparison) -> Comparison:
-    made = replace(
-        one.made,
-        difference=-one.made.difference,
-        low=-one.made.high,
-        high=-one.made.low,
-        seeds=one.made.seeds[::-1],
-    )
-    return Comparison(a=one.b, b=one.a, made=made)

@@ -19,8 +19,8 @@ const onChoice = (ids, show) => {
 // Two methods
 onChoice(["method-a", "method-b"], () => {
   const pair = [Number(at("method-a").value), Number(at("method-b").value)].sort((a, b) => a - b);
-  const same = pair[0] === pair[1];
-  at("said").textContent = same ? "Choose two methods." : data.comparisons[pair.join(",")] || "No prompts that both have answered.";
+  const said = pair[0] === pair[1] ? ["Choose two methods."] : data.comparisons[pair.join(",")];
+  at("said").replaceChildren(...(said.length ? said : ["They have no prompts in common."]).map((line) => make("p", line)));
 });
 
 // One method in all curves

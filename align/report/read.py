@@ -1,11 +1,12 @@
 """Run folders -> typed rows. Reads only what a run has written of itself, and nothing of it is trusted to be whole.
 
-A folder counts as a run where it holds identity.json, config.yaml beside plan.txt, or a traceback. The iterations of a
-self-play run belong to it and are no runs. A run without results.json is read as far as it got. Left out: checkpoints,
-weights and tracker files.
+A folder counts as a run where it holds identity.json, config.yaml beside plan.txt, or a traceback; a link to one counts
+as that run. The iterations of a self-play run belong to it and are no runs. A run without results.json is read as far as
+it got. Left out: checkpoints, weights and tracker files.
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from align.report.length_control import length_controlled_win_rate
 Values = Mapping[str, Any]
 
 _NOT_RUNS = ("checkpoints", "model", "policy", "wandb", "logs", "tensorboard")
+_OF_SUITES = "evaluation/*/results.json"
 
 
 class State(Enum):
@@ -31,6 +33,7 @@ class State(Enum):
 
     complete = "complete"
     failed = "failed"  # it left a traceback
+    collapsed = "collapsed"  # ended early, as it had nothing to hope for
     running = "running"  # a process holds its folder
     incomplete = "incomplete"  # stopped or killed: the same command goes on
 
@@ -73,7 +76,9 @@ class Run:
     config: Values = field(default_factory=dict)  # "objective.beta": 2.0, ... all of config.yaml
     identity: Values = field(default_factory=dict)  # likewise, of identity.json: what decides the result
     start: Mapping[str, float] = field(default_factory=dict)  # results of the start model
-    trained: Mapping[str, float] = field(default_factory=dict)  # of the policy
+    trained: Mapping[str, float] = field(default_factory=dict)  # of the policy; "cost/..." and what suites say, too
+    held_out: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # accuracy: pair: 0, 0.5 or 1
+    suites: Mapping[str, str] = field(default_factory=dict)  # what align.evaluate has measured, a line each
     curves: Mapping[str, list[tuple[int, float]]] = field(default_factory=dict)  # metric: (step, value), in order
     answers: list[Answers] = field(default_factory=list)
     iterations: Sequence[Mapping[str, float]] = field(default_factory=list)  # of self-play
@@ -144,7 +149,8 @@ def read_run(folder: Path, name: str) -> Run:
     planned = re.search(r"^steps\s+([\d,]+) of ", plan, re.MULTILINE)
     config = _yaml(folder / "config.yaml")
     curves = _curves(folder)
-    iterations = [_numbers(made) for made in results.get("iterations", [])]
+    told = results.get("iterations")
+    iterations = [_numbers(made) for made in told] if isinstance(told, list) else []
     steps = int(planned[1].replace(",", "")) if planned else None
     if iterations:
         steps = int(sum(made.get("steps", 0) for made in iterations))
@@ -159,9 +165,12 @@ def read_run(folder: Path, name: str) -> Run:
         answers = _answers(folder)
     except (ValueError, KeyError, TypeError, OSError) as error:
         problem = f"its answers cannot be read: {' '.join(str(error).split())[:200]}"
+    measured = _suites(folder)
+    of_start = {name.replace("/start/", "/", 1): value for name, value in measured.items() if "/start/" in name}
+    of_policy = {name: value for name, value in measured.items() if "/start/" not in name}
     sides = {
-        "start": _numbers(results.get("start", {}) or _unprefixed(_json(folder / "start.json"))),
-        "trained": _numbers(results.get("trained", {})),
+        "start": _numbers(results.get("start", {}) or _unprefixed(_json(folder / "start.json"))) | of_start,
+        "trained": _numbers(results.get("trained", {})) | _cost(results) | of_policy,
     }
     if answers and "win_rate" in sides["trained"]:
         sides["trained"].setdefault("lc_win_rate", _length_controlled(answers))
@@ -171,16 +180,21 @@ def read_run(folder: Path, name: str) -> Run:
         name=name,
         state=state,
         note="; ".join(filter(None, (note, problem))),
-        config=flat(config),
+        config={key: value for key, value in flat(config).items() if key != "command"},
         identity=flat(_json(folder / "identity.json")),
         start=sides["start"],
         trained=sides["trained"],
+        held_out=_held_out(folder),
+        suites={
+            file.parent.name: str(_json(file.with_name("settings.json")).get("note", ""))
+            for file in sorted(folder.glob(_OF_SUITES))
+        },
         curves=curves,
         answers=answers,
         iterations=iterations,
         steps=steps,
         made_with=made_with[1] if made_with else "",
-        command=_text(folder / "command.txt").strip(),
+        command=str(config.get("command", "")),
     )
 
 
@@ -205,6 +219,9 @@ def _state(folder: Path, done: bool, curves: Mapping[str, Any], steps: int | Non
     reached = f"at step {last}" + (f" of {steps}" if steps else "") if last else "before the first step"
     if _is_held(folder / ".lock"):
         return State.running, reached
+    for own in (folder, *_iterations(folder)):
+        if collapsed := _json(own / "collapsed.json"):
+            return State.collapsed, f"at step {collapsed.get('step')}: {' '.join(str(collapsed.get('why')).split())}"
     for file in _tracebacks(folder):
         lines = [line for line in _text(file).splitlines() if line.strip()]
         return State.failed, f"{reached}: {lines[-1].strip()[:300] if lines else 'no message'} ({file.name})"
@@ -232,12 +249,13 @@ def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     curves: dict[str, list[tuple[int, float]]] = {}
     before = 0
     for own in _iterations(folder) or [folder]:
-        rows = [row for row in _lines(own / "metrics.jsonl") if row.get("step") or not before]
+        rows = [row for row in _lines(own / "metrics.jsonl") if isinstance(row.get("step"), int)]
+        rows = [row for row in rows if row["step"] or not before]
         for row in rows:
             for name, value in row.items():
                 if name != "step" and isinstance(value, int | float):
-                    curves.setdefault(name, []).append((before + int(row["step"]), float(value)))
-        before += max((int(row["step"]) for row in rows), default=0)
+                    curves.setdefault(name, []).append((before + row["step"], float(value)))
+        before += max((row["step"] for row in rows), default=0)
     return curves
 
 
@@ -245,7 +263,14 @@ def _answers(folder: Path) -> list[Answers]:
     """Of samples.jsonl, or of the last complete iteration of self-play."""
     made = []
     for row in _lines(folder / "samples.jsonl"):
-        scores = row["scores"]
+        scores = row.get("scores") or {"start": [], "policy": []}  # none where the scorer only compares
+        certain = [[(a > b) + 0.5 * (a == b) for b in scores["start"]] for a in scores["policy"]]
+        chances = row.get("chances", certain)
+        if [len(of) for of in chances] != [len(row["start"])] * len(row["policy"]) or not any(chances):
+            raise ValueError(f"samples.jsonl lacks scores of answers to {row['prompt']!r}")
+        scored = all(map(math.isfinite, scores["start"] + scores["policy"]))
+        if not scored or not all(0 <= chance <= 1 for of in chances for chance in of):
+            continue  # as in the win rate
         made.append(
             Answers(
                 prompt=row["prompt"],
@@ -253,11 +278,33 @@ def _answers(folder: Path) -> list[Answers]:
                 policy=row["policy"],
                 start_scores=scores["start"],
                 policy_scores=scores["policy"],
-                chances=[[(a > b) + 0.5 * (a == b) for b in scores["start"]] for a in scores["policy"]],
+                chances=chances,
             )
         )
     last = _last_iteration(folder)
     return _selfplay_answers(folder, last) if last else made
+
+
+def _held_out(folder: Path) -> dict[str, dict[str, float]]:
+    """Of held_out.jsonl: whether the policy ranks each held-out pair rightly, by each of its accuracies."""
+    made: dict[str, dict[str, float]] = {}
+    for row in _lines(folder / "held_out.jsonl"):
+        for name, outcome in _numbers(row).items():
+            if name != "pair" and 0 <= outcome <= 1:
+                made.setdefault(name, {})[str(row.get("pair"))] = outcome
+    return made
+
+
+def _cost(results: Values) -> dict[str, float]:
+    return {f"cost/{name}": value for name, value in _numbers(results.get("cost")).items()}
+
+
+def _suites(folder: Path) -> dict[str, float]:
+    """What `align.evaluate` has found, by names that carry the suite: "alpaca_eval/win_rate", "lm_eval/start/gsm8k"."""
+    made: dict[str, float] = {}
+    for file in sorted(folder.glob(_OF_SUITES)):
+        made |= _numbers(_json(file))
+    return made
 
 
 def _length_controlled(answers: list[Answers]) -> float:
@@ -276,7 +323,7 @@ def _selfplay_answers(folder: Path, last: Path) -> list[Answers]:
     from align.onpolicy.pairs import scored_prompts
     from align.onpolicy.sample import read_samples
     from align.onpolicy.select import preferences
-    from align.onpolicy.summary import side_by_side
+    from align.onpolicy.summary import side_by_side, usable
 
     number = int(last.name.removeprefix("iter_"))
     told = {"policy": number, "before": number - 1, "start": 0}  # in the order in which selfplay.py compares
@@ -287,7 +334,7 @@ def _selfplay_answers(folder: Path, last: Path) -> list[Answers]:
     )
     prompts = {row.prompt_id: row.prompt for row in rows}
     made = []
-    for scored in scored_prompts(rows, read_scores(last / "evaluation" / "scores")):
+    for scored in usable([*scored_prompts(rows, read_scores(last / "evaluation" / "scores"))]):
         ours, theirs = (
             [i for i, candidate in enumerate(scored.candidates) if candidate.origin == side]
             for side in ("policy", "start")
@@ -296,8 +343,6 @@ def _selfplay_answers(folder: Path, last: Path) -> list[Answers]:
         numbers = [score for score in scores if score is not None]
         matrix = scored.preferences or preferences(numbers, temperature=0.0)
         chances = [[matrix[i][j] for j in theirs] for i in ours]
-        if any(not 0 <= chance <= 1 for row in chances for chance in row):  # NaN: not scored
-            continue
         asked = prompts[scored.id]
         made.append(
             Answers(

@@ -1,38 +1,19 @@
-"""The tables of a study as strings, which page and Markdown share; report.md and results.csv."""
+"""What a study comes to in words, which page and Markdown share; report.md and results.csv."""
 
 import csv
 import io
-import math
 from collections.abc import Sequence
 from typing import Any
 
-from align.report.methods import Column, Comparison, Method, Study, value_text
+from align.report.methods import Comparison, Comparisons, Method, Study
+from align.report.naming import value_text
 from align.report.read import Run, State
-from align.report.stats import Estimate
+from align.report.tables import count, number, span, tables
 
 _LONGER = 1.15  # answers that are so many times as long as the start model's are pointed out
 
-_MANY = 6  # methods, of which the best owes something to being picked
+_MANY = 6  # methods: of more the best owes something to being picked
 _NAMED = 5  # methods in a sentence, at most
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """A figure as it is read; an en dash where there is none."""
-    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}".replace("-", "−")
-
-
-def bounds(value: Estimate | None, digits: int = 3, share: bool = False) -> str:
-    """ "0.61 to 0.68", or nothing where one value cannot say. Of a share no more than what a share can be."""
-    if value is None or value.over == "nothing":
-        return ""
-    low, high = (max(0.0, value.low), min(1.0, value.high)) if share else (value.low, value.high)
-    return f"{number(low, digits)} to {number(high, digits)}"
-
-
-def shares(method: Method) -> str:
-    """ "55 / 18 / 27", percent of wins, ties and losses against the start model."""
-    parts = method.shares()
-    return " / ".join(f"{100 * part:.0f}" for part in parts) if parts else "–"
 
 
 def size(study: Study) -> str:
@@ -49,16 +30,6 @@ def size(study: Study) -> str:
     return "; ".join(parts)
 
 
-def count(number_of: int, word: str) -> str:
-    """ "1 run", "2 runs"."""
-    return f"{number_of} {word}{'' if number_of == 1 else 's'}"
-
-
-def span(values: Sequence[int]) -> str:
-    """ "3", or "2 to 3"."""
-    return str(values[0]) if values[0] == values[-1] else f"{values[0]} to {values[-1]}"
-
-
 def subject(study: Study) -> str:
     """Which models and data the runs are about."""
     names = [
@@ -71,13 +42,13 @@ def subject(study: Study) -> str:
 def findings(study: Study) -> list[str]:
     """What a reader must know first, a sentence each."""
     said = []
-    judged = [method for method in study.methods if method.figure("win_rate")]
-    if judged:
-        said += _about_win_rate(study, judged)
-    elif study.methods:
-        said.append("No judge: there are no win rates, and accuracy is not quality.")
+    if study.methods and not study.judged:
+        said.append("No judge: there are no win rates, and accuracy on held-out pairs is not quality.")
+    ranked = [method for method in study.methods if method.figure(study.main.name)]
+    if ranked:
+        said += _about_the_best(study, ranked)
     start = study.start("sample_length")
-    lengths = [(method.label, method.figure("sample_length")) for method in judged]
+    lengths = [(method.label, method.figure("sample_length")) for method in study.methods]
     longer = [
         f"{label} ({v.mean / start:.2f} times)" for label, v in lengths if start and v and v.mean > _LONGER * start
     ]
@@ -91,36 +62,37 @@ def findings(study: Study) -> list[str]:
             said.append(f"Not the same for all methods: {what} ({'; '.join(told)}).")
         if not study.unequal:
             said.append(
-                "The same for all methods: start model, training pairs, steps, evaluation, seeds and precision."
+                "The same for all methods: start model, training pairs, steps, evaluation, judge, seeds and precision."
             )
     if any(len(method.runs) == 1 for method in study.methods):
         said.append(
-            "One seed says nothing about other seeds: figures of such methods have no interval over seeds. "
-            "Add seed=1,2,3 to the command."
+            "One seed says nothing about other seeds: what is compared are these models. Add seed=1,2,3 to the command."
         )
     return said
 
 
-def _about_win_rate(study: Study, judged: list[Method]) -> list[str]:
-    best = judged[0]
-    value = best.figure("win_rate")
+def _about_the_best(study: Study, ranked: list[Method]) -> list[str]:
+    best, main = ranked[0], study.main
+    value = best.figure(main.name)
     assert value is not None
-    luck = f" The highest of {len(judged)} is partly luck: train it with other seeds." if len(judged) > _MANY else ""
-    said = [f"Highest win rate against the start model: {best.label}, {number(value.mean)}.{luck}"]
-    if len(judged) == 1:
-        over = best.over_prompts()
-        half = over and not over.low <= 0.5 <= over.high
-        tells = "differs significantly" if half else "does not differ significantly"
-        return [
-            f"{best.label}: win rate {number(value.mean)} against the start model"
-            + (f" (95% over {over.over}: {bounds(over, share=True)}): it {tells} from one half." if over else ".")
-        ]
-    if not study.comparisons:
-        said.append("Whether the others are below it cannot be told: they answered other prompts.")
-    against = [(method, study.between(best, method)) for method in judged[1:]]
+    what = "win rate against the start model" if study.judged else main.quantity
+    bounds = f"{number(max(0.0, value.low))} to {number(min(1.0, value.high))}"  # of a share, as in the tables
+    over = "" if value.over == "nothing" else f" (95%: {bounds})"
+    if len(ranked) == 1:
+        half = study.judged and over
+        tells = "differs significantly" if not value.low <= 0.5 <= value.high else "does not differ significantly"
+        return [f"{best.label}: {what} {number(value.mean)}{over}{f': it {tells} from one half' if half else ''}."]
+    luck = f" The highest of {len(ranked)} is partly luck: train it with other seeds." if len(ranked) > _MANY else ""
+    said = [f"Highest {what}: {best.label}, {number(value.mean)}{over}.{luck}"]
+    against = [(method, main.between(best, method)) for method in ranked[1:]]
+    if apart := [method.label for method, one in against if one is None]:
+        which = (
+            "the others are" if len(apart) == len(against) else f"{_few(apart)} {'is' if len(apart) == 1 else 'are'}"
+        )
+        said.append(f"Whether {which} below it cannot be told: they have no {main.items} in common.")
     same = [method.label for method, one in against if one and not one.made.significant]
     below = [method.label for method, one in against if one and one.made.significant]
-    if same and not below:
+    if same and not below and not apart:
         said.append(f"No method is significantly below it: {_few(same)}.")
     elif same:
         said.append(f"Not significantly below it: {_few(same)}.")
@@ -133,21 +105,6 @@ def _few(labels: list[str]) -> str:
     if len(labels) <= _NAMED:
         return ", ".join(labels)
     return f"{', '.join(labels[: _NAMED - 2])} and {len(labels) - _NAMED + 2} others"
-
-
-def method_rows(study: Study) -> tuple[list[Column], list[tuple[Method, list[tuple[str, str]]]]]:
-    """The table of methods: its columns, and of each method (mean, interval) for each column."""
-    columns = study.columns
-    rows = []
-    for method in study.methods:
-        cells = []
-        for column in columns:
-            value = method.figure(column.name)
-            cells.append(
-                (number(value.mean if value else None, column.digits), bounds(value, column.digits, column.share))
-            )
-        rows.append((method, cells))
-    return columns, rows
 
 
 def unfinished_rows(study: Study) -> list[tuple[str, str, str, str]]:
@@ -183,35 +140,21 @@ def provenance_of_all(study: Study) -> tuple[dict[str, str], list[str]]:
 
 def markdown(study: Study, made: str) -> str:
     """report.md: the tables of the page, without its figures."""
-    columns, rows = method_rows(study)
-    judged = any(method.shares() for method in study.methods)
     parts = [f"# {subject(study)}", f"{size(study)}. {made}", "\n".join(f"- {line}" for line in findings(study))]
-    if rows:
-        heads = [
-            "method",
-            "seeds",
-            *(["win / tie / loss, %"] if judged else []),
-            *(column.heading for column in columns),
+    for table in tables(study):
+        rows = [
+            [method.label if method else "start model", *(f"{of} ({small})" if small else of for of, small in cells)]
+            for method, cells in table.rows
         ]
-        table = [
-            [
-                method.label,
-                str(len(method.runs)),
-                *([shares(method)] if judged else []),
-                *(f"{mean} ({over})" if over else mean for mean, over in cells),
+        parts += [f"## {table.title}", *table.notes, _table(["method", *table.heads], rows)]
+        parts.append("\n".join(f"- {column.heading}: {column.explanation}" for column in table.columns))
+    for comparisons in (study.main, study.beside):
+        if comparisons and comparisons.made:
+            parts += [
+                f"## Differences of {comparisons.quantity}",
+                about_comparisons(study, comparisons),
+                "\n".join(f"- {one.sentence}" for one in told(study, comparisons)),
             ]
-            for method, cells in rows
-        ]
-        start = [number(study.start(column.name), column.digits) for column in columns]
-        table.append(["start model", "", *(["–"] if judged else []), *start])
-        parts += ["## Methods", "Mean over seeds, with the 95% interval of that mean.", _table(heads, table)]
-        parts.append("\n".join(f"- {column.heading}: {column.explanation}" for column in columns))
-    if study.comparisons:
-        parts += [
-            "## Differences of win rates",
-            about_comparisons(study),
-            "\n".join(f"- {made.sentence}" for made in told(study)),
-        ]
     if unfinished := unfinished_rows(study):
         parts += [
             "## Runs that do not count",
@@ -224,20 +167,23 @@ def markdown(study: Study, made: str) -> str:
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def told(study: Study) -> list[Comparison]:
+def told(study: Study, comparisons: Comparisons) -> list[Comparison]:
     """The comparisons that are told in words: all of a few methods, of many those with the best."""
-    return study.comparisons if len(study.methods) <= 6 else [c for c in study.comparisons if c.a is study.methods[0]]
+    few = len(study.methods) <= _MANY
+    return comparisons.made if few else [one for one in comparisons.made if one.a is study.methods[0]]
 
 
-def about_comparisons(study: Study) -> str:
+def about_comparisons(study: Study, comparisons: Comparisons) -> str:
     """What the words rest on."""
-    prompts = sorted({one.made.prompts for one in study.comparisons})
-    over = sorted({one.made.over for one in study.comparisons})
-    pairs = len(study.comparisons)
+    items = comparisons.items
+    number_of = span(sorted({one.made.prompts for one in comparisons.made}))
+    over = " or ".join(sorted({one.made.over.replace("prompts", items) for one in comparisons.made}))
+    pairs = len(comparisons.made)
     correction = f", after Holm's correction for {pairs} comparisons" if pairs > 1 else ""
+    what = "Win rates against the start model" if comparisons.name == "win_rate" else comparisons.quantity.capitalize()
     return (
-        f"Win rates against the start model at the same {span(prompts)} prompts, paired; 95% intervals over "
-        f"{' or '.join(over)}. Significant: p at most 0.05{correction}; the intervals are not corrected."
+        f"{what} at the same {number_of} {items}, paired; 95% intervals over {over}. "
+        f"Significant: p at most 0.05{correction}; the intervals are not corrected."
     )
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import re
 import shutil
 import sys
@@ -16,11 +17,14 @@ import yaml
 from conftest import quick
 from filelock import FileLock
 
+from align.report import charts
 from align.report import methods as methods_
 from align.report.__main__ import main, report
+from align.report.columns import OF_ANSWERS, OF_PAIRS, OF_PAPERS
 from align.report.page import page
 from align.report.read import State, find_runs, read_runs
-from align.report.text import results_csv
+from align.report.tables import figure
+from align.report.text import markdown, results_csv
 
 SETTINGS = {
     "model": {"name": "tiny"},
@@ -37,7 +41,8 @@ def write_run(folder: Path, objective="dpo", seed=1, better=0.0, state="complete
     hyper |= more.pop("hyper", {})
     settings = {**SETTINGS, "objective": {"name": objective, **hyper}, "seed": seed, **more}
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump({**settings, "cache_dir": f"/cache/{seed}"}))
+    typed = {"cache_dir": f"/cache/{seed}", "command": f"python -m align objective={objective} seed={seed}"}
+    (folder / "config.yaml").write_text(yaml.safe_dump({**settings, **typed}))
     fingerprints = {
         "start": "5b6d",
         "pairs": "0ffb",
@@ -56,11 +61,20 @@ def write_run(folder: Path, objective="dpo", seed=1, better=0.0, state="complete
         if step % 2 == 0:
             rows.append({"step": step, "eval/accuracy/mean_logp": 0.7 + step / 20 + seed / 100, "eval/entropy": 1.4})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if state == "collapsed":
+        (folder / "collapsed.json").write_text(json.dumps({"step": 2, "why": "answers repeat\nthemselves"}))
     if state == "failed":
         (folder / "logs").mkdir()
         (folder / "logs" / "0.traceback").write_text("Traceback:\n  here\nRuntimeError: the loss is not finite\n")
     if state != "complete":
         return folder
+    ranked = [float(Random(f"{objective} {seed} {hyper} {pair}").random() < 0.7 + better / 2) for pair in range(30)]
+    (folder / "held_out.jsonl").write_text(
+        "".join(
+            json.dumps({"pair": str(pair), "accuracy/mean_logp": right, "accuracy/log_ratio": 0.5}) + "\n"
+            for pair, right in enumerate(ranked)
+        )
+    )
     samples = []
     for prompt in prompts:
         luck = Random(f"{objective} {seed} {hyper} {prompt}")
@@ -77,11 +91,35 @@ def write_run(folder: Path, objective="dpo", seed=1, better=0.0, state="complete
         "win_rate": rate,
         "sample_length": 9.0 + seed / 10,
         "kl_policy_start": 1.0 + seed / 10,
-        "accuracy/mean_logp": 0.9 + seed / 100,
+        "repetition": 0.02,
+        "sample_entropy": 1.1,
+        "accuracy/mean_logp": fmean(ranked),
         "loss": 0.3,
     }
-    (folder / "results.json").write_text(json.dumps({"start": start, "trained": trained}))
+    cost = {"seconds": 90.0 + seed, "tokens": 1_234_567, "peak_memory_gib": 0.84, "processes": 2}
+    (folder / "results.json").write_text(json.dumps({"start": start, "trained": trained, "cost": cost}))
     return folder
+
+
+def without_judge(run: Path) -> Path:
+    """The run as it is where nobody judges answers."""
+    (run / "samples.jsonl").unlink()
+    results = json.loads((run / "results.json").read_text())
+    of_pairs = {
+        side: {name: value for name, value in of.items() if name in ("accuracy/mean_logp", "loss")}
+        for side, of in results.items()
+        if side != "cost"
+    }
+    (run / "results.json").write_text(json.dumps({**of_pairs, "cost": results["cost"]}))
+    return run
+
+
+def write_suite(run: Path, name: str, note: str, **results: float) -> None:
+    """What `align.evaluate` leaves in a run folder."""
+    folder = run / "evaluation" / name
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps({f"{name}/{key}": value for key, value in results.items()}))
+    (folder / "settings.json").write_text(json.dumps({"made_of": {}, "note": note}))
 
 
 @pytest.fixture
@@ -99,6 +137,11 @@ def study_folder(tmp_path: Path) -> Path:
 def rows_of(file: Path) -> list[dict[str, str]]:
     with file.open(newline="") as lines:
         return list(csv.DictReader(lines))
+
+
+def said_of(*folders: Path) -> str:
+    """report.md, without the time that figures take."""
+    return markdown(study_of(*folders), "Made now.")
 
 
 def study_of(*folders: Path) -> methods_.Study:
@@ -143,6 +186,17 @@ def test_states_are_told_with_the_reason(study_folder):
         "stopped at step 2 of 4; the same command goes on",
     )
     assert (runs["dpo-6"].state, runs["dpo-6"].note) == (State.running, "at step 2 of 4")
+
+
+def test_a_run_that_the_sentinel_ended_is_listed_with_its_reason(study_folder):
+    write_run(study_folder / "wpo-4", "wpo", seed=4, state="collapsed")
+    study = study_of(study_folder)
+    (run,) = (run for run in study.unfinished if run.state is State.collapsed)
+    assert (run.name, run.note) == ("wpo-4", "at step 2: answers repeat themselves")
+    said = markdown(study, "")
+    assert "1 failed; 1 collapsed; 1 incomplete" in said
+    assert "| wpo, seed 4 | wpo-4 | collapsed | at step 2: answers repeat themselves |" in said
+    assert [len(method.runs) for method in study.methods] == [3, 3, 3]
 
 
 def test_a_run_that_failed_before_anything_was_written_is_listed(tmp_path):
@@ -278,17 +332,17 @@ def test_the_same_run_in_two_folders_counts_once(tmp_path):
 def test_a_large_difference_is_called_significant_and_a_small_one_is_not(study_folder):
     study = study_of(study_folder)
     wpo, simpo, dpo = study.methods
-    against = study.between(wpo, dpo)
+    against = study.main.between(wpo, dpo)
     assert against.made.significant and "wpo is above dpo: significant" in against.sentence
-    assert "dpo is below wpo: significant" in study.between(dpo, wpo).sentence
-    assert study.between(dpo, wpo).made.low == -against.made.high
-    assert "simpo and dpo: not significant" in study.between(simpo, dpo).sentence
+    assert "dpo is below wpo: significant" in study.main.between(dpo, wpo).sentence
+    assert study.main.between(dpo, wpo).made.low == -against.made.high
+    assert "simpo and dpo: not significant" in study.main.between(simpo, dpo).sentence
 
 
 def test_one_seed_is_compared_by_prompts(tmp_path):
     write_run(tmp_path / "a", "dpo")
     write_run(tmp_path / "b", "wpo", better=0.6)
-    (made,) = study_of(tmp_path).comparisons
+    (made,) = study_of(tmp_path).main.made
     assert (made.made.over, made.made.prompts) == ("prompts", 12)
 
 
@@ -296,15 +350,20 @@ def test_methods_that_answered_other_prompts_are_compared_by_those_they_share(tm
     write_run(tmp_path / "a", "dpo")
     write_run(tmp_path / "b", "wpo", prompts=[*PROMPTS[4:], "another"])
     write_run(tmp_path / "c", "simpo", prompts=["x", "y", "z"])
-    assert [made.made.prompts for made in study_of(tmp_path).comparisons] == [8]
+    assert [made.made.prompts for made in study_of(tmp_path).main.made] == [8]
+
+
+def test_another_judge_is_another_measure_and_is_said(tmp_path):
+    write_run(tmp_path / "a", "dpo", scorer={"name": "reward_model", "path": "armo"})
+    write_run(tmp_path / "b", "wpo", dataset={"name": "playground", "judge": "my:judge"})
+    assert "Not the same for all methods: judge (reward_model, armo for " in said_of(tmp_path)
 
 
 def test_what_is_not_the_same_for_all_is_said(tmp_path):
     write_run(tmp_path / "a", "dpo")
     write_run(tmp_path / "b", "wpo", evaluation={"prompts": 20, "samples_per_prompt": 2})
-    report([str(tmp_path)])
-    said = (tmp_path / "report.md").read_text()
-    assert "Not the same for all methods: evaluation (prompts=12, samples_per_prompt=2 for dpo; prompts=20" in said
+    told = "Not the same for all methods: evaluation (prompts=12, samples_per_prompt=2 for dpo; prompts=20"
+    assert told in said_of(tmp_path)
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -327,10 +386,10 @@ def test_results_csv_has_a_row_for_each_run_with_its_results_unrounded(study_fol
 
 
 def test_the_means_in_report_md_are_those_of_results_csv(study_folder):
-    report([str(study_folder)])
-    rates = [float(row["win_rate"]) for row in rows_of(study_folder / "results.csv") if row["method"] == "wpo"]
-    line = next(line for line in (study_folder / "report.md").read_text().splitlines() if line.startswith("| wpo |"))
-    assert line.split("|")[4].strip().startswith(f"{fmean(rates):.3f} (")
+    rows = csv.DictReader(io.StringIO(results_csv(study_of(study_folder))))
+    rates = [float(row["win_rate"]) for row in rows if row["method"] == "wpo"]
+    line = next(line for line in said_of(study_folder).splitlines() if line.startswith("| wpo |"))
+    assert line.split("|")[3].strip().startswith(f"{fmean(rates):.3f} (")
 
 
 def test_the_page_asks_nobody_for_anything_and_its_tags_and_ids_are_in_order(study_folder):
@@ -370,11 +429,14 @@ def test_two_numbers_that_vary_make_heat_maps_and_one_makes_lines(tmp_path):
             write_run(tmp_path / "grid" / f"{beta}{ratio}", "simpo", hyper={"beta": beta, "gamma_beta_ratio": ratio})
     for beta in (0.01, 0.1, 1.0):
         write_run(tmp_path / "line" / str(beta), "dpo", hyper={"beta": beta})
-    line, grid = sorted(study_of(tmp_path).sweeps, key=lambda sweep: sweep.title)
+    study = study_of(tmp_path)
+    line, grid = sorted(study.sweeps, key=lambda sweep: sweep.title)
     assert (grid.title, grid.x, grid.y) == ("simpo", "objective.beta", "objective.gamma_beta_ratio")
     assert (line.title, line.x, line.y) == ("dpo", "objective.beta", None)
-    html = report([str(tmp_path)]).read_text()
-    assert "gamma_beta_ratio</text>" in html
+    html = charts.sweeps(study)
+    assert "gamma_beta_ratio</text>" in html and html.count("<figcaption>simpo: win rate</figcaption>") == 1
+    assert html.index("dpo: win rate") < html.index("<details")  # the others of both are behind a click
+    assert html.index("<details") < html.index("simpo: length")
 
 
 def test_names_may_hold_any_letter(tmp_path):
@@ -389,29 +451,119 @@ def test_where_nothing_is_complete_the_report_still_lists_the_runs(tmp_path):
     assert "the loss is not finite" in html and "No run is complete" in html
 
 
-def test_without_a_judge_there_is_no_win_rate_and_it_is_said(tmp_path):
+def test_without_a_judge_methods_are_compared_by_held_out_pairs_and_it_is_said(tmp_path):
+    for name, objective, better in (("a", "dpo", -1.4), ("b", "wpo", 0.6)):  # all pairs wrong, all right
+        without_judge(write_run(tmp_path / name, objective, better=better))
+    study = study_of(tmp_path)
+    (one,) = study.main.made
+    assert (one.made.difference, one.made.prompts, one.made.over) == (1.0, 30, "prompts")
+    assert [method.label for method in study.methods] == ["wpo", "dpo"] and study.beside is None
+    said = said_of(tmp_path)
+    assert "No judge: there are no win rates, and accuracy on held-out pairs is not quality." in said
+    assert "## Differences of accuracy by mean_logp" in said and "wpo is above dpo: significant, +1.000" in said
+    assert "at the same 30 held-out pairs, paired; 95% intervals over held-out pairs" in said
+    assert page(study, "")
+
+
+def test_beside_win_rates_accuracies_are_compared_too(study_folder):
+    study = study_of(study_folder)
+    assert (study.main.quantity, study.beside.quantity) == ("win rate", "accuracy by mean_logp")
+    assert {one.made.prompts for one in study.main.made} == {12}
+    assert {one.made.prompts for one in study.beside.made} == {30}
+
+
+def test_pairs_of_other_data_are_not_taken_for_the_same(tmp_path):
     for name, objective in (("a", "dpo"), ("b", "wpo")):
-        run = write_run(tmp_path / name, objective)
-        (run / "samples.jsonl").unlink()
-        results = json.loads((run / "results.json").read_text())
-        (run / "results.json").write_text(
-            json.dumps({s: {k: v for k, v in of.items() if k != "win_rate"} for s, of in results.items()})
-        )
-    report([str(tmp_path)])
-    said = (tmp_path / "report.md").read_text()
-    assert "No judge" in said and "Differences" not in said
+        run = without_judge(write_run(tmp_path / name, objective))
+        identity = json.loads((run / "identity.json").read_text())
+        (run / "identity.json").write_text(json.dumps({**identity, "pairs": name}))
+    assert study_of(tmp_path).main.made == []
+    assert "cannot be told: they have no held-out pairs in common" in said_of(tmp_path)
 
 
-def test_results_of_suites_are_shown_under_their_names(tmp_path):
+def test_a_judge_that_only_compares_leaves_chances_and_the_report_reads_them(tmp_path):
     run = write_run(tmp_path / "a")
-    results = json.loads((run / "results.json").read_text())
-    results["trained"]["lm_eval/gsm8k"] = 0.125
-    (run / "results.json").write_text(json.dumps(results))
-    html = report([str(tmp_path)]).read_text()
-    assert "lm_eval/gsm8k" in html and "0.125" in html
+    chances = [[0.9, 0.5], [0.3, 0.5]]  # wins 0.9 + 0.3 + half of two ties: 2.2 of 4
+    row = {"prompt": "p", "start": ["a", "b"], "policy": ["c", "d"], "chances": chances}
+    (run / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    (answers,) = read_runs([run])[0].answers
+    assert (answers.win_rate, answers.ties, answers.policy_scores) == (pytest.approx(0.55), 0.5, [])
+
+
+def test_cost_ties_repetition_and_entropy_stand_beside_the_win_rate(study_folder):
+    heads, *_ = [line for line in said_of(study_folder).splitlines() if line.startswith("| ")]
+    names = [name.strip().replace("\xa0", " ") for name in heads.split("|")[1:-1]]
+    assert names[:5] == ["method", "seeds", "win rate", "win / tie / loss, %", "LC win rate"]
+    assert names[5:] == ["length", "KL", "repetition", "entropy"]
+    cost = next(line for line in said_of(study_folder).splitlines() if "peak memory |" in line)
+    assert cost.endswith("| time | tokens | peak memory |")
+    assert "| 92.0\xa0s | 1.2M | 0.84\xa0GiB |" in said_of(study_folder)  # seconds 91, 92 and 93
+
+
+@pytest.mark.parametrize(
+    "name, value, shown",
+    [
+        ("cost/seconds", 8.21, "8.2 s"),
+        ("cost/seconds", 750.0, "12.5 min"),
+        ("cost/seconds", 9000.0, "2.5 h"),
+        ("cost/tokens", 8123, "8,123"),
+        ("cost/tokens", 812_300, "812.3k"),
+        ("cost/tokens", 1_234_567_000, "1,234.6M"),
+        ("cost/peak_memory_gib", 71.26, "71.3 GiB"),
+        ("alpaca_eval/lc_win_rate", 0.72354, "72.4"),
+        ("alpaca_eval/length", 1833.2, "1833"),
+        ("win_rate", 0.65625, "0.656"),
+        ("win_rate", math.nan, "–"),
+    ],
+)
+def test_figures_are_written_in_units_that_are_read_at_once(name, value, shown):
+    column = next(column for column in (*OF_ANSWERS, *OF_PAIRS, *OF_PAPERS) if column.name == name)
+    assert figure(column, value).replace("\xa0", " ") == shown
+
+
+def test_benchmarks_are_printed_as_the_papers_do_and_what_else_a_suite_says_in_a_table_of_its_own(study_folder):
+    # SimPO's and DPO's Gemma-2-9B rows of the papers: 72.4 / 65.9 / 1833 / 59.1, 67.8 / 65.4 / 2016 / 58.9
+    for name, *row in (("simpo-1", 0.724, 0.659, 1833, 0.591), ("dpo-1", 0.678, 0.654, 2016, 0.589)):
+        lc, rate, length, arena = row
+        of_alpaca = {"lc_win_rate": lc, "win_rate": rate, "length": length, "standard_error": 0.014}
+        write_suite(study_folder / name, "alpaca_eval", "805 instructions", **of_alpaca)
+        write_suite(study_folder / name, "arena_hard", "500 questions", win_rate=arena)
+        write_suite(study_folder / name, "my_pairs", "pairs of mine", **{"accuracy/mean_logp": 0.875})
+    write_suite(study_folder / "simpo-2", "lm_eval", "tasks", gsm8k=0.8125, arc=0.5, **{"start/gsm8k": 0.75})
+    said = said_of(study_folder)
+    benchmarks, others = said.split("## Benchmarks")[1].split("## Suite lm_eval")
+    assert "| method | seeds | AE2 LC | AE2 WR | AE2 length | Arena-Hard | GSM8K |" in benchmarks
+    assert "| simpo | 1 of 3 | 72.4 | 65.9 (± 1.4 s.e.) | 1833 | 59.1 | 81.2 |" in benchmarks
+    assert "| dpo | 1 of 3 | 67.8 | 65.4 (± 1.4 s.e.) | 2016 | 58.9 | – |" in benchmarks and "| wpo |" not in benchmarks
+    assert "| start model |  | – | – | – | – | 75.0 |" in benchmarks
+    assert "alpaca_eval: 805 instructions." in benchmarks
+    of_tasks, of_pairs = others.split("## Suite my_pairs")
+    assert "| method | seeds | arc |" in of_tasks and "| simpo | 1 of 3 | 0.500 |" in of_tasks
+    assert "| method | seeds | accuracy/mean_logp |" in of_pairs and "my_pairs: pairs of mine." in of_pairs
+    assert "| dpo | 1 of 3 | 0.875 |" in of_pairs
+    rows = {row["run"]: row for row in csv.DictReader(io.StringIO(results_csv(study_of(study_folder))))}
+    assert (rows["simpo-1"]["alpaca_eval/lc_win_rate"], rows["simpo-2"]["lm_eval/arc"]) == ("0.724", "0.5")
+    assert rows["simpo-1"]["cost/seconds"] == "91.0" and rows["simpo-1"]["lm_eval/arc"] == ""
+
+
+def test_the_command_of_each_run_is_shown_under_provenance(study_folder):
+    assert "python -m align objective=wpo seed=3" in said_of(study_folder).split("## Provenance")[1]
 
 
 # The command ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_of_links_is_read_alone_and_with_all_runs_each_counts_once(study_folder):
+    sweep = study_folder / "groups" / "friday"
+    sweep.mkdir(parents=True)
+    for name in ("dpo-1", "wpo-1"):
+        (sweep / name).symlink_to(Path("../..") / name, target_is_directory=True)
+    assert [run.name for run in read_runs([sweep])] == ["dpo-1", "wpo-1"]
+    names = [run.name for run in read_runs([study_folder])]
+    assert len(names) == 11 and not any("groups" in name for name in names)
+    assert report([str(sweep)]) == sweep / "report.html"  # beside the links, not where they lead
+    assert {row["run"] for row in rows_of(sweep / "results.csv")} == {"dpo-1", "wpo-1"}
+    assert not (study_folder / "report.html").exists()
 
 
 def test_out_is_where_the_files_go_and_the_runs_stay_as_they_are(study_folder, tmp_path):
@@ -426,13 +578,34 @@ def test_without_out_the_files_go_into_what_the_given_folders_have_in_common(stu
     assert report([str(study_folder / "dpo-1")]).parent == study_folder / "dpo-1"
 
 
-def test_a_score_that_is_no_number_does_not_break_the_page(tmp_path):
+def test_a_prompt_with_a_score_that_is_no_number_is_left_out_as_in_the_win_rate(tmp_path):
     run = write_run(tmp_path / "a")
     rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     rows[0]["scores"]["policy"][0] = float("nan")
     (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = re.search(r'id="data">(.*?)</script>', report([str(tmp_path)]).read_text(), re.DOTALL)[1]
-    assert json.loads(data)["answers"]["runs"][0]["said"][0]["policy_scores"][0] is None
+    assert json.loads(data)["answers"]["prompts"] == [row["prompt"] for row in rows[1:]]
+
+
+@pytest.mark.parametrize(
+    "file, line",
+    [
+        (
+            "samples.jsonl",
+            '{"prompt": "where?", "start": ["a"], "policy": ["b"], "scores": {"start": [1], "policy": []}}',
+        ),
+        ("samples.jsonl", '{"prompt": "where?", "start": [], "policy": [], "chances": []}'),
+        ("metrics.jsonl", '{"train/loss": 1.0}'),
+        ("metrics.jsonl", '{"step": null, "train/loss": 1.0}'),
+    ],
+)
+def test_a_line_that_is_damaged_does_not_end_the_report(tmp_path, file, line):
+    run = write_run(tmp_path / "a")
+    with (run / file).open("a") as lines:
+        lines.write(f"{line}\n")
+    (made,) = study_of(tmp_path).runs
+    assert made.trained["win_rate"] > 0
+    assert ("lacks scores of answers to 'where?'" in made.note) == (file == "samples.jsonl")
 
 
 @pytest.mark.parametrize(

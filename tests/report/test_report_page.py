@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
-from test_report import write_run
+from test_report import write_run, write_suite
 
 from align.report.__main__ import report
 
@@ -35,7 +35,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """Four methods, three seeds, a grid among them; a run that failed."""
+    """Six methods, some with three seeds, a grid among them; benchmarks; a run that failed and one that collapsed."""
     runs = tmp_path_factory.mktemp("page") / "runs"
     for objective, better in (("dpo", 0.0), ("wpo", 0.6)):
         for seed in (1, 2, 3):
@@ -44,44 +44,52 @@ def made(tmp_path_factory) -> Path:
         for ratio in (0.3, 0.5):
             hyper = {"beta": beta, "gamma_beta_ratio": ratio}
             write_run(runs / f"simpo-{beta}-{ratio}", "simpo", better=beta / 10, hyper=hyper)
+    for seed in (1, 2, 3):
+        lengths = {"lc_win_rate": 0.7 + seed / 100, "win_rate": 0.65, "length": 1833.0}
+        write_suite(runs / f"wpo-{seed}", "alpaca_eval", "805 instructions", **lengths)
+        write_suite(runs / f"wpo-{seed}", "lm_eval", "tasks", mmlu=0.7, arc=0.5 + seed / 10)
     write_run(runs / "dpo-4", seed=4, state="failed")
+    write_run(runs / "wpo-4", "wpo", seed=4, state="collapsed")
     return report([str(runs)])
 
 
-@pytest.fixture(params=[PHONE, DESKTOP], ids=["phone", "desktop"])
-def tab(request, browser, made):
-    """The page, opened; at the end nothing was asked for and nothing was complained about."""
+@pytest.fixture(scope="module", params=[PHONE, DESKTOP], ids=["phone", "desktop"])
+def watched(request, browser):
+    """A tab, what its pages complained about, and what they asked for."""
     context = browser.new_context(viewport=request.param, color_scheme="light")
     tab = context.new_page()
     complaints, requests = [], []
     tab.on("console", lambda message: complaints.append(message.text))
     tab.on("pageerror", lambda error: complaints.append(str(error)))
     tab.on("request", lambda asked: requests.append(asked.url))
+    yield tab, complaints, requests
+    context.close()
+
+
+@pytest.fixture
+def tab(watched, made):
+    """The page, opened; at the end nothing was asked for and nothing was complained about."""
+    tab, complaints, requests = watched
+    requests.clear()
     tab.goto(made.as_uri())
     yield tab
     assert complaints == []
     assert [url for url in requests if not url.startswith("data:")] == [made.as_uri()]
-    context.close()
 
 
 def test_the_page_is_as_wide_as_the_screen_and_its_tables_scroll(tab):
     width = tab.viewport_size["width"]
     assert tab.evaluate("document.documentElement.scrollWidth") == width
-    for box in tab.locator("svg, table, select, button, article").all():
-        if box.is_visible():
-            inside = box.evaluate("node => node.closest('.scroll') !== null")
-            assert inside or box.bounding_box()["x"] + box.bounding_box()["width"] <= width + 1
+    right = """nodes => nodes.filter(node => node.checkVisibility() && !node.closest(".scroll"))
+        .map(node => node.getBoundingClientRect().right)"""
+    ends = tab.locator("svg, select, button, article, .scroll").evaluate_all(right)
+    assert len(ends) > 20 and max(ends) <= width + 1
 
 
 def test_the_table_says_what_results_csv_says(tab, made):
     with (made.parent / "results.csv").open() as lines:
         rows = [row for row in csv.DictReader(lines) if row["state"] == "complete"]
-    table = tab.locator("#methods table").first
-    heads = table.locator("thead th").all_inner_texts()
-    shown = {}
-    for line in table.locator("tbody tr").all():
-        cells = line.locator("td").all_inner_texts()
-        shown[cells[0].strip()] = dict(zip(heads, cells, strict=True))
+    shown = shown_in(tab, "Answers to held-out prompts")
     labels = {row["method"] for row in rows}
     assert shown.keys() == labels | {"start model"} and len(labels) == 6
     for label in labels:
@@ -95,13 +103,42 @@ def test_the_table_says_what_results_csv_says(tab, made):
             mean = fmean(float(row[name]) for row in own)
             assert shown[label][head].split("\n")[0] == f"{mean:.{digits}f}"
         percent = [f"{100 * fmean(float(row[part]) for row in own):.0f}" for part in ("wins", "ties", "losses")]
-        assert re.findall(r"\d+", shown[label]["win / tie / loss, %".replace(" ", "\xa0")]) == percent
+        assert re.findall(r"\d+", shown[label]["win / tie / loss, %"]) == percent
+
+
+def test_cost_and_benchmarks_are_those_of_results_csv(tab, made):
+    with (made.parent / "results.csv").open() as lines:
+        rows = [row for row in csv.DictReader(lines) if row["state"] == "complete"]
+    costs = shown_in(tab, "Held-out pairs and cost")
+    for label in {row["method"] for row in rows}:
+        own = [row for row in rows if row["method"] == label]
+        assert costs[label]["time"] == f"{fmean(float(row['cost/seconds']) for row in own):.1f} s"
+        assert costs[label]["tokens"] == "1.2M" and costs[label]["peak memory"] == "0.84 GiB"
+        accuracy = fmean(float(row["accuracy/mean_logp"]) for row in own)
+        assert costs[label]["accuracy, mean_logp"].split("\n")[0] == f"{accuracy:.3f}"
+    wpo = [row for row in rows if row["method"] == "wpo"]
+    (benchmarks,) = shown_in(tab, "Benchmarks").values()
+    assert benchmarks["seeds"] == "3 of 3" and benchmarks["AE2 length"].startswith("1833")
+    for head, name in (("AE2 LC", "alpaca_eval/lc_win_rate"), ("MMLU", "lm_eval/mmlu")):
+        assert benchmarks[head].split("\n")[0] == f"{100 * fmean(float(row[name]) for row in wpo):.1f}"
+    further = shown_in(tab, "Suite lm_eval")["wpo"]["arc"]
+    assert further.split("\n")[0] == f"{fmean(float(row['lm_eval/arc']) for row in wpo):.3f}"
+
+
+def shown_in(tab, title: str) -> dict[str, dict[str, str]]:
+    """The cells of a table of methods, by label and head."""
+    read = """table => [...table.rows].map(row => [...row.cells].map(cell => cell.innerText.trim()))"""
+    heads, *lines = tab.locator(f"h3:text-is('{title}') + .scroll table").evaluate(read)
+    plain = [head.replace("\xa0", " ") for head in heads]
+    return {cells[0]: {h: c.replace("\xa0", " ") for h, c in zip(plain, cells, strict=True)} for cells in lines}
 
 
 def test_two_methods_are_chosen_and_the_verdict_is_read(tab):
     tab.select_option("#method-a", label="wpo")
     tab.select_option("#method-b", label="dpo")
-    assert "wpo is above dpo: significant" in tab.inner_text("#said")
+    by_win_rate, by_accuracy = tab.locator("#said p").all_inner_texts()
+    assert by_win_rate.startswith("Win rate: wpo is above dpo: significant, +")
+    assert by_accuracy.startswith("Accuracy by mean_logp: ")
     tab.select_option("#method-a", label="dpo")
     assert tab.inner_text("#said") == "Choose two methods."
 
@@ -146,11 +183,20 @@ def test_a_method_stands_out_in_the_curves_when_it_is_chosen(tab):
     assert tab.locator("#curves .series.faint").count() == 0
 
 
+def test_a_sweep_over_two_numbers_is_a_map_of_its_four_means(tab, made):
+    with (made.parent / "results.csv").open() as lines:
+        grid = [row for row in csv.DictReader(lines) if row["objective"] == "simpo"]
+    words = tab.locator("#sweeps figure").first.locator("text").all_text_contents()
+    assert {f"{float(row['win_rate']):.3f}" for row in grid} <= {*words}
+    assert {"beta", "gamma_beta_ratio", "1", "2", "0.3", "0.5"} <= {*words}
+
+
 def test_every_link_of_the_page_leads_to_a_section(tab):
     for link in tab.locator("nav a").all():
         link.click()
         assert tab.locator(link.get_attribute("href")).is_visible()
     assert "the loss is not finite" in tab.inner_text("#runs")
+    assert "collapsed, at step 2: answers repeat themselves" in tab.inner_text("#runs")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
