@@ -37,6 +37,7 @@ class _Sweep:
 
     jobs: int = 0
     failed: list[str] = field(default_factory=list)  # their words
+    errors: list[Exception] = field(default_factory=list)  # and what they raised
     groups: dict[str, None] = field(default_factory=dict)  # of runs that are trained, in their order
     found: Path | None = None  # of a search
 
@@ -55,14 +56,15 @@ class _Sweep:
             cfg.tracker.group = cfg.tracker.group or compose.sweep_name(sys.argv[1:])
             if trains:
                 self.groups[shlex.quote(str(GROUPS / cfg.tracker.group))] = None
-        print(f"\njob {self.jobs}: {words}", flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\njob {self.jobs}: {words}", flush=True)
 
     def end(self, ended_by_jobs: bool) -> None:
         """Say what a search found, how to compare, and which jobs failed; these are an error where they end the sweep."""
         if self.found is not None and self.found.exists() and not ended_by_jobs:
             best = OmegaConf.load(self.found)
             print(f"\nbest    {' '.join(f'{k}={v}' for k, v in best.best_params.items())}: {best.best_value:.4g}")
-        if self.groups:
+        if self.groups and len(self.failed) < self.jobs:
             folders = " ".join(self.groups)
             print(f"\nsweep   {folders}\nreport  python -m align.report {folders}")
         some = "; ".join(self.failed[:_SHOWN]) + (" ..." if len(self.failed) > _SHOWN else "")
@@ -83,7 +85,8 @@ def _do(node: DictConfig, stage: str | None, sweep: _Sweep) -> float | None:
     try:
         cfg: Any = OmegaConf.to_object(node)
         if isinstance(cfg, RunConfig):
-            cfg.command = f"python -m align {words}".strip()
+            own = [source.path for source in typed.runtime.config_sources if source.provider == "command-line"]
+            cfg.command = shlex.join(["python", "-m", "align", *(f"--config-dir={path}" for path in own)]) + f" {words}"
         if sweeps:
             sweep.begin_job(cfg, stage is None and not cfg.plan, words)
         function = resolve(stage or _RUN[cfg.source.name], "source")  # torch and transformers, only when something runs
@@ -96,6 +99,7 @@ def _do(node: DictConfig, stage: str | None, sweep: _Sweep) -> float | None:
                 traceback.print_exc()
             print(f"align: job {sweep.jobs} failed: {compose.one_line(error)}", file=sys.stderr, flush=True)
             sweep.failed.append(words)
+            sweep.errors.append(error)
             raise  # Hydra goes on with the others
         if not by_user or _FULL_ERROR:
             raise
@@ -133,8 +137,8 @@ def main(stage: str | None = None, root: str = "config", schema: type = RunConfi
         try:
             job()
             slurm.submit()
-        except Exception:
-            if not sweep.failed:
+        except Exception as error:
+            if error not in sweep.errors and len(sweep.failed) < max(1, sweep.jobs):
                 raise
             sweep.end(ended_by_jobs=True)  # what is raised is what the first of them raised, which is said
         sweep.end(ended_by_jobs=False)

@@ -13,7 +13,7 @@ from align.config import RunConfig
 from align.data import Pairs
 from align.model import Start
 
-_ROWS = {
+LABELS = {
     "rewards/accuracies": "held-out accuracy, the objective's reward",
     "accuracy/mean_logp": "held-out accuracy by mean_logp",
     "accuracy/log_ratio": "held-out accuracy by log_ratio",
@@ -34,8 +34,8 @@ _CARD_ONLY = ("ties", "sample_entropy", "distinct", "unfinished")  # the termina
 
 def table(before: Mapping[str, float], after: Mapping[str, float]) -> list[tuple[str, str, str]]:
     """(what, at the start, after training) for every result there is; groups follow."""
-    groups = [name for name in after if name.startswith("accuracy/") and name not in _ROWS]
-    labels = {**_ROWS, **{name: f"held-out accuracy, {name.removeprefix('accuracy/')}" for name in groups}}
+    groups = [name for name in after if name.startswith("accuracy/") and name not in LABELS]
+    labels = {**LABELS, **{name: f"held-out accuracy, {name.removeprefix('accuracy/')}" for name in groups}}
     return [(label, f"{before[n]:.3f}", f"{after[n]:.3f}") for n, label in labels.items() if n in before and n in after]
 
 

@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import importlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
@@ -494,14 +495,20 @@ def resolve(reference: str, key: str) -> Callable[..., Any]:
     return function
 
 
+#: In a line of the shell, `export OPENAI_API_KEY=...`, and in an address, `https://user:password@host`.
+_SECRET = r"((?:\b[A-Z0-9_]*(?:KEY|TOKEN|SECRET|PASSWORD)[A-Z0-9_]*=)|(?<=://))(?:(?<==)\S+|[^\s/@]+:[^\s/@]+(?=@))"
+
+
 def plain(cfg: RunConfig) -> dict[str, Any]:
-    """The resolved configuration as plain values, for YAML, JSON and trackers."""
+    """The resolved configuration as plain values, for YAML, JSON and trackers. What looks like a secret is left out."""
 
     def value(node: Any) -> Any:
         if isinstance(node, Enum):
             return node.value
         if isinstance(node, Mapping):
             return {str(name): value(inner) for name, inner in node.items()}
+        if isinstance(node, str):
+            return re.sub(_SECRET, r"\1***", node)
         return [value(inner) for inner in node] if isinstance(node, list) else node
 
     made: dict[str, Any] = value(asdict(cfg))

@@ -36,6 +36,18 @@ from align.onpolicy.scorers import registry
 from align.onpolicy.scorers.base import Scorer, last_turn
 
 START, POLICY = "start", "policy"  # whose answers they are, in samples.jsonl too
+METRICS = {  # what a judged run has in its results besides
+    "win_rate",
+    "ties",
+    "judge_score",
+    "score_spread",
+    "sample_length",
+    "kl_policy_start",
+    "repetition",
+    "sample_entropy",
+    "distinct",
+    "unfinished",
+}
 OTHERS = 2  # what stands for other answers than these in the seeds of a run
 
 

@@ -134,8 +134,7 @@ def carry_out(made: T, command: Callable[[RunConfig], object], start: Callable[[
     if results is None:
         return None
     say(card.text_table(results["start"], results["trained"]))
-    if "cost" in results:  # a run of an older version has none
-        say(f"cost     {card.cost_line(results['cost'])}")
+    say(f"cost     {card.cost_line(results['cost'])}")
     say(f"model    {made.policy}\nmetrics  {made.metrics}")
     trained: dict[str, float] = results["trained"]
     metric = cfg.optimized_metric or ("win_rate" if "win_rate" in trained else "accuracy/mean_logp")
@@ -177,6 +176,7 @@ def prepare(cfg: RunConfig) -> Job:
     """Check everything, and make what the processes need: data, start model, plan, the run folder's name."""
     objective = check(cfg)
     judge = judging.judge_of(cfg)
+    check_metric(cfg.optimized_metric, judged=judge is not None)
     scorer = who_scores(cfg, judge) if judge is not None else None
     fleet = launch.fleet(cfg.cluster, cfg.plan)
     cache = Path(cfg.cache_dir).expanduser()
@@ -212,6 +212,19 @@ def prepare(cfg: RunConfig) -> Job:
     )
     recognise(job)
     return job
+
+
+def check_metric(metric: str | None, judged: bool) -> None:
+    """Refuse what a search could not maximise, as far as that can be known before the first training ends."""
+    if metric is None or metric in tracking.GOALS or metric in card.LABELS:
+        if metric in judging.METRICS and not judged:
+            raise UserError(
+                f"optimized_metric={metric} needs a judge, and there is none: give scorer=..., or "
+                "optimized_metric=accuracy/mean_logp"
+            )
+        return
+    if near := config.closest(metric, [*tracking.GOALS, *card.LABELS]):
+        raise UserError(f"optimized_metric={metric} is no metric of results.json{near}")
 
 
 def who_scores(cfg: RunConfig, scorer: ScorerConfig) -> Identity:

@@ -388,3 +388,15 @@ def test_rows_too_few_for_the_global_batch_are_refused_with_what_to_type(align, 
 def test_nothing_of_a_run_is_left_in_the_process(align, tiny_llama, pairs_file):
     assert align(*quick(tiny_llama, pairs_file)).status == 0
     assert not torch.distributed.is_initialized()
+
+
+def test_no_secret_that_was_typed_is_written_down(align, tiny_llama, pairs_file, folder):
+    setup = "cluster.slurm.setup=['export OPENAI_API_KEY=sk-123', 'module load cuda']"
+    judge = "scorer.judge.urls=['https://me:hunter2@judge:8000']"
+    result = align(*quick(tiny_llama, pairs_file, f"run_dir={folder}", setup, judge))
+    assert result.status == 0, result.err
+    written = "".join(
+        file.read_text() for file in folder.rglob("*") if file.suffix in (".yaml", ".json", ".md", ".txt")
+    )
+    assert "export OPENAI_API_KEY=***" in written and "https://***@judge:8000" in written
+    assert "sk-123" not in written and "hunter2" not in written

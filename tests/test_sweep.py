@@ -183,9 +183,20 @@ def test_a_run_returns_the_metric_that_is_named_and_says_which_there_are(align, 
     assert align(*words, "run_dir=run").status == 0
     results = json.loads((run.Path("run") / "results.json").read_text())["trained"]
     assert returned == [results["accuracy/log_ratio"], results["accuracy/mean_logp"], results["accuracy/mean_logp"]]
-    wrong = align(*words, "run_dir=run", "optimized_metric=accuracy/mean_lopg")
-    assert wrong.status == 1
-    assert "is none of this run's results (did you mean accuracy/mean_logp?)" in wrong.err
+
+
+@pytest.mark.parametrize(
+    ("metric", "says"),
+    [
+        ("accuracy/mean_lopg", "is no metric of results.json (did you mean accuracy/mean_logp?)"),
+        ("win_rate", "needs a judge, and there is none: give scorer=..., or optimized_metric=accuracy/mean_logp"),
+        ("quality", "is none of this run's results: "),  # may be an objective's own, so it is known at the end only
+    ],
+)
+def test_a_metric_that_a_run_will_not_have_is_refused_before_it_trains_where_that_is_known(align, words, metric, says):
+    result = align(*words, f"optimized_metric={metric}")
+    assert result.status == 1
+    assert f"optimized_metric={metric} {says}" in result.err
 
 
 def test_a_search_goes_on_when_a_trial_fails_and_says_the_best(align, monkeypatch, words, tmp_path):

@@ -36,6 +36,7 @@ COMPARED = {
 }
 
 _NOT_COMPARABLE = ("loss", "grad_norm", "rewards/", "objective/", "length/", "log_ratio/", "truncated", "mean_logp/")
+_FEWEST = 6  # prompts of a comparison: where five all agree, a sign test has p = 2^-4
 _KNOWN = {
     *(column.name for column in (*OF_ANSWERS, *OF_PAIRS, *OF_PAPERS)),
     *CURVES,
@@ -280,7 +281,7 @@ def _comparisons(methods: Sequence[Method], name: str) -> Comparisons:
     raw = []
     for a, b in itertools.combinations(methods, 2):
         shared = [item for item in values[a.number] if item in values[b.number]]
-        if len(shared) > 1:
+        if len(shared) >= _FEWEST and _measured_alike(a, b, name):
             raw.append((a, b, stats.compare(*(table_of(values[method.number], shared) for method in (a, b)))))
     adjusted = stats.holm([made.p_value for *_, made in raw])
     return Comparisons(
@@ -289,6 +290,13 @@ def _comparisons(methods: Sequence[Method], name: str) -> Comparisons:
             Comparison(a=a, b=b, made=replace(made, p_adjusted=p))
             for (a, b, made), p in zip(raw, adjusted, strict=True)
         ],
+    )
+
+
+def _measured_alike(a: Method, b: Method, name: str) -> bool:
+    """Win rates are against a start model, by a judge, of answers drawn in some way: else they are different things."""
+    return name != "win_rate" or all(
+        _fairness(a, what) == _fairness(b, what) for what in ("start", "judge", "evaluation")
     )
 
 
@@ -357,7 +365,7 @@ def _unequal(methods: Sequence[Method]) -> dict[str, dict[str, list[str]]]:
 def _fairness(method: Method, name: str) -> str:
     settings = method.settings
     if name == "steps":
-        return value_text(method.runs[0].steps)
+        return ", ".join(dict.fromkeys(value_text(run.steps) for run in method.runs))
     if name == "seeds":
         return ", ".join(value_text(run.seed) for run in method.runs)
     if name == "precision":

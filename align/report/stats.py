@@ -49,6 +49,7 @@ LEVEL = 0.95
 RESAMPLES = 9_999  # fewer where there are many prompts, whose mean is as good as normal
 _CELLS = 10_000_000  # of resamples x prompts, 4 bytes each
 _SEED = 20_240_404
+_ALL_AGREE = 1000  # prompts, beyond which 2^(1-P) is below any number that is told apart from 0
 _IN_PROMPTS = 0.6  # of what Var(rest) adds to the scatter of seeds, taken to be in the prompts' part already
 
 
@@ -75,7 +76,7 @@ class Comparison:
     difference: float
     low: float
     high: float
-    p_value: float  # two-sided, of no difference; <= 0.05 exactly where the interval leaves out 0
+    p_value: float  # two-sided, of no difference; from 6 prompts on <= 0.05 exactly where the interval leaves out 0
     p_adjusted: float  # by Holm among the comparisons made together; p_value where it is the only one
     seeds: tuple[int, int]
     prompts: int
@@ -129,6 +130,9 @@ def compare(first: ArrayLike, second: ArrayLike) -> Comparison:
     p = float(1 + as_far) / (1 + errors.size)
     if not as_far and margin:  # Holm multiplies by hundreds, and no resample says how far beyond all of them this is
         p = min(p, _t_tail(freedom, abs(difference) / margin * t_quantile(freedom)))
+    p = max(
+        p, 2.0 ** (1 - min(a.shape[1], _ALL_AGREE))
+    )  # the sign test's, where all prompts agree and none resamples apart
     return Comparison(
         difference=difference,
         low=difference - margin,

@@ -217,3 +217,10 @@ def test_a_comparison_that_stands_alone_may_not_stand_among_six():
     adjusted = holm([alone.p_value, *others])[0]
     assert alone.significant and not replace(alone, p_adjusted=adjusted).significant
     assert adjusted > 3 * alone.p_value
+
+
+def test_few_prompts_that_all_agree_are_no_more_certain_than_a_sign_test_says():
+    """Two-sided, P of P wins: 2 * 2^-P = 2^(1-P)."""
+    for prompts in (2, 3, 6):
+        made = compare(np.ones(prompts), np.zeros(prompts))
+        assert made.p_value == pytest.approx(2.0 ** (1 - prompts))
