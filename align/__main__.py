@@ -5,7 +5,9 @@ An error that the user can put right is one line and exit status 1; any other ke
 HYDRA_FULL_ERROR=1 keeps it for all. A job of a sweep that fails does not stop the others; the sweep ends with their list.
 """
 
+import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -38,42 +40,79 @@ class _Sweep:
     jobs: int = 0
     failed: list[str] = field(default_factory=list)  # their words
     errors: list[Exception] = field(default_factory=list)  # and what they raised
-    groups: dict[str, None] = field(default_factory=dict)  # of runs that are trained, in their order
+    groups: dict[Path, list[dict[str, str]]] = field(
+        default_factory=dict
+    )  # of runs that are trained: what failed there
+    group: Path | None = None  # of this job
     found: Path | None = None  # of a search
 
     def begin_job(self, cfg: Any, trains: bool, words: str) -> None:
         """All runs are one group, and each job says what it is."""
         typed = HydraConfig.get()
         self.jobs += 1
-        if typed.runtime.choices["hydra/sweeper"] == "optuna":
-            self.found = Path(typed.sweep.dir) / "optimization_results.yaml"
-            if not trains or cfg.cluster.launcher is Launcher.slurm:  # else every trial would be one that failed
-                sys.exit(
-                    "align: search=optuna needs the result of each run before the next: it goes with python -m align, "
-                    "without plan=true, and on this machine or inside one SLURM job, not with cluster.launcher=slurm"
-                )
         if isinstance(cfg, RunConfig):
             cfg.tracker.group = cfg.tracker.group or compose.sweep_name(sys.argv[1:])
-            if trains:
-                self.groups[shlex.quote(str(GROUPS / cfg.tracker.group))] = None
-        if os.environ.get("RANK", "0") == "0":
+        if isinstance(cfg, RunConfig) and trains:
+            self.group = GROUPS / str(cfg.tracker.group)
+            self.groups.setdefault(self.group, [])
+        if typed.runtime.choices["hydra/sweeper"] == "optuna":
+            self.found = Path(typed.sweep.dir) / "optimization_results.yaml"
+            _check_search(typed, trains and cfg.cluster.launcher is not Launcher.slurm)
+        if _is_first():
             print(f"\njob {self.jobs}: {words}", flush=True)
+
+    def fail_job(self, error: Exception, words: str) -> None:
+        """Say why; the others go on."""
+        why = compose.one_line(error)
+        print(f"align: job {self.jobs} failed: {why}", file=sys.stderr, flush=True)
+        self.failed.append(words)
+        self.errors.append(error)
+        if self.group is not None:
+            self.groups[self.group].append({"job": words, "why": why})
 
     def end(self, ended_by_jobs: bool) -> None:
         """Say what a search found, how to compare, and which jobs failed; these are an error where they end the sweep."""
+        if not _is_first():
+            return
+        for folder, failed in self.groups.items():  # for the report: a job that was refused has left no folder
+            file = folder / "failed.json"
+            if failed or file.exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps(failed, indent=2))
         if self.found is not None and self.found.exists() and not ended_by_jobs:
             best = OmegaConf.load(self.found)
             print(f"\nbest    {' '.join(f'{k}={v}' for k, v in best.best_params.items())}: {best.best_value:.4g}")
-        if self.groups and len(self.failed) < self.jobs:
-            folders = " ".join(self.groups)
+        if self.groups:
+            folders = shlex.join(map(str, self.groups))
             print(f"\nsweep   {folders}\nreport  python -m align.report {folders}")
-        some = "; ".join(self.failed[:_SHOWN]) + (" ..." if len(self.failed) > _SHOWN else "")
-        failed = f"{len(self.failed)} of {self.jobs} jobs failed: {some}. The same command runs these again, and none "
-        failed += "that is complete"
-        if ended_by_jobs:
-            raise UserError(failed)
         if self.failed:
-            print(f"align: {failed}", file=sys.stderr)
+            some = "; ".join(self.failed[:_SHOWN]) + (" ..." if len(self.failed) > _SHOWN else "")
+            line = (
+                f"{len(self.failed)} of {self.jobs} jobs failed: {some}. The same command runs these again, and none "
+            )
+            line += "that is complete"
+            if ended_by_jobs:
+                raise UserError(line)
+            print(f"align: {line}", file=sys.stderr)
+
+
+def _is_first() -> bool:
+    """Of several processes that were started from outside, the one that writes and prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _check_search(typed: Any, one_after_another: bool) -> None:
+    """End the command where Optuna could not search: else every trial would be one that failed."""
+    if not one_after_another:
+        sys.exit(
+            "align: search=optuna needs the result of each run before the next: it goes with python -m align, "
+            "without plan=true, and on this machine or inside one SLURM job, not with cluster.launcher=slurm"
+        )
+    if not typed.sweeper.params and not any(re.search(r"=.*(\(|,)", word) for word in sys.argv[1:]):
+        sys.exit(
+            "align: search=optuna has nothing to search: type 'objective.beta=interval(0.5,8)', or a search space, "
+            "hparams=simpo_small"
+        )
 
 
 def _do(node: DictConfig, stage: str | None, sweep: _Sweep) -> float | None:
@@ -97,9 +136,7 @@ def _do(node: DictConfig, stage: str | None, sweep: _Sweep) -> float | None:
         if sweeps:
             if not by_user or _FULL_ERROR:
                 traceback.print_exc()
-            print(f"align: job {sweep.jobs} failed: {compose.one_line(error)}", file=sys.stderr, flush=True)
-            sweep.failed.append(words)
-            sweep.errors.append(error)
+            sweep.fail_job(error, words)
             raise  # Hydra goes on with the others
         if not by_user or _FULL_ERROR:
             raise
@@ -132,6 +169,7 @@ def main(stage: str | None = None, root: str = "config", schema: type = RunConfi
     warnings.formatwarning = _warning_line
     signal.signal(signal.SIGTERM, _as_ctrl_c)
     compose.install(schema)
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))  # wherever it was typed
     sys.path.insert(0, "")  # "module:function" of the working folder, for the console script as for python -m
     try:
         try:

@@ -113,7 +113,7 @@ def sweep_name(words: Sequence[str]) -> str:
     kept = [word for word in typed if not re.match(_INDIFFERENT, word)]
     brief = "_".join(word.partition("=")[0].rpartition(".")[2] + "-" + word.partition("=")[2] for word in kept)
     brief = re.sub(r"[^\w.-]+", "-", brief).strip("-")[:60]
-    return f"{brief or 'sweep'}-{config.fingerprint(sorted(kept))[:6]}"
+    return f"{brief or 'sweep'}_{config.fingerprint(sorted(kept))[:6]}"
 
 
 def install(schema: type = config.RunConfig) -> None:
@@ -141,6 +141,11 @@ def one_line(error: BaseException) -> str:
         return f"{key} takes a list: type '{key}=[first, second]'"
     if key:
         return f"{key}: {message}"
+    if several := re.search(r"(?:Sweep parameters|Ambiguous value for argument) '\+*([^']*)'", str(error)):
+        return (
+            f"{several[1]} are several values: type -m for a run of each, or search=optuna for a search in an interval "
+            "(if that is typed, a word that begins with hydra. is misspelled)"
+        )
     if foreign := re.match(r"Could not override '(\w+)'", str(error)):  # a group that is another command's
         return f"{foreign[1]} is no word of this command; --help lists those that are"
     if "hydra/sweeper/optuna" in str(error):

@@ -214,17 +214,32 @@ def prepare(cfg: RunConfig) -> Job:
     return job
 
 
+#: Metrics that depend on the objective and the data, by how their names begin; and those of every run without a judge.
+_OPEN_METRICS = ("objective/", "accuracy/", "rewards/", "mean_logp/", "length/", "log_ratio/")
+_METRICS = (
+    "accuracy/mean_logp",
+    "accuracy/log_ratio",
+    "rewards/accuracies",
+    "loss",
+    "entropy",
+    "truncated",
+    "kl_start_policy",
+)
+
+
 def check_metric(metric: str | None, judged: bool) -> None:
     """Refuse what a search could not maximise, as far as that can be known before the first training ends."""
-    if metric is None or metric in tracking.GOALS or metric in card.LABELS:
-        if metric in judging.METRICS and not judged:
-            raise UserError(
-                f"optimized_metric={metric} needs a judge, and there is none: give scorer=..., or "
-                "optimized_metric=accuracy/mean_logp"
-            )
+    if metric is None:
         return
-    if near := config.closest(metric, [*tracking.GOALS, *card.LABELS]):
-        raise UserError(f"optimized_metric={metric} is no metric of results.json{near}")
+    if metric in judging.METRICS and not judged:
+        raise UserError(
+            f"optimized_metric={metric} needs a judge, and there is none: give scorer=..., or "
+            "optimized_metric=accuracy/mean_logp"
+        )
+    known = [*_METRICS, *sorted(judging.METRICS)]
+    near = config.closest(metric, known)
+    if metric not in known and (near or not metric.startswith(_OPEN_METRICS)):
+        raise UserError(f"optimized_metric={metric} is no metric of results.json{near}; there are {', '.join(known)}")
 
 
 def who_scores(cfg: RunConfig, scorer: ScorerConfig) -> Identity:

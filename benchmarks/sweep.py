@@ -27,7 +27,7 @@ def _run(commands: Sequence[Sequence[str]], home: Path, cache: Path) -> tuple[fl
     home.mkdir(parents=True)
     used, began, said = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), ""
     for words in commands:
-        line = [sys.executable, "-m", "align", *_WORDS, *words]
+        line = [sys.executable, "-m", "align", *words, *_WORDS]
         environment = {**os.environ, "ALIGN_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
         said += subprocess.run(line, cwd=home, env=environment, check=True, text=True, stdout=subprocess.PIPE).stdout
     now = resource.getrusage(resource.RUSAGE_CHILDREN)

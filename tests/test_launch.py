@@ -304,11 +304,16 @@ def test_processes_that_are_stopped_outside_of_training_end_at_once(tmp_path):
             "error",
             r"^process 1 of 2: ZeroDivisionError: the sky fell \(test_launch.py:\d+\); traceback in .*1.traceback$",
         ),
-        (
+        pytest.param(
             "SIGKILL",
             r"^process 1 of 2 was ended by SIGKILL; out of memory\? try a smaller engine.tokens_per_micro_batch",
+            marks=pytest.mark.matrix,  # as `oom` below
         ),
-        ("SIGSEGV", r"^process 1 of 2 was ended by SIGSEGV; what it printed last is in .*1.log$"),
+        pytest.param(
+            "SIGSEGV",
+            r"^process 1 of 2 was ended by SIGSEGV; what it printed last is in .*1.log$",
+            marks=pytest.mark.matrix,
+        ),
     ],
     ids=["UserError", "another error", "SIGKILL", "SIGSEGV"],
 )
@@ -473,7 +478,7 @@ class Bad(Objective):
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ("raise", "process 1 of 2: ZeroDivisionError: the sky fell (bad.py:"),
+        pytest.param("raise", "process 1 of 2: ZeroDivisionError: the sky fell (bad.py:", marks=pytest.mark.matrix),
         ("oom", "process 1 of 2 was ended by SIGKILL; out of memory? try a smaller engine.tokens_per_micro_batch"),
         ("nan", "step 1: the loss is not finite for pairs row-"),  # which rank 1 has seen, and rank 0 has not
     ],

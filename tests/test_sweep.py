@@ -81,7 +81,7 @@ def test_a_job_knows_the_command_that_makes_it_alone(composed):
 def test_the_same_words_are_the_same_sweep_whatever_they_run_on():
     words = ["-m", "objective=simpo", "objective.beta=1,2", "seed=1,2"]
     name = sweep_name(words)
-    assert name.startswith("objective-simpo_beta-1-2_seed-1-2-")
+    assert name.startswith("objective-simpo_beta-1-2_seed-1-2_")
     assert sweep_name([*reversed(words), "cluster=cpu", "tracker.mode=offline"])[-6:] == name[-6:]
     assert sweep_name([*words, "optimizer.max_steps=3"])[-6:] != name[-6:]
     assert sweep_name([*words, "tracker.group=my_study"]) == "my_study"
@@ -130,6 +130,9 @@ def test_a_sweep_with_failed_jobs_lists_them_at_its_end(align, words, tmp_path):
     assert last.startswith("align: 1 of 2 jobs failed: objective.beta=-1")
     assert last.endswith("The same command runs these again, and none that is complete")
     assert len(list((tmp_path / "runs").glob("*/results.json"))) == 1
+    (file,) = (tmp_path / "runs" / "groups").glob("*/failed.json")
+    (failed,) = json.loads(file.read_text())
+    assert failed["job"].startswith("objective.beta=-1") and "must be above 0" in failed["why"]
 
 
 def test_a_plan_of_a_sweep_makes_no_links(align, words, tmp_path):
@@ -190,7 +193,8 @@ def test_a_run_returns_the_metric_that_is_named_and_says_which_there_are(align, 
     [
         ("accuracy/mean_lopg", "is no metric of results.json (did you mean accuracy/mean_logp?)"),
         ("win_rate", "needs a judge, and there is none: give scorer=..., or optimized_metric=accuracy/mean_logp"),
-        ("quality", "is none of this run's results: "),  # may be an objective's own, so it is known at the end only
+        ("quality", "is no metric of results.json; there are accuracy/mean_logp, "),
+        ("objective/weight", "is none of this run's results: "),  # an objective's own: known at the end only
     ],
 )
 def test_a_metric_that_a_run_will_not_have_is_refused_before_it_trains_where_that_is_known(align, words, metric, says):
@@ -233,6 +237,24 @@ def test_a_search_that_would_see_no_result_is_refused_at_its_first_trial(align, 
     assert result.status == 1
     assert "align: search=optuna needs the result of each run before the next" in result.err
     assert "job 1" not in result.out
+
+
+def test_a_search_of_nothing_says_what_to_type(align):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    result = align("search=optuna", "objective=simpo", "hydra.sweeper.n_trials=3")
+    assert result.status == 1
+    assert "search=optuna has nothing to search: type 'objective.beta=interval(0.5,8)'" in result.err
+
+
+@pytest.mark.parametrize("typed", ["objective.beta=1,2", "objective.beta=interval(1,2)"])
+def test_several_values_without_m_say_what_to_type(align, typed):
+    result = align(typed)
+    assert result.status == 1
+    assert result.err.startswith(f"align: {typed} are several values: type -m for a run of each")
+
+
+def test_m_may_stand_anywhere(composed):
+    assert [job.seed for job in composed("objective=dpo", "-m", "seed=1,2")] == [1, 2]
 
 
 def test_a_search_without_its_package_says_what_to_install(align, monkeypatch):
