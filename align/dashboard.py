@@ -88,8 +88,10 @@ def view(words: Sequence[str]) -> View:
     known = ["name", "group", "metric"]
     for word in [*sorted(flags - {"--dry-run"}), *sorted(options.keys() - set(known))]:
         raise UserError(f"unknown option {word}{closest(word.lstrip('-'), [*known, 'dry-run'])}: {_USAGE}")
+    if not places:
+        raise UserError("type which project: python -m align.dashboard entity/project")
     if len(places) != 1 or places[0].count("/") != 1 or not all(places[0].split("/")):
-        raise UserError(f"{' '.join(places) or 'nothing'} is not one entity/project of wandb: {_USAGE}")
+        raise UserError(f"{' '.join(places)} is not one entity/project of wandb: {_USAGE}")
     entity, project = places[0].split("/")
     metric = options.get("metric", "result/win_rate")
     if "/" not in metric or metric.startswith(tracking.CURVES):

@@ -20,6 +20,8 @@ from align.onpolicy.summary import repetition
 PROMPTS = 8  # held-out ones, always the same, that are answered
 REPETITION = "sentinel/repetition"  # the metric
 FILE = "collapsed.json"  # of a run folder
+_BOUND, _SHARE = "sentinel.mean_logp_drop", "sentinel.repetition"  # a verdict names its own
+_LETS_GO_ON = {_BOUND: f"{_BOUND}=null", _SHARE: "sentinel.sample_every_steps=null"}  # where it is typed
 
 
 class CollapsedError(UserError):
@@ -64,14 +66,11 @@ def verdict(cfg: SentinelConfig, start_mean_logp: float, metrics: Mapping[str, f
     if cfg.mean_logp_drop is not None and not drop <= cfg.mean_logp_drop:  # so that NaN counts
         return (
             f"mean_logp of chosen responses is {drop:.3g} nats per token below the start model's, more than "
-            f"sentinel.mean_logp_drop={cfg.mean_logp_drop:g} (null: no bound)"
+            f"{_BOUND}={cfg.mean_logp_drop:g}"
         )
     share = metrics.get(REPETITION, 0.0)
     if not share <= cfg.repetition:
-        return (
-            f"{share:.0%} of the 4-grams of its answers repeat an earlier one, more than sentinel.repetition="
-            f"{cfg.repetition:g} (sentinel.sample_every_steps=null: no such look)"
-        )
+        return f"{share:.0%} of the 4-grams of its answers repeat an earlier one, more than {_SHARE}={cfg.repetition:g}"
     return None
 
 
@@ -94,5 +93,8 @@ def refuse(folder: Path) -> None:
 
 def with_remedy(end: CollapsedError, folder: Path) -> CollapsedError:
     """The same, and what to type."""
-    what = f"try a lower optimizer.learning_rate; to go on all the same, delete {folder / FILE}"
+    what = "start another run with a lower optimizer.learning_rate"
+    knob = next((typed for named, typed in _LETS_GO_ON.items() if f"{named}=" in end.why), None)
+    if knob is not None:  # a loss that is not finite has none: the same steps would end alike
+        what += f"; to go on all the same, both delete {folder / FILE} and type the command again with {knob}"
     return CollapsedError(end.step, end.why, f". This run has collapsed: {what}")

@@ -133,7 +133,8 @@ def test_the_report_has_the_panels_of_the_workspace_under_headings(typed):
 @pytest.mark.parametrize(
     "words, says",
     [
-        ([], "nothing is not one entity/project of wandb: python -m align.dashboard"),
+        ([], "align: type which project: python -m align.dashboard entity/project"),
+        (["--dry-run"], "align: type which project: python -m align.dashboard entity/project"),
         (["align"], "align is not one entity/project"),
         (["a/b", "c/d"], "a/b c/d is not one entity/project"),
         (["a/b", "gruop=x"], "unknown option gruop (did you mean group?)"),

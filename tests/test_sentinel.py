@@ -38,9 +38,9 @@ def lines(folder: Path) -> list[dict]:
     [
         (-1.0, 0.0, None),
         (-6.0, 0.5, None),  # just at both bounds: 5 nats below -1, and one half
-        (-6.1, 0.0, "5.1 nats per token below the start model's, more than sentinel.mean_logp_drop=5 "),
+        (-6.1, 0.0, "5.1 nats per token below the start model's, more than sentinel.mean_logp_drop=5"),
         (math.nan, 0.0, "nan nats per token"),
-        (-1.0, 0.51, "51% of the 4-grams of its answers repeat an earlier one, more than sentinel.repetition=0.5 "),
+        (-1.0, 0.51, "51% of the 4-grams of its answers repeat an earlier one, more than sentinel.repetition=0.5"),
     ],
 )
 def test_a_policy_has_collapsed_beyond_its_bounds(mean_logp, share, says):
@@ -73,10 +73,30 @@ def test_a_collapse_that_is_written_down_is_told_again_word_for_word(tmp_path):
     with pytest.raises(CollapsedError) as again:
         sentinel.refuse(tmp_path)
     assert str(again.value) == str(sentinel.with_remedy(end, tmp_path))
-    assert str(again.value).startswith("step 7: it stutters. ") and f"delete {tmp_path}" in str(again.value)
+    assert str(again.value).startswith("step 7: it stutters. This run has collapsed: ")
     (tmp_path / "collapsed.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         sentinel.refuse(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "metrics, knob",
+    [
+        ({"train/mean_logp/chosen": -7.0}, "sentinel.mean_logp_drop=null"),
+        ({"train/mean_logp/chosen": -1.0, REPETITION: 0.75}, "sentinel.sample_every_steps=null"),
+    ],
+)
+def test_to_go_on_takes_both_the_file_away_and_the_knob_of_the_bound(metrics, knob, tmp_path):
+    why = verdict(SentinelConfig(), -1.0, metrics)
+    assert why is not None
+    said = str(sentinel.with_remedy(CollapsedError(7, f"iteration 2: {why}"), tmp_path))  # as self-play says it
+    assert "\n" not in said and "start another run with a lower optimizer.learning_rate" in said
+    assert said.endswith(f"both delete {tmp_path / 'collapsed.json'} and type the command again with {knob}")
+
+
+def test_a_loss_that_is_not_finite_is_no_matter_of_a_knob(tmp_path):
+    said = str(sentinel.with_remedy(CollapsedError(7, "the gradient is not finite"), tmp_path))
+    assert said.endswith("collapsed: start another run with a lower optimizer.learning_rate")
 
 
 # Runs ---------------------------------------------------------------------------------------------------------------
@@ -91,7 +111,7 @@ def test_an_absurd_learning_rate_ends_the_run_early_and_the_same_command_trains_
     assert first.status == 1 and not (folder / "results.json").exists()
     told = first.err.splitlines()[-1]
     made, steps = read(folder / "collapsed.json"), lines(folder)
-    assert told.startswith(f"align: step {made['step']}: {made['why']}. This run has collapsed: try a lower optimizer.")
+    assert told.startswith(f"align: step {made['step']}: {made['why']}. This run has collapsed: start another")
     assert 1 < made["step"] < 10 and steps[-1]["step"] == made["step"]
     start = read(folder / "start.json")["eval/mean_logp/chosen"]
     *good, bad = [start - line["train/mean_logp/chosen"] for line in steps if "train/loss" in line]
@@ -104,7 +124,7 @@ def test_an_absurd_learning_rate_ends_the_run_early_and_the_same_command_trains_
     assert plan.status == 0 and "first loss" in plan.out
     monkeypatch.undo()
     other = align(*words, "sentinel.mean_logp_drop=null")  # no other run; and the file is still there
-    assert other.status == 1 and "This run has collapsed" in other.err
+    assert other.status == 1 and f"both delete {folder / 'collapsed.json'} and type" in other.err
     (folder / "collapsed.json").unlink()
     monkeypatch.chdir(tmp_path)
     on = align(*words, "sentinel.mean_logp_drop=null", "cache_dir=cache")

@@ -38,6 +38,7 @@ from align.suites.base import (
     THEIRS,
     Evaluation,
     Outcome,
+    absent,
     answer,
     answers_by_text,
     check_one_answer,
@@ -166,7 +167,7 @@ def _judges(given: Evaluation) -> list[str]:
 def _existing(key: str, path: str) -> Path:
     file = Path(path).expanduser()
     if not file.is_file():
-        raise UserError(f"{key}={path} does not exist; it is taken from the working folder {Path.cwd()}")
+        raise absent(key, path)
     return file
 
 

@@ -79,7 +79,7 @@ def trained_run(key: str, path: str) -> TrainedRun:
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise UserError(f"{key}={path} does not exist; it is taken from the working folder {Path.cwd()}")
+        raise absent(key, path)
     if not (folder / "config.yaml").is_file():
         inside = sorted(file.parent.name for file in folder.glob("*/config.yaml"))
         runs = f"; there are runs in it: {', '.join(inside[:4])}" if inside else ""
@@ -145,6 +145,7 @@ class Outcome:
     note: str  # what was measured, in a line, for people
 
 
+_FILES = (".jsonl", ".json", ".parquet")  # that rows are read from
 OURS, THEIRS = "policy", "opponent"  # whose answers they are; each has random numbers of its own
 
 
@@ -188,6 +189,19 @@ def scorer_identity(given: Evaluation) -> dict[str, Any]:
     return {**asdict(identity), "kind": identity.kind.value}
 
 
+def absent(key: str, path: str) -> UserError:
+    """What is said of a file or folder that is not there."""
+    return UserError(f"{key}={path} does not exist; it is taken from the working folder {Path.cwd()}")
+
+
+def check_place(key: str, path: str) -> None:
+    """Raise for a misspelled path: what is not there, and looks more like a file than like owner/name of the hub."""
+    place = Path(path).expanduser()
+    beside = "/" in path and place.parent.is_dir()  # its folder is there
+    if not place.exists() and (place.suffix in _FILES or path.count("/") > 1 or "\\" in path or beside):
+        raise absent(key, path)
+
+
 @contextlib.contextmanager
 def in_words_of(suite: str) -> Iterator[None]:
     """Errors about the dataset that a word of the suite stands for, in that word."""
@@ -226,6 +240,8 @@ def read_table(key: str, path: str, columns: Sequence[str]) -> list[dict[str, An
     Raises:
         UserError: it cannot be read, or lacks a column.
     """
+    if not Path(path).expanduser().exists():  # read_rows would look for it on the hub, which has none of these
+        raise absent(key, path)
     made = [dict(row) for row in read_rows(key, path, "train", SourceConfig(path=path)).rows]
     for number, row in enumerate(made, 1):
         if missing := [name for name in columns if name not in row]:

@@ -15,6 +15,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+
 from align import config, launch, run, slurm, stages, tracking, train
 from align.cache import write_json, write_text, writing
 from align.config import Launcher, SamplingConfig, UserError, resolve
@@ -31,7 +33,7 @@ def evaluate(cfg: EvaluateConfig) -> None:
     Raises:
         UserError: anything the user can put right.
     """
-    train.quieten()
+    _quieten()
     slurm.take_place()
     given = prepare(cfg)
     suite = f"align.suites.{given.suite.kind}"
@@ -59,8 +61,13 @@ def evaluate(cfg: EvaluateConfig) -> None:
         run.say(f"{json.loads(settings.read_text())['note']}\n{table(numbers)}\nresults  {results}")
 
 
-def _work(given: Evaluation, suite: str) -> None:
+def _quieten() -> None:
     train.quieten()
+    huggingface_hub.logging.set_verbosity_error()  # without a network it tells of each of its retries; the error says all
+
+
+def _work(given: Evaluation, suite: str) -> None:
+    _quieten()
     resolve(f"{suite}:work", "suite.kind")(given, launch.apart(given.fleet))
 
 

@@ -39,6 +39,7 @@ from align.suites.base import (
     Outcome,
     answer,
     answers_of,
+    check_place,
     in_words_of,
     score,
     scored,
@@ -162,6 +163,7 @@ def _prompts(given: Evaluation) -> list[PromptRow]:
     """The held-out prompts of the run, or those of a file; with the answers of the opponent's file."""
     suite, cfg = _settings(given), given.cfg
     if suite.prompts is not None:
+        check_place("suite.prompts", suite.prompts)
         start, dataset = (
             given.policy.start,
             DatasetConfig(

@@ -8,10 +8,11 @@ The start model is measured once for all runs that share the cache. All metrics 
 folder. Tasks come from the hub, or from suite.task_folder. Left out: several processes (the first one does it alone).
 """
 
+import contextlib
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -118,24 +119,46 @@ def _code(suite: LmEvalConfig) -> dict[str, str]:
 
 
 def _tasks(suite: LmEvalConfig) -> Any:
-    """The harness's list of tasks, with the user's own, after a look whether all that are asked for are there."""
+    """The harness's list of tasks, with the user's own, after a look whether all that are asked for can be had."""
     _harness()
     from lm_eval.tasks import TaskManager
 
     def unknown_to(manager: Any) -> list[str]:
         return [name for name in suite.tasks if not manager.match_tasks([name])]
 
+    def load(manager: Any) -> Any:  # before a policy is, and once more by the harness, from the disk
+        loads = getattr(manager, "load", None) or manager.load_task_or_group  # as older versions call it
+        for name in suite.tasks:
+            with _loading(f"task {name}"):
+                loads([name])
+        return manager
+
     if suite.task_folder is not None:  # its own 14,000 take half a minute to list
-        manager = TaskManager(include_path=suite.task_folder, include_defaults=False)
+        with _loading(f"suite.task_folder={suite.task_folder}"):
+            manager = TaskManager(include_path=suite.task_folder, include_defaults=False)
         if not unknown_to(manager):
-            return manager
-    manager = TaskManager(include_path=suite.task_folder)
+            return load(manager)
+    with _loading("its list of tasks"):
+        manager = TaskManager(include_path=suite.task_folder)
     if unknown := unknown_to(manager):
         raise UserError(
             f"suite.tasks: the harness has no task {unknown[0]}{closest(unknown[0], manager.all_tasks)}; "
             "tasks of yours are found by suite.task_folder=<folder of YAML files>"
         )
-    return manager
+    return load(manager)
+
+
+@contextlib.contextmanager
+def _loading(what: str) -> Iterator[None]:
+    """Errors of what the harness loads, in one line: its own, the hub's, and those of code in a task share no base class."""
+    try:
+        yield
+    except Exception as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise UserError(
+            f"suite=lm_eval: the harness cannot load {what} ({type(error).__name__}: {reason[:200]}): it takes a network, or "
+            "HF_HOME=<folder that has its data>, or a task of yours, suite.task_folder=<folder of YAML files>"
+        ) from error
 
 
 def _folder_of_start(given: Evaluation, start: Policy) -> Path:

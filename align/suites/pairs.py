@@ -20,7 +20,7 @@ from align.config import DatasetConfig
 from align.data import Pairs
 from align.launch import Place
 from align.stages import Policy
-from align.suites.base import Evaluation, Outcome, in_words_of
+from align.suites.base import Evaluation, Outcome, check_place, in_words_of
 from align.suites.settings import PairsConfig
 
 _SIDES = ("chosen", "rejected")
@@ -86,6 +86,7 @@ def _pairs(given: Evaluation) -> Pairs:
     assert isinstance(suite, PairsConfig)
     dataset: DatasetConfig = cfg.dataset
     if suite.path is not None:
+        check_place("suite.path", suite.path)
         dataset = DatasetConfig(
             name=suite.name,
             path=suite.path,

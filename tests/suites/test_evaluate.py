@@ -7,6 +7,7 @@ import contextlib
 import gc
 import io
 import json
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -336,6 +337,7 @@ def test_alpaca_eval_says_what_is_missing(alpaca, monkeypatch):
     assert "suite.annotations and suite.annotator both say who judges" in said
     said = in_one_line(typed(home, *evaluated))
     assert "alpaca_eval.json of tatsu-lab/alpaca_eval cannot be had" in said and "suite.instructions=<file>" in said
+    assert logging.getLogger("huggingface_hub").level == logging.ERROR  # or it tells of each of its retries
     said = in_one_line(typed(home, *evaluated, *words, "sampling.samples=2"))
     assert "takes one answer to a question, not sampling.samples=2" in said
 
@@ -426,6 +428,26 @@ def test_a_task_of_the_users_is_measured_by_the_harness_on_policy_and_start_mode
     assert "suite=lm_eval needs tasks: e.g. 'suite.tasks=[gsm8k, mmlu]'" in said
 
 
+@pytest.mark.slow  # the harness alone takes ten seconds to import
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("loads", [OSError("Couldn't reach it\non the Hub"), RuntimeError("no script")])
+def test_a_task_that_cannot_be_loaded_is_named_in_one_line(home, monkeypatch, loads):
+    pytest.importorskip("lm_eval")
+    import datasets
+
+    def fail(*_, **__):
+        raise loads
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    (home / "unreachable").mkdir(exist_ok=True)
+    (home / "unreachable" / "far.yaml").write_text(TASK.format(file="far.jsonl").replace("letters", "far"))
+    words = ["run=runs/dpo", "suite=lm_eval", "suite.name=far", "suite.tasks=[far]", "suite.task_folder=unreachable"]
+    said = in_one_line(typed(home, *words))
+    first = str(loads).partition("\n")[0]
+    assert f"cannot load task far ({type(loads).__name__}: {first}): it takes a network, or HF_HOME=" in said
+    assert "suite.task_folder=<folder of YAML files>" in said
+
+
 # The folder, the card, the tracker ------------------------------------------------------------------------------------
 
 
@@ -510,6 +532,10 @@ def test_two_processes_share_an_evaluation_and_find_what_one_finds(copy):
         (["run=runs/dpo", "suite.against=runs/dop"], "suite.against=runs/dop does not exist"),
         (["run=runs/dpo", "suite.against=no.jsonl"], "no.jsonl does not exist"),
         (["run=runs/dpo", "suite.prompts=no.jsonl"], "suite.prompts=no.jsonl does not exist"),
+        (["run=runs/dpo", "suite.prompts=runs/pairs"], "suite.prompts=runs/pairs does not exist"),
+        (["run=runs/dpo", "suite=pairs", "suite.path=of/no/folder"], "suite.path=of/no/folder does not exist"),
+        (["run=runs/dpo", "suite=arena_hard", "suite.questions=nofile"], "suite.questions=nofile does not exist; it is"),
+        (["run=runs/dpo", "suite=alpaca_eval", "suite.instructions=nofile"], "suite.instructions=nofile does not exist"),
         (["run=runs/dpo", "sampling.sampels=3"], "unknown key sampling.sampels (did you mean sampling.samples?)"),
         (["run=runs/dpo", "sampling.temperature=0"], "sampling.temperature must be above 0, not 0.0"),
         (["run=runs/dpo", "scorer=armrom"], "there is no scorer=armrom (did you mean armorm?)"),
