@@ -32,9 +32,12 @@ def at_a_glance(study: Study) -> str:
     methods = study.methods[:_ROWS]
     names = [study.main.name, "sample_length" if study.judged else "entropy"]
     drawn = [_of_methods(study, methods, name) for name in names]
-    drawn.insert(1, _from_the_highest(study.main, methods))
+    apart = _from_the_highest(study.main, methods)
+    drawn.insert(1, apart)
     most = f" The first {len(methods)} of {len(study.methods)} methods." if len(methods) < len(study.methods) else ""
-    hollow = " Hollow: no significant difference from the highest, after Holm's correction." if drawn[1] else ""
+    hollow = ""
+    if apart and _alike(study.main, methods):
+        hollow = " Hollow: no significant difference from the highest, after Holm's correction."
     note = f'<p class="note">Dashed: the start model, or no difference.{hollow}{most}</p>'
     return f'<div class="figures">{"".join(drawn)}</div>{note}' if any(drawn) else ""
 
@@ -61,10 +64,15 @@ def _from_the_highest(main: Comparisons, methods: Sequence[Method]) -> str:
             of = one.made
             value = Estimate(mean=of.difference, low=of.low, high=of.high, seeds=min(of.seeds), over=of.over)
             rows.append((method.number, method.label, value))
-    hollow = {method.number for method, one in against if one and not one.made.significant}
     told = _interval({value.over for *_, value in rows}, main.items)
     title = f"{main.quantity} minus that of {best.label}"
-    return figure_of(title, figures.whiskers(rows, title, 0.0, hollow), f"paired, {told}")
+    return figure_of(title, figures.whiskers(rows, title, 0.0, _alike(main, methods)), f"paired, {told}")
+
+
+def _alike(main: Comparisons, methods: Sequence[Method]) -> set[int]:
+    """Those that do not differ significantly from the first."""
+    against = [(method, main.between(method, methods[0])) for method in methods[1:]]
+    return {method.number for method, one in against if one and not one.made.significant}
 
 
 def _interval(over: set[Over], items: str) -> str:

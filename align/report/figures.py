@@ -8,6 +8,7 @@ alone. No figure holds a script: what can be pointed at carries its words in `<t
 import io
 import math
 import re
+import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ _VARIABLES = {_INK: "ink", _MUTED: "muted", _LINE: "line", _HEAT: "heat", _PAPER
 }
 _WIDTH = 3.5  # inches, of 96 pixels each: what a phone shows unscaled
 _LONG_LABEL = 18  # characters
+_LINE_OF_LABEL = 44
 _BEHIND: Any = {"facecolor": _PAPER, "edgecolor": "none", "pad": 0.8}
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 _MARKERS = "osD^vPXh"
@@ -84,8 +86,10 @@ def whiskers(
     """
     mixed = len({value.over for *_, value in rows} - {"nothing"}) > 1
     above = max(len(name) for _, name, _ in rows) > _LONG_LABEL  # else the labels leave no room for the rest
-    with _figure(_WIDTH, 0.55 + (0.4 if above else 0.26) * len(rows)) as (figure, axes):
-        for at, (number, name, value) in enumerate(rows):
+    names = ["\n".join(textwrap.wrap(name, _LINE_OF_LABEL)) for _, name, _ in rows]
+    lines = 1 + max(name.count("\n") for name in names)
+    with _figure(_WIDTH, 0.55 + (0.25 + 0.15 * lines if above else 0.26) * len(rows)) as (figure, axes):
+        for at, (number, _, value) in enumerate(rows):
             colour = _COLOURS[number % SERIES]
             if value.over != "nothing":
                 dash = (0, (1, 1)) if mixed and value.over == "prompts" else "-"
@@ -96,7 +100,13 @@ def whiskers(
             axes.plot([value.mean], [at], marker, color=colour, markersize=6, markerfacecolor=inside, gid=_gid(number))
             if above:
                 axes.text(
-                    0.005, at - 0.25, name, transform=axes.get_yaxis_transform(), fontsize=9, va="bottom", bbox=_BEHIND
+                    0.005,
+                    at - 0.25,
+                    names[at],
+                    transform=axes.get_yaxis_transform(),
+                    fontsize=9,
+                    va="bottom",
+                    bbox=_BEHIND,
                 )
         if line is not None:
             axes.axvline(line, color=_MUTED, linewidth=1, linestyle=(0, (3, 3)))

@@ -101,13 +101,15 @@ class Comparison:
     a: Method
     b: Method
     made: stats.Comparison
+    corrected: bool  # its p, by Holm for several comparisons; its interval never is
 
     @property
     def sentence(self) -> str:
         """In words."""
         a, b, made = self.a.label, self.b.label, self.made
         between = f"{signed(made.low)} to {signed(made.high)}"
-        figures = f"{signed(made.difference)} (95%: {between}; p\N{NO-BREAK SPACE}{p_value(made)})"
+        p = "p after Holm" if self.corrected else "p"
+        figures = f"{signed(made.difference)} (95%: {between}; {p}\N{NO-BREAK SPACE}{p_value(made)})"
         if not made.significant:
             return f"{a} and {b}: not significant, {figures}"
         return f"{a} is {'above' if made.difference > 0 else 'below'} {b}: significant, {figures}"
@@ -163,6 +165,7 @@ class Study:
     sweeps: list[Sweep]
     varied: list[str]  # settings that differ between runs, the seed among them
     unequal: dict[str, dict[str, list[str]]]  # what ought to be the same and is not: value: labels of methods
+    equal: list[str]  # what ought to be the same and is
 
     @property
     def judged(self) -> bool:
@@ -193,8 +196,15 @@ class Study:
         values = [run.start[name] for method in self.methods for run in method.runs if name in run.start]
         return fmean(values) if values else None
 
+    @property
+    def told(self) -> list[Run]:
+        """Runs whose settings are known."""
+        return [run for run in self.runs if run.told]
+
     def name(self, run: Run) -> str:
         """What a run is called where its method is not enough."""
+        if not run.told:
+            return run.name
         return f"{self.labels[run.dir]}, seed {value_text(run.seed)}"
 
 
@@ -203,10 +213,12 @@ def study(runs: Sequence[Run]) -> Study:
     twins = _twins(run for run in runs if run.state is State.complete)
     left_out = {run.dir for run, _ in twins}
     groups: dict[str, list[Run]] = {}
-    for run in runs:
+    told = [run for run in runs if run.told]
+    for run in told:
         groups.setdefault(json.dumps(settings_of(run), sort_keys=True, default=str), []).append(run)
     names = labels([(kind(run), settings_of(run)) for run, *_ in groups.values()])
-    label_of = {run.dir: label for label, group in zip(names, groups.values(), strict=True) for run in group}
+    label_of = {run.dir: run.name for run in runs}
+    label_of |= {run.dir: label for label, group in zip(names, groups.values(), strict=True) for run in group}
     made = []
     for group in groups.values():
         members = sorted(
@@ -222,6 +234,7 @@ def study(runs: Sequence[Run]) -> Study:
     counted = [run for method in methods for run in method.runs]
     dirs = {run.dir for run in counted}
     decides = {key for run in runs for key in run.identity}
+    shared = _shared(methods)
     return Study(
         runs=counted + [run for run in runs if run.dir not in dirs],
         labels=label_of,
@@ -230,8 +243,9 @@ def study(runs: Sequence[Run]) -> Study:
         main=_comparisons(methods, main),
         beside=_comparisons(methods, others[0]) if others else None,
         sweeps=_sweeps(methods),
-        varied=sorted(varied([run.config for run in runs]), key=lambda key: (key not in decides, prominence(key))),
-        unequal=_unequal(methods),
+        varied=sorted(varied([run.config for run in told]), key=lambda key: (key not in decides, prominence(key))),
+        unequal={what: values for what, values in shared.items() if len(values) > 1},
+        equal=[what for what, values in shared.items() if len(values) == 1],
     )
 
 
@@ -287,7 +301,7 @@ def _comparisons(methods: Sequence[Method], name: str) -> Comparisons:
     return Comparisons(
         name=name,
         made=[
-            Comparison(a=a, b=b, made=replace(made, p_adjusted=p))
+            Comparison(a=a, b=b, made=replace(made, p_adjusted=p), corrected=len(raw) > 1)
             for (a, b, made), p in zip(raw, adjusted, strict=True)
         ],
     )
@@ -313,7 +327,7 @@ def _turned(one: Comparison) -> Comparison:
         high=-one.made.low,
         seeds=one.made.seeds[::-1],
     )
-    return Comparison(a=one.b, b=one.a, made=made)
+    return replace(one, a=one.b, b=one.a, made=made)
 
 
 def _sweeps(methods: Sequence[Method]) -> list[Sweep]:
@@ -341,25 +355,37 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _unequal(methods: Sequence[Method]) -> dict[str, dict[str, list[str]]]:
-    """What a fair comparison keeps the same, where it is not: its values, and which methods have them."""
-    shared = {
+def _shared(methods: Sequence[Method]) -> dict[str, dict[str, list[str]]]:
+    """What a fair comparison keeps the same or tells: its values, and which methods have them.
+
+    Learning rates that every objective was swept over are neither: the methods' names tell them.
+    """
+    words_of = {
         "start": "start model",
         "pairs": "training pairs",
         "steps": "steps",
+        "optimizer.learning_rate": "learning rate",
         "evaluation": "evaluation",
         "judge": "judge",
         "seeds": "seeds",
         "precision": "precision",
     }
     found: dict[str, dict[str, list[str]]] = {}
-    for name, words in shared.items():
+    for name, words in words_of.items():
         values: dict[str, list[str]] = {}
         for method in methods:
             values.setdefault(_fairness(method, name), []).append(method.label)
-        if len(values) > 1:
+        if name != "optimizer.learning_rate" or len(values) == 1 or not _in_all_objectives(methods, name):
             found[words] = values
     return found
+
+
+def _in_all_objectives(methods: Sequence[Method], name: str) -> bool:
+    """Whether each objective has the same values of it."""
+    values: dict[str, set[str]] = {}
+    for method in methods:
+        values.setdefault(method.runs[0].objective, set()).add(_fairness(method, name))
+    return len({*map(frozenset, values.values())}) == 1
 
 
 def _fairness(method: Method, name: str) -> str:

@@ -89,7 +89,7 @@ def _table_of_methods(one: Table, start: str) -> str:
         )
         for method, cells in one.rows
     ]
-    notes = "".join(f'<p class="note">{text_of(note)}</p>' for note in one.notes)
+    notes = "".join(f'<p class="note">{text_of(note)}</p>' for note in one.told("small"))
     return f"<h3>{text_of(one.title)}</h3>{table(['method', *one.heads], rows)}{notes}"
 
 
@@ -114,7 +114,7 @@ def _differences(study: Study) -> str:
             for method in study.methods[1:]
             if (one := study.main.between(method, best))
         ]
-        parts.append(table(["method", "difference", "95%", "p"], rows))
+        parts.append(table(["method", "difference", "95%", "p after Holm"], rows))
     return "".join(parts)
 
 
@@ -154,26 +154,30 @@ def _answers_section(answers: dict[str, Any]) -> str:
 
 
 def _unfinished(study: Study) -> str:
-    items = [
-        f'<li><b>{text_of(name)}</b>: {text_of(state)}, {text_of(why)} <code class="of">{text_of(folder)}</code></li>'
-        for name, folder, state, why in text.unfinished_rows(study)
-    ]
+    items = []
+    for name, folder, state, why in text.unfinished_rows(study):
+        where = f' <code class="of">{text_of(folder)}</code>' if folder else ""
+        items.append(f"<li><b>{text_of(name)}</b>: {text_of(state)}, {text_of(why)}{where}</li>")
     return f'<ul class="plain">{"".join(items)}</ul>' if items else ""
 
 
 def _settings(study: Study) -> str:
-    parts = []
-    if len(study.runs) > 1:
-        names = [f"{study.name(run)} ({run.name})" for run in study.runs]
+    parts, runs = [], study.told
+    if not runs:
+        return ""
+    if len(runs) > 1:
+        names = [f"{study.name(run)} ({run.name})" for run in runs]
+        first = study.labels[runs[0].dir]
+        other = next((i for i, run in enumerate(runs) if study.labels[run.dir] != first), 1)  # not a seed of the same
         parts.append(
             '<p class="note">What differs between two runs. Grey: cannot change the result.</p>'
-            f'<div class="choose">{select("run-a", "run", names, 0)}{select("run-b", "against", names, 1)}</div>'
+            f'<div class="choose">{select("run-a", "run", names, 0)}{select("run-b", "against", names, other)}</div>'
             '<div class="scroll words" tabindex="0"><table><thead><tr><th>setting</th><th>run</th><th>against</th></tr></thead>'
             '<tbody id="settings-rows"></tbody></table></div><p id="alike" class="note" hidden>No setting differs.</p>'
         )
-    same = {key: value for key, value in study.runs[0].config.items() if key not in study.varied}
+    same = {key: value for key, value in runs[0].config.items() if key not in study.varied}
     rows = [([f"<code>{text_of(key)}</code>", text_of(value_text(value))], "") for key, value in same.items()]
-    title = "The same in all runs" if len(study.runs) > 1 else "All settings"
+    title = "The same in all runs" if len(runs) > 1 else "All settings"
     parts.append(
         f"<details><summary>{title}: {len(rows)} settings</summary>{table(['setting', 'value'], rows, kind='words')}</details>"
     )
@@ -185,8 +189,10 @@ def _provenance(study: Study) -> str:
     heads = ["run", "folder", *differs]
     rows = [
         ([text_of(study.name(run)), text_of(run.name), *(text_of(text.provenance(run)[name]) for name in differs)], "")
-        for run in study.runs
+        for run in study.told
     ]
+    if not rows:
+        return ""
     shared = "".join(f"<dt>{text_of(name)}</dt><dd>{text_of(value)}</dd>" for name, value in same.items())
     return f"<dl>{shared}</dl>{table(heads, rows, kind='words mono')}"
 
@@ -203,7 +209,7 @@ def _data(study: Study, answers: dict[str, Any]) -> dict[str, Any]:
         "varied": study.varied,
         "decides": [key for key in study.varied if key in decides],
         "settings": [
-            [value_text(run.config[key]) if key in run.config else "–" for key in study.varied] for run in study.runs
+            [value_text(run.config[key]) if key in run.config else "–" for key in study.varied] for run in study.told
         ],
         "answers": answers,
     }

@@ -2,14 +2,15 @@
 
 A folder counts as a run where it holds identity.json, config.yaml beside plan.txt, or a traceback; a link to one counts
 as that run. The iterations of a self-play run belong to it and are no runs. A run without results.json is read as far as
-it got. Left out: checkpoints, weights and tracker files.
+it got. Jobs of a sweep that failed before they had a folder are those of failed.json. Left out: checkpoints, weights and
+tracker files.
 """
 
 import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -26,6 +27,7 @@ Values = Mapping[str, Any]
 
 _NOT_RUNS = ("checkpoints", "model", "policy", "wandb", "logs", "tensorboard")
 _OF_SUITES = "evaluation/*/results.json"
+_CALL = re.compile(r"^python -m align (--config-dir=\S+ )*")  # before the words of a command
 
 
 class State(Enum):
@@ -87,6 +89,11 @@ class Run:
     command: str = ""
 
     @property
+    def told(self) -> bool:
+        """Whether it says what its settings are; what failed early does not."""
+        return bool(self.config or self.identity) or self.state is State.complete
+
+    @property
     def objective(self) -> str:
         """Its name."""
         return str(self.config.get("objective.name", "unknown"))
@@ -103,22 +110,24 @@ class Run:
 
 
 def read_runs(folders: Iterable[Path]) -> list[Run]:
-    """All runs in and below the folders, each once, in the order of their paths.
+    """All runs in and below the folders, each once, in the order of their paths; then jobs that failed without a folder.
 
     Raises:
-        UserError: a folder is not there, or no run is in any of them.
+        UserError: a folder is not there, or neither a run nor a failed job is in any of them.
     """
     folders = list(folders)
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"no folder {folder}: give folders of runs, e.g. python -m align.report runs")
     found = sorted({path.resolve() for folder in folders for path in find_runs(folder)})
-    if not found:
+    above = common_folder(found) if found else Path()
+    runs = [read_run(path, str(path.relative_to(above)) if path != above else path.name) for path in found]
+    runs += _failed_jobs(folders, {_CALL.sub("", run.command) for run in runs})
+    if not runs:
         raise UserError(
             f"no runs in {', '.join(map(str, folders))}: train first, e.g. python -m align -m objective=dpo,simpo"
         )
-    above = common_folder(found)
-    return [read_run(path, str(path.relative_to(above)) if path != above else path.name) for path in found]
+    return runs
 
 
 def common_folder(paths: Iterable[Path]) -> Path:
@@ -128,6 +137,11 @@ def common_folder(paths: Iterable[Path]) -> Path:
 
 def find_runs(folder: Path) -> Iterator[Path]:
     """Run folders in and below a folder, links included."""
+    return (path for path, is_run in _walk(folder) if is_run)
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, bool]]:
+    """(folder, whether it is a run's); what is below a run's is left out."""
     seen: set[Path] = set()  # links may lead in a circle
     for path, inner, files in os.walk(folder, followlinks=True):
         own = Path(path)
@@ -137,9 +151,22 @@ def find_runs(folder: Path) -> Iterator[Path]:
         seen.add(own.resolve())
         if "identity.json" in files or {"config.yaml", "plan.txt"} <= set(files) or any(_tracebacks(own)):
             inner.clear()
-            yield own
+            yield own, True
         else:
             inner[:] = sorted(name for name in inner if name not in _NOT_RUNS and not name.startswith("."))
+            yield own, False
+
+
+def _failed_jobs(folders: Iterable[Path], ran: Set[str]) -> list[Run]:
+    """Of failed.json in the folders of sweeps; those whose words made a run after all, `ran`, are told as that run."""
+    made: dict[str, Run] = {}
+    for own in (path for folder in folders for path, is_run in _walk(folder) if not is_run):
+        for job in _list(own / "failed.json"):
+            words, why = (" ".join(str(job.get(key, "")).split()) for key in ("job", "why"))
+            if words and words not in ran:
+                file = own.resolve() / "failed.json"
+                made.setdefault(words, Run(dir=file / words, name=words, state=State.failed, note=why or "no message"))
+    return [*made.values()]
 
 
 def read_run(folder: Path, name: str) -> Run:
@@ -384,6 +411,14 @@ def _json(file: Path) -> dict[str, Any]:
     except ValueError:
         return {}
     return made if isinstance(made, dict) else {}
+
+
+def _list(file: Path) -> list[dict[str, Any]]:
+    try:
+        made = json.loads(_text(file) or "[]")
+    except ValueError:
+        return []
+    return [one for one in made if isinstance(one, dict)] if isinstance(made, list) else []
 
 
 def _yaml(file: Path) -> dict[str, Any]:

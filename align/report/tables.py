@@ -16,8 +16,13 @@ class Table:
     title: str
     heads: list[str]  # but for the method's
     rows: list[tuple[Method | None, list[tuple[str, str]]]]
+    figures: str  # what they are; "{small}" is how those that stand small are shown
     notes: list[str]
     columns: list[Column]  # that are to be explained
+
+    def told(self, small: str) -> list[str]:
+        """All that stands with it, on a page or in a text."""
+        return [*filter(None, [self.figures.format(small=small)]), *self.notes]
 
 
 def tables(study: Study) -> list[Table]:
@@ -34,7 +39,7 @@ def tables(study: Study) -> list[Table]:
     for name in study.other_results:
         suite, _, rest = name.partition("/")
         own = suite in suites
-        of_suite.setdefault(suite if own else "", []).append(_other(name, rest if own else name))
+        of_suite.setdefault(suite if own else "", []).append(_other(name, rest if own else name, own))
     for suite, columns in sorted(of_suite.items()):
         made.append(_of_suites(study, columns, f"Suite {suite}" if suite else "Further results"))
     return made
@@ -53,12 +58,15 @@ def _of_answers(study: Study, columns: list[Column]) -> Table:
             (method, [*cells[:at], (_unbroken(part), ""), *cells[at:]])
             for (method, cells), part in zip(made.rows, parts, strict=True)
         ],
+        figures=made.figures,
         notes=made.notes,
         columns=columns,
     )
 
 
-def _other(name: str, heading: str) -> Column:
+def _other(name: str, heading: str, of_suite: bool) -> Column:
+    if of_suite and heading.rpartition("/")[2] == "length":
+        heading += ", characters"  # of all suites
     unknown = Column(name=name, heading=heading, explanation="", share=False, unit="any")
     return {column.name: column for column in OTHERS}.get(name, unknown)
 
@@ -81,35 +89,48 @@ def _compared(study: Study, columns: list[Column], title: str) -> Table:
     told = [f"of {what} over seeds and {items}"] * ("seeds and prompts" in over)
     told += [f"of {what} of one seed over {items}"] * ("prompts" in over)
     told += [f"of {'the others' if told else 'all'} over seeds"] * ("seeds" in over)
-    note = f"Mean over seeds; small, its 95% interval, {', '.join(told)}." if told else "One seed each: no intervals."
+    one_each = all(len(method.runs) == 1 for method in study.methods)
+    figures = "One seed each: no intervals." if one_each else "Mean over seeds."
+    if told:
+        figures = f"Mean over seeds; {{small}}, its 95% interval, {', '.join(told)}."
     if over == {"prompts"}:
-        note = f"One seed each; small, the 95% interval of {what} over {items}."
+        figures = f"One seed each; {{small}}, the 95% interval of {what} over {items}."
     return Table(
-        title=title, heads=["seeds", *(column.heading for column in columns)], rows=rows, notes=[note], columns=columns
+        title=title,
+        heads=["seeds", *(column.heading for column in columns)],
+        rows=rows,
+        figures=figures,
+        notes=[],
+        columns=columns,
     )
 
 
 def _of_suites(study: Study, columns: list[Column], title: str) -> Table:
     """Means over the seeds that were evaluated."""
     rows: list[tuple[Method | None, list[tuple[str, str]]]] = []
+    intervals = errors = False
     for method in study.methods:
         cells, seeds = [], set()
         for column in columns:
             values = method.of_suite(column.name)
             value = mean_over_seeds(values) if values else None
-            small = bounds(column, value) or _standard_error(method, column)
-            cells.append((figure(column, value.mean if value else None), small))
+            interval, error = bounds(column, value), _standard_error(method, column)
+            intervals, errors = intervals or bool(interval), errors or bool(error)
+            cells.append((figure(column, value.mean if value else None), interval or error))
             seeds |= {len(values)} if values else set()
         if seeds:
             rows.append((method, [(f"{span(sorted(seeds))} of {len(method.runs)}", ""), *cells]))
     if any(study.start(column.name) is not None for column in columns):
         rows.append((None, [("", ""), *((figure(column, study.start(column.name)), "") for column in columns)]))
+    told = ["its 95% interval over seeds only: all runs answered the same prompts"] * intervals
+    told += ["of one seed ± the standard error over prompts"] * errors
     measured = {column.name.partition("/")[0] for column in columns}
     notes = {name: note for method in study.methods for run in method.runs for name, note in run.suites.items()}
     return Table(
         title=title,
         heads=["seeds", *(column.heading for column in columns)],
         rows=rows,
+        figures=f"Mean over seeds; {{small}}, {', or '.join(told)}." if told else "",
         notes=[f"{name}: {note}." for name, note in notes.items() if name in measured and note],
         columns=[column for column in columns if column.explanation],
     )
@@ -150,8 +171,10 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def bounds(column: Column, value: Estimate | None) -> str:
-    """ "0.61 to 0.68"; nothing where one value cannot say, and of a cost. Of a share no more than what a share can be."""
+    """ "0.61 to 0.68"; nothing where one value or equal ones cannot say, and of a cost. Of a share what a share can be."""
     if value is None or value.over == "nothing" or column.unit in ("seconds", "tokens", "GiB"):
+        return ""
+    if value.high - value.low <= 1e-9 * abs(value.mean):  # all seeds agree, which is no certainty
         return ""
     share = column.share or column.unit == "percent"
     low, high = (max(0.0, value.low), min(1.0, value.high)) if share else (value.low, value.high)

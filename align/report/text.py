@@ -60,13 +60,13 @@ def findings(study: Study) -> list[str]:
             told = [f"{most} for {'most' if len(of_most) > 2 else _few(of_most)}"]
             told += [f"{value} for {_few(labels)}" for value, labels in others]
             said.append(f"Not the same for all methods: {what} ({'; '.join(told)}).")
-        if not study.unequal:
-            said.append(
-                "The same for all methods: start model, training pairs, steps, evaluation, judge, seeds and precision."
-            )
+        if study.equal:
+            *first, last = study.equal
+            said.append(f"The same for all methods: {' and '.join(filter(None, (', '.join(first), last)))}.")
     if any(len(method.runs) == 1 for method in study.methods):
         said.append(
-            "One seed says nothing about other seeds: what is compared are these models. Add seed=1,2,3 to the command."
+            "One seed says nothing about other seeds: what is compared are these models. Add -m and "
+            "seed=1,2,3 to the command."
         )
     return said
 
@@ -109,7 +109,10 @@ def _few(labels: list[str]) -> str:
 
 def unfinished_rows(study: Study) -> list[tuple[str, str, str, str]]:
     """(run, folder, state, why) of runs that have no results, and of those that count as another's twin."""
-    rows = [(study.name(run), run.name, run.state.value, run.note) for run in study.unfinished]
+    rows = []
+    for run in study.unfinished:
+        folder = run.name if run.told else ""  # else the name is all there is of it
+        rows.append((study.name(run), folder, run.state.value, run.note))
     left_out = [(run, f"same settings and seed as {kept.name}") for run, kept in study.twins]
     return rows + [(study.name(run), run.name, "left out", why) for run, why in left_out]
 
@@ -130,7 +133,9 @@ def provenance(run: Run) -> dict[str, str]:
 
 def provenance_of_all(study: Study) -> tuple[dict[str, str], list[str]]:
     """(what is the same for all runs, the names of what is not)."""
-    all_of = [provenance(run) for run in study.runs]
+    all_of = [provenance(run) for run in study.told]
+    if not all_of:
+        return {}, []
     differs = [name for name in all_of[0] if len({own[name] for own in all_of}) > 1]
     return {name: value for name, value in all_of[0].items() if name not in differs and value != "–"}, differs
 
@@ -146,7 +151,7 @@ def markdown(study: Study, made: str) -> str:
             [method.label if method else "start model", *(f"{of} ({small})" if small else of for of, small in cells)]
             for method, cells in table.rows
         ]
-        parts += [f"## {table.title}", *table.notes, _table(["method", *table.heads], rows)]
+        parts += [f"## {table.title}", *table.told("in brackets"), _table(["method", *table.heads], rows)]
         parts.append("\n".join(f"- {column.heading}: {column.explanation}" for column in table.columns))
     for comparisons in (study.main, study.beside):
         if comparisons and comparisons.made:
@@ -161,9 +166,10 @@ def markdown(study: Study, made: str) -> str:
             _table(["run", "folder", "state", "why"], [list(row) for row in unfinished]),
         ]
     same, differs = provenance_of_all(study)
-    sources = [[study.name(run), run.name, *(provenance(run)[name] for name in differs)] for run in study.runs]
-    parts += ["## Provenance", "\n".join(f"- {name}: {value}" for name, value in same.items())]
-    parts.append(_table(["run", "folder", *differs], sources))
+    sources = [[study.name(run), run.name, *(provenance(run)[name] for name in differs)] for run in study.told]
+    if sources:
+        parts += ["## Provenance", "\n".join(f"- {name}: {value}" for name, value in same.items())]
+        parts.append(_table(["run", "folder", *differs], sources))
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -194,7 +200,7 @@ def results_csv(study: Study) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     fixed = ["run", "state", "method", "objective", "seed", "steps"]
-    outcome = ["wins", "ties", "losses"]
+    outcome = ["win_share", "tie_share", "loss_share"]
     writer.writerow([*fixed, *varied, *outcome, *trained, *(f"start/{name}" for name in start)])
     for run in study.runs:
         wins, ties = ([getattr(answers, name) for answers in run.answers] for name in ("wins", "ties"))

@@ -89,6 +89,7 @@ def write_run(folder: Path, objective="dpo", seed=1, better=0.0, state="complete
     start = {"win_rate": 0.5, "sample_length": 8.0, "kl_policy_start": 0.0, "accuracy/mean_logp": 0.7, "loss": 0.7}
     trained = {
         "win_rate": rate,
+        "ties": fmean(a == b for s in samples for a in s["scores"]["policy"] for b in s["scores"]["start"]),
         "sample_length": 9.0 + seed / 10,
         "kl_policy_start": 1.0 + seed / 10,
         "repetition": 0.02,
@@ -204,6 +205,44 @@ def test_a_run_that_failed_before_anything_was_written_is_listed(tmp_path):
     (tmp_path / "runs" / "early" / "logs" / "1.traceback").write_text("ImportError: no module\n")
     (run,) = read_runs([tmp_path / "runs"])
     assert (run.state, run.note) == (State.failed, "before the first step: ImportError: no module (1.traceback)")
+
+
+def write_failed(folder: Path, **jobs: str) -> None:
+    """What a sweep leaves of jobs that failed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    said = [{"job": f"objective={objective} seed=1", "why": why} for objective, why in jobs.items()]
+    (folder / "failed.json").write_text(json.dumps(said))
+
+
+def test_jobs_that_failed_without_a_folder_are_listed_and_those_that_ran_after_all_are_not(study_folder):
+    write_failed(study_folder / "groups" / "friday", dpo="no such file", kto="no labels\nhere")
+    write_failed(study_folder / "groups" / "monday", kto="the same again")
+    without = said_of(study_folder / "wpo-1", study_folder / "simpo-1")
+    study = study_of(study_folder)
+    (job,) = (run for run in study.runs if not run.told)
+    assert (job.name, job.state, job.note) == ("objective=kto seed=1", State.failed, "no labels here")
+    assert [method.label for method in study.methods] == ["wpo", "simpo", "dpo"]
+    assert study.varied == study_of(*study_folder.glob("*-?")).varied and "groups" not in without
+    said = markdown(study, "")
+    assert "9 complete runs of 3 methods, 3 seeds each; 2 failed; 1 incomplete" in said
+    assert "| objective=kto seed=1 |  | failed | no labels here |" in said
+    assert "kto" not in said.split("## Provenance")[1]
+    assert page(study, "").count("objective=kto seed=1") == 1
+    assert {row["state"] for row in csv.DictReader(io.StringIO(results_csv(study))) if "kto" in row["run"]} == {
+        "failed"
+    }
+
+
+def test_where_all_jobs_failed_the_report_says_why(tmp_path):
+    write_failed(tmp_path / "friday", kto="no labels")
+    html = report([str(tmp_path / "friday")]).read_text()
+    assert "0 complete runs; 1 failed" in html and "<b>objective=kto seed=1</b>: failed, no labels" in html
+    assert "| objective=kto seed=1 |  | failed | no labels |" in (tmp_path / "friday" / "report.md").read_text()
+
+
+def test_a_damaged_list_of_failed_jobs_does_not_stop_the_report(study_folder):
+    (study_folder / "failed.json").write_text('[{"job": "obj')
+    assert len(study_of(study_folder).runs) == 11
 
 
 @pytest.mark.parametrize("damage", ["results.json", "metrics.jsonl", "samples.jsonl", "config.yaml", "identity.json"])
@@ -364,6 +403,46 @@ def test_what_is_not_the_same_for_all_is_said(tmp_path):
     write_run(tmp_path / "b", "wpo", evaluation={"prompts": 20, "samples_per_prompt": 2})
     told = "Not the same for all methods: evaluation (prompts=12, samples_per_prompt=2 for dpo; prompts=20"
     assert told in said_of(tmp_path)
+    the_same = "start model, training pairs, steps, learning rate, judge, seeds and precision"
+    assert f"The same for all methods: {the_same}." in said_of(tmp_path)
+
+
+def at_rate(rate: float) -> dict[str, float]:
+    return {"learning_rate": rate, "max_steps": 4}
+
+
+def test_learning_rates_that_differ_between_objectives_are_said(tmp_path):
+    write_run(tmp_path / "a", "dpo", optimizer=at_rate(3e-4))
+    write_run(tmp_path / "b", "simpo", optimizer=at_rate(1.3e-4))
+    said = said_of(tmp_path)
+    assert "Not the same for all methods: learning rate (0.00013 for simpo; 0.0003 for dpo)." in said
+    assert "The same for all methods: start model, training pairs, steps, evaluation, judge, seeds and prec" in said
+
+
+def test_learning_rates_over_which_every_objective_was_swept_are_in_the_names_only(tmp_path):
+    for objective in ("dpo", "simpo"):
+        for rate in (1e-4, 3e-4):
+            write_run(tmp_path / f"{objective}-{rate}", objective, optimizer=at_rate(rate))
+    assert " learning rate" not in said_of(tmp_path)
+    assert "simpo learning_rate=0.0001" in said_of(tmp_path)
+
+
+def test_the_p_of_several_comparisons_is_told_as_corrected_beside_an_interval_that_is_not(study_folder):
+    one = study_of(study_folder).main.made[0]
+    assert one.made.p_adjusted >= one.made.p_value and re.search(r"95%: .* to .*; p after Holm\s", one.sentence)
+    (alone,) = study_of(study_folder / "dpo-1", study_folder / "wpo-1").main.made
+    assert re.search(r"95%: .* to .*; p\s", alone.sentence)
+
+
+def test_hollow_is_explained_only_where_a_method_is_not_significantly_below_the_highest(study_folder):
+    assert "Hollow:" not in charts.at_a_glance(study_of(study_folder))  # wpo is above both
+    assert "Hollow:" in charts.at_a_glance(study_of(study_folder / "dpo-1", study_folder / "simpo-1"))
+
+
+def test_two_methods_are_what_settings_compares_first(study_folder):
+    html = page(study_of(study_folder), "")
+    chosen = re.findall(r'<select id="run-[ab]">.*?selected>(.*?)</option>', html)
+    assert chosen == ["wpo, seed 1 (wpo-1)", "simpo, seed 1 (simpo-1)"]
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -379,16 +458,20 @@ def test_results_csv_has_a_row_for_each_run_with_its_results_unrounded(study_fol
             results = json.loads(file.read_text())
             assert {k: float(row[k]) for k in results["trained"]} == results["trained"]
             assert float(row["start/sample_length"]) == 8.0
-            assert float(row["wins"]) + float(row["ties"]) + float(row["losses"]) == pytest.approx(1)
-            assert float(row["wins"]) + float(row["ties"]) / 2 == pytest.approx(float(row["win_rate"]))
+            wins, ties, losses = (float(row[f"{name}_share"]) for name in ("win", "tie", "loss"))
+            assert wins + ties + losses == pytest.approx(1)
+            assert wins + ties / 2 == pytest.approx(float(row["win_rate"]))
+            assert ties == pytest.approx(results["trained"]["ties"])
     assert {rows[name]["state"] for name in ("dpo-4", "dpo-5")} == {"failed", "incomplete"}
     assert rows["dpo-4"]["win_rate"] == ""
+    heads = (study_folder / "results.csv").read_text().splitlines()[0].split(",")
+    assert len(heads) == len({*heads})
 
 
 def test_the_means_in_report_md_are_those_of_results_csv(study_folder):
     rows = csv.DictReader(io.StringIO(results_csv(study_of(study_folder))))
-    rates = [float(row["win_rate"]) for row in rows if row["method"] == "wpo"]
-    line = next(line for line in said_of(study_folder).splitlines() if line.startswith("| wpo |"))
+    rates = [float(row["win_rate"]) for row in rows if row["method"] == "simpo"]
+    line = next(line for line in said_of(study_folder).splitlines() if line.startswith("| simpo |"))
     assert line.split("|")[3].strip().startswith(f"{fmean(rates):.3f} (")
 
 
@@ -546,6 +629,18 @@ def test_benchmarks_are_printed_as_the_papers_do_and_what_else_a_suite_says_in_a
     assert rows["simpo-1"]["cost/seconds"] == "91.0" and rows["simpo-1"]["lm_eval/arc"] == ""
 
 
+def test_intervals_of_a_suite_are_over_seeds_only_and_equal_seeds_have_none(study_folder):
+    for seed, rate in ((1, 0.5), (2, 0.6), (3, 0.7)):  # 0.6 +- 4.303 * 0.1 / sqrt(3)
+        write_suite(study_folder / f"wpo-{seed}", "judge", "mine", win_rate=rate, games=159, length=80.0 + seed)
+    said = said_of(study_folder).split("## Suite judge")[1]
+    assert "| method | seeds | games | length, characters | win_rate |" in said
+    assert "| wpo | 3 of 3 | 159 | 82 (79.5 to 84.5) | 0.600 (0.352 to 0.848) |" in said
+    told = "its 95% interval over seeds only: all runs answered the same prompts."
+    assert f"Mean over seeds; in brackets, {told}" in said
+    html = page(study_of(study_folder), "")
+    assert f"Mean over seeds; small, {told}" in html and "in brackets" not in html
+
+
 def test_the_command_of_each_run_is_shown_under_provenance(study_folder):
     assert "python -m align objective=wpo seed=3" in said_of(study_folder).split("## Provenance")[1]
 
@@ -641,5 +736,5 @@ def test_what_align_has_trained_is_reported(align, tiny_llama, pairs_file, tmp_p
     for row in rows:
         trained = json.loads((tmp_path / "runs" / row["run"] / "results.json").read_text())["trained"]
         assert float(row["win_rate"]) == trained["win_rate"]
-        assert float(row["wins"]) + float(row["ties"]) / 2 == pytest.approx(trained["win_rate"])
+        assert float(row["win_share"]) + float(row["tie_share"]) / 2 == pytest.approx(trained["win_rate"])
     assert "The same for all methods" in html

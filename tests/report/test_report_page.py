@@ -102,7 +102,9 @@ def test_the_table_says_what_results_csv_says(tab, made):
         ):
             mean = fmean(float(row[name]) for row in own)
             assert shown[label][head].split("\n")[0] == f"{mean:.{digits}f}"
-        percent = [f"{100 * fmean(float(row[part]) for row in own):.0f}" for part in ("wins", "ties", "losses")]
+        percent = [
+            f"{100 * fmean(float(row[part]) for row in own):.0f}" for part in ("win_share", "tie_share", "loss_share")
+        ]
         assert re.findall(r"\d+", shown[label]["win / tie / loss, %"]) == percent
 
 
