@@ -65,9 +65,9 @@ def in_one_line(result: Result) -> str:
 def home(tmp_path_factory, tiny_llama) -> Path:
     """A folder with runs of all kinds under runs/, each of two steps; tests copy what they change."""
     folder = tmp_path_factory.mktemp("home")
-    (folder / "vowels.py").write_text(VOWELS)
+    (folder / "vowel_share.py").write_text(VOWELS)
     pairs = write_jsonl(folder / "pairs.jsonl", [pair_row(i, kind="odd" if i % 2 else "even") for i in range(40)])
-    words = [*quick(tiny_llama, pairs), "dataset.judge=vowels:count", "dataset.eval_fraction=0.2", "tracker=none"]
+    words = [*quick(tiny_llama, pairs), "dataset.judge=vowel_share:count", "dataset.eval_fraction=0.2", "tracker=none"]
     words += ["evaluation.samples_per_prompt=2", "evaluation.max_new_tokens=6"]
     runs = {
         "dpo": [],
@@ -223,7 +223,7 @@ def test_a_run_against_another_and_the_other_way_round(home):
     ours = results_of(home, "dpo", "judge", "suite.against=runs/lora", *words)
     theirs = vowels_of(home / "runs/dpo/evaluation/other/responses_of_opponent")
     settings = read(home / "runs/dpo/evaluation/other/settings.json")
-    assert "against runs/lora, judged by program:vowels:count" in settings["note"]
+    assert "against runs/lora, judged by program:vowel_share:count" in settings["note"]
     assert ours["opponent/score"] == pytest.approx(fmean(s for own in theirs.values() for s in own))
     manifest = read(home / "runs/dpo/evaluation/other/responses_of_opponent/manifest.json")
     assert manifest["policy"] == settings["made_of"]["opponent"]
@@ -312,7 +312,7 @@ def test_our_scorer_makes_annotations_in_alpaca_evals_format(alpaca):
     difficulties = "index,instruction_difficulty,std_delta_len,preference,not_gamed_baseline,model\n"
     difficulties += "".join(f"{i},{0.5 * i},{0.1 * i},{0.4 + 0.1 * i},False,gamed\n" for i in range(3))
     (home / "df_gamed.csv").write_text(difficulties)
-    scorer = ["scorer=program", "scorer.path=vowels:count", "suite.difficulties=df_gamed.csv"]
+    scorer = ["scorer=program", "scorer.path=vowel_share:count", "suite.difficulties=df_gamed.csv"]
     found = results_of(home, "sppo", "alpaca_eval", *words, *scorer)
     folder = home / "runs/sppo/evaluation/alpaca_eval"
     annotations = read(folder / "annotations.json")
@@ -539,7 +539,7 @@ def test_two_processes_share_an_evaluation_and_find_what_one_finds(copy):
         (["run=runs/dpo", "sampling.sampels=3"], "unknown key sampling.sampels (did you mean sampling.samples?)"),
         (["run=runs/dpo", "sampling.temperature=0"], "sampling.temperature must be above 0, not 0.0"),
         (["run=runs/dpo", "scorer=armrom"], "there is no scorer=armrom (did you mean armorm?)"),
-        (["run=runs/dpo", "scorer=program", "scorer.path=vowels:cuont"], 'is not "module:function" of something importable'),
+        (["run=runs/dpo", "scorer=program", "scorer.path=vowel_share:cuont"], 'is not "module:function" of something importable'),
         (["run=runs/dpo", "cluster=slurm_1x8"], "an evaluation runs where it is typed: put the command into a job of yours"),
         (["run=runs/dpo", "suite=arena_hard"], "suite.questions has no value yet: type suite.questions=..."),
         (["run=runs/dpo", "suite=arena_hard", "suite.questions=pairs.jsonl"], "is no question.jsonl of Arena-Hard"),
