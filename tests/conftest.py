@@ -4,7 +4,7 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,13 @@ def objectives_as_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
     from objectives import registry
 
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+
+
+@pytest.fixture(autouse=True)
+def commands_print_one_line() -> Iterator[None]:
+    """`main` sets it for Hydra, and a command that a later test starts would print tracebacks."""
+    yield
+    os.environ.pop("HYDRA_FULL_ERROR", None)
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,14 @@ def test_a_step_stays_within_the_bounds_of_the_counters():
     assert done.stdout.count("of the floor") == 2, done.stdout  # a Llama and a Gemma-2 shape
 
 
+@pytest.mark.matrix
 def test_trl_and_align_agree_on_the_losses_that_the_benchmark_compares():
     done = run("benchmarks/compare_trl.py", "--quick")
     assert done.returncode == 0, done.stderr
     assert "| align dpo / TRL dpo |" in done.stdout
 
 
+@pytest.mark.matrix
 def test_the_memory_table_has_a_row_for_each_vocabulary_and_budget():
     done = run("benchmarks/memory.py", "--vocabulary", "500", "1000", "--tokens", "1024")
     assert done.returncode == 0, done.stderr

@@ -597,9 +597,8 @@ def long_run(folder: Path, model: Path, pairs: Path, cluster: str) -> list[str]:
 @pytest.mark.parametrize(
     "cluster, how",
     [
-        ("cluster=cpu", "SIGTERM"),
         ("cluster=cpu_2", "Ctrl-C"),
-        *(pytest.param("cluster=cpu", how, marks=pytest.mark.matrix) for how in ("SIGINT", "Ctrl-C")),
+        *(pytest.param("cluster=cpu", how, marks=pytest.mark.matrix) for how in ("SIGINT", "SIGTERM", "Ctrl-C")),
         *(pytest.param("cluster=cpu_2", how, marks=pytest.mark.matrix) for how in ("SIGINT", "SIGTERM")),
     ],
 )

@@ -962,7 +962,11 @@ def killed(moments: list[Moment], words: Callable[..., list[str]], tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("at", [(0, 5), (8,)], ids=["sampling, then a checkpoint", "saving the second policy"])
+@pytest.mark.parametrize(
+    "at",
+    [(0, 5), pytest.param((8,), marks=pytest.mark.matrix)],
+    ids=["sampling, then a checkpoint", "saving the second policy"],
+)
 def test_self_play_that_is_killed_goes_on_by_the_same_command_and_loses_nothing(tmp_path, words, home, two, at):
     folder = tmp_path / "run"
     again = words(folder, "iterations=2", f"cache_dir={tmp_path / 'cache'}")

@@ -31,9 +31,9 @@ CLASSES = {"llama": "LlamaForCausalLM", "gemma2": "Gemma2ForCausalLM"}
 
 # Every strategy; both starters, models and objectives among them. The rest is of the matrix.
 COVERING: set[Run] = {
-    ("plain", "ddp", "gemma2", "wpo"),
-    ("torchrun", "fsdp", "gemma2", "wpo"),
-    ("torchrun", "zero2", "llama", "dpo"),
+    ("torchrun", "ddp", "llama", "dpo"),
+    ("plain", "fsdp", "llama", "dpo"),
+    ("torchrun", "zero2", "gemma2", "wpo"),
     ("plain", "zero3", "llama", "dpo"),
 }
 ALL = product(STARTERS, ("single", "ddp", "fsdp", "zero2", "zero3"), CLASSES, ("dpo", "wpo"))
