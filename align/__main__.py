@@ -72,28 +72,30 @@ class _Sweep:
 
     def end(self, ended_by_jobs: bool) -> None:
         """Say what a search found, how to compare, and which jobs failed; these are an error where they end the sweep."""
-        if not _is_first():
-            return
-        for folder, failed in self.groups.items():  # for the report: a job that was refused has left no folder
+        some = "; ".join(self.failed[:_SHOWN]) + (" ..." if len(self.failed) > _SHOWN else "")
+        failed = (
+            f"{len(self.failed)} of {self.jobs} jobs failed: {some}. The same command runs these again, and none that "
+            "is complete"
+        )
+        if _is_first():
+            self._tell(ended_by_jobs)
+            if self.failed and not ended_by_jobs:
+                print(f"align: {failed}", file=sys.stderr)
+        if ended_by_jobs:  # on every process
+            raise UserError(failed)
+
+    def _tell(self, ended_by_jobs: bool) -> None:
+        for folder, jobs in self.groups.items():  # for the report: a job that was refused has left no folder
             file = folder / "failed.json"
-            if failed or file.exists():
+            if jobs or file.exists():
                 folder.mkdir(parents=True, exist_ok=True)
-                file.write_text(json.dumps(failed, indent=2))
+                file.write_text(json.dumps(jobs, indent=2))
         if self.found is not None and self.found.exists() and not ended_by_jobs:
             best = OmegaConf.load(self.found)
             print(f"\nbest    {' '.join(f'{k}={v}' for k, v in best.best_params.items())}: {best.best_value:.4g}")
         if self.groups:
             folders = shlex.join(map(str, self.groups))
             print(f"\nsweep   {folders}\nreport  python -m align.report {folders}")
-        if self.failed:
-            some = "; ".join(self.failed[:_SHOWN]) + (" ..." if len(self.failed) > _SHOWN else "")
-            line = (
-                f"{len(self.failed)} of {self.jobs} jobs failed: {some}. The same command runs these again, and none "
-            )
-            line += "that is complete"
-            if ended_by_jobs:
-                raise UserError(line)
-            print(f"align: {line}", file=sys.stderr)
 
 
 def _is_first() -> bool:

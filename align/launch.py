@@ -13,6 +13,7 @@ which is SLURM's (slurm.py) or torchrun's part.
 """
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -272,6 +273,13 @@ def _connect(device: torch.device) -> None:
                 "torchrun --standalone"
             ) from error
         raise UserError(f"the processes cannot meet at {meeting}: {' '.join(str(error).split())[:200]}") from error
+
+
+def free() -> None:
+    """Give the device back what a model or a stage has used."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def leave() -> None:

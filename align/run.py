@@ -36,7 +36,7 @@ from align import (
     train,
 )
 from align.cache import write_json
-from align.config import ClusterConfig, Launcher, Precision, RunConfig, ScorerConfig, Strategy, UserError
+from align.config import ClusterConfig, Launcher, Precision, RunConfig, ScorerConfig, Source, Strategy, UserError
 from align.launch import Fleet, Place
 from align.onpolicy.scorers import registry
 from align.onpolicy.scorers.base import Identity
@@ -176,7 +176,6 @@ def prepare(cfg: RunConfig) -> Job:
     """Check everything, and make what the processes need: data, start model, plan, the run folder's name."""
     objective = check(cfg)
     judge = judging.judge_of(cfg)
-    check_metric(cfg.optimized_metric, judged=judge is not None)
     scorer = who_scores(cfg, judge) if judge is not None else None
     fleet = launch.fleet(cfg.cluster, cfg.plan)
     cache = Path(cfg.cache_dir).expanduser()
@@ -227,16 +226,21 @@ _METRICS = (
 )
 
 
-def check_metric(metric: str | None, judged: bool) -> None:
+def check_metric(cfg: RunConfig) -> None:
     """Refuse what a search could not maximise, as far as that can be known before the first training ends."""
+    metric = cfg.optimized_metric
     if metric is None:
         return
-    if metric in judging.METRICS and not judged:
+    if metric in judging.METRICS and judging.judge_of(cfg) is None:
         raise UserError(
             f"optimized_metric={metric} needs a judge, and there is none: give scorer=..., or "
             "optimized_metric=accuracy/mean_logp"
         )
-    known = [*_METRICS, *sorted(judging.METRICS)]
+    known = [
+        *_METRICS,
+        *sorted(judging.METRICS),
+        *(["win_rate/previous"] if cfg.source.name is Source.selfplay else []),
+    ]
     near = config.closest(metric, known)
     if metric not in known and (near or not metric.startswith(_OPEN_METRICS)):
         raise UserError(f"optimized_metric={metric} is no metric of results.json{near}; there are {', '.join(known)}")
@@ -313,6 +317,7 @@ def check(cfg: RunConfig) -> Objective:
     tracking.check(cfg)
     if cfg.dataset.judge is not None:
         config.resolve(cfg.dataset.judge, "dataset.judge")
+    check_metric(cfg)
     return train.build_objective(cfg)
 
 

@@ -246,7 +246,7 @@ def _try_scorer(play: Play, where: Place) -> None:
         return
     prompt = play.prompts.held_out[0]
     registry.build(registry.scorer_of(play.cfg), where)([Item(prompt=prompt.text, responses=["yes", "no"])])
-    stages.free()
+    launch.free()
 
 
 class _Iteration:
@@ -273,7 +273,7 @@ class _Iteration:
                 for made_of_it in ("merged", "evaluation"):
                     shutil.rmtree(self.folder / made_of_it, ignore_errors=True)
             run.begin(job, Stretch(tracker, steps_before))
-        stages.free()
+        launch.free()
         scored = self._compare()
         if self.where.rank > 0:
             return {"steps": job.steps}
@@ -318,7 +318,7 @@ class _Iteration:
             layout, _, _ = engine.settle(loaded, groups, self.cfg.engine.layout, self.cfg.model.attn_implementation)
         weights = judging.weigh(loaded, tokenizer, answers, self.where, layout=layout, budget=engine.CPU_TOKENS)
         del loaded
-        stages.free()
+        launch.free()
         return weights
 
     def _training(self) -> train.Job:
@@ -337,6 +337,7 @@ class _Iteration:
             source=PairSourceConfig(),
             scorer=ScorerConfig(),  # the iteration compares by itself
             iterations=1,
+            optimized_metric=None,  # of the whole, not of an iteration's training
             run_dir=str(self.folder),
         )
         return replace(run.prepare(cfg), policy=self.folder / "policy")

@@ -4,7 +4,6 @@ A stage reads and writes files of a folder, and whoever works on the same folder
 of one command or several. Left out: the iterations (selfplay.py), and what a stage does (onpolicy/).
 """
 
-import gc
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -152,7 +151,7 @@ def sample_from(
             what=what,
             silent=where.rank > 0,
         )
-    free()
+    launch.free()
 
 
 def score_responses(rows: Sequence[ResponseRow], cfg: RunConfig, folder: Path, where: Place) -> None:
@@ -160,7 +159,7 @@ def score_responses(rows: Sequence[ResponseRow], cfg: RunConfig, folder: Path, w
     counts = annotate(rows, registry.build(registry.scorer_of(cfg), where), folder, silent=where.rank > 0)
     if counts and where.rank == 0:
         print(", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items()), flush=True)
-    free()
+    launch.free()
 
 
 def describe(counts: dict[str, dict[str, Any]]) -> str:
@@ -172,10 +171,3 @@ def describe(counts: dict[str, dict[str, Any]]) -> str:
             f"{split} pairs {of_split['pairs']} of {of_split['prompts']} prompts ({dropped or 'none dropped'})"
         )
     return "; ".join(lines)
-
-
-def free() -> None:
-    """Give the device back what a stage has used."""
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()

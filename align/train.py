@@ -6,7 +6,6 @@ data and processes come from (run.py, launch.py), and the step itself (trainer.p
 """
 
 import functools
-import gc
 import json
 import shutil
 from dataclasses import asdict, dataclass, replace
@@ -293,7 +292,7 @@ class _Training:
             layout, _, why = self._settled(policy)
             attention = engine.backends(device, self.cfg.model.attn_implementation)[0]
         del policy
-        _free()
+        launch.free()
         return layout, attention, why
 
     def _settled(self, policy: PreTrainedModel) -> tuple[Layout, str, str | None]:
@@ -403,12 +402,12 @@ class _Training:
         ours = answers(trained, judging.POLICY)
         own = weigh(trained, ours)
         del trained
-        _free()
+        launch.free()
         start_policy = self._whole_policy(alone.device)
         theirs = answers(start_policy, judging.START)
         own_of_start, by_start = weigh(start_policy, theirs), weigh(start_policy, ours)
         del start_policy
-        _free()
+        launch.free()
         start, policy = judging.compare(
             {judging.START: theirs, judging.POLICY: ours},
             judge,
@@ -418,13 +417,6 @@ class _Training:
         start |= {"sample_entropy": judging.sample_entropy(own_of_start), "kl_policy_start": 0.0}
         policy |= {"sample_entropy": judging.sample_entropy(own), "kl_policy_start": judging.kl(own, by_start)}
         return start, policy
-
-
-def _free() -> None:
-    """Give the device back what a model has used."""
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 class _Report:

@@ -113,7 +113,8 @@ def cache(tmp_path_factory) -> Path:
 def two(tmp_path_factory, home, words, cache) -> Path:
     """The folder of two iterations that nobody has disturbed. Tests look, and change nothing."""
     folder = tmp_path_factory.mktemp("two") / "run"
-    result = typed(home, *words(folder, "iterations=2", f"cache_dir={cache}"))
+    metric = "optimized_metric=win_rate"  # of the whole: an iteration's training has no judge
+    result = typed(home, *words(folder, "iterations=2", f"cache_dir={cache}", metric))
     assert result.status == 0, result.err
     return folder
 

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from align import run, stages
+from align import launch, run
 from align.cache import build_once, write_json, writing
 from align.config import UserError, closest, file_fingerprint, fingerprint
 from align.launch import Place
@@ -190,7 +190,7 @@ def _evaluate(given: Evaluation, policy: Policy, tasks: Any, where: Place) -> di
         ),
     )
     del loaded
-    stages.free()
+    launch.free()
     assert made is not None  # None is for ranks other than the first
     all_of = {**made["results"], **made.get("groups", {})}
     return json.loads(json.dumps(all_of, default=str))

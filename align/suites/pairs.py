@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from align import data, engine, model, reference, stages
+from align import data, engine, launch, model, reference
 from align.cache import writing
 from align.config import DatasetConfig
 from align.data import Pairs
@@ -137,5 +137,5 @@ def _logps(policy: Policy, pairs: Pairs, given: Evaluation, where: Place) -> Ten
         name="held_out",
     )
     del loaded
-    stages.free()
+    launch.free()
     return made
