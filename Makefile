@@ -14,11 +14,11 @@ test: $(VENV)/.installed-dev  ## every test, the slow ones too
 	$(BIN)/python -m pytest --durations 10 -m "slow and multiprocess and not matrix and not slurm"
 
 test-matrix: $(VENV)/.installed-dev  ## more of the slow ones: every strategy by every starter, thirty kills, self-play: an hour
-	$(BIN)/python -m pytest -m matrix tests/test_strategies.py tests/test_launch.py tests/test_survival.py tests/test_selfplay.py tests/test_playground.py tests/test_benchmarks.py
+	$(BIN)/python -m pytest -m matrix tests/launch tests/runs tests/test_playground.py tests/test_benchmarks.py
 
 test-slurm: $(VENV)/.installed-dev  ## jobs on a real SLURM of one node, which it installs and starts: root on Debian or Ubuntu
-	timeout 30 sinfo >/dev/null 2>&1 || tests/slurm_node.sh
-	$(BIN)/python -m pytest -m slurm tests/test_slurm.py
+	timeout 30 sinfo >/dev/null 2>&1 || tests/launch/slurm_node.sh
+	$(BIN)/python -m pytest -m slurm tests/launch/test_slurm.py
 
 quick: $(VENV)/.installed-dev  ## the tests that take under two minutes
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"

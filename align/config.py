@@ -5,140 +5,35 @@ types. No torch here: `--help`, `--cfg job` and tab completion must answer at on
 makes frozen nodes read-only before overrides reach them.
 """
 
-import difflib
-import hashlib
-import importlib
-import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from align.choices import (
+    Backend,
+    Device,
+    Launcher,
+    Layout,
+    Precision,
+    Rejected,
+    ResponseMask,
+    Source,
+    Strategy,
+    SystemMessage,
+    TrackerMode,
+    TrackerName,
+    Truncation,
+    WinProb,
+)
+from align.say import UserError, closest
+
 MISSING: Any = "???"  # what OmegaConf takes for a value that must be given
+
+
 GROUPS = Path("runs") / "groups"  # a folder of links for each group of runs: what a report of one sweep reads
-
-
-class UserError(ValueError):
-    """Something the user can put right. Shown as one line; the message says what to type."""
-
-
-class Stopped(KeyboardInterrupt):
-    """A run was asked to stop (Ctrl-C, SIGTERM) and has written a checkpoint; a sweep stops with it. Shown as one line."""
-
-    def __init__(self, text: str, time_is_up: bool = False) -> None:
-        super().__init__(text)
-        self.time_is_up = time_is_up  # SLURM's warning: the job is to be queued again
-
-
-class ResponseMask(Enum):
-    """Which tokens are scored as the response (FACTS: SimPO's code scores the header, TRL and most others do not)."""
-
-    completion = "completion"  # what the model would generate: the content and the end-of-turn token
-    with_header = "with_header"  # also the header that opens the assistant's turn
-
-
-class Truncation(Enum):
-    """What becomes of a pair whose prompt and longer response exceed `max_length`."""
-
-    papers = "papers"  # trl 0.9.6: keep the prompt's last tokens, then cut both responses
-    drop = "drop"  # leave the pair out, and count it
-
-
-class SystemMessage(Enum):
-    """How a system message reaches the chat template."""
-
-    template = "template"  # as a system turn; the template must know that role
-    merge = "merge"  # in front of the first user turn, for templates without a system role (Gemma)
-
-
-class Layout(Enum):
-    """How prompts and responses are fed (align/engine/layout.py); each serves more models and feeds more than the one above."""
-
-    shared = "shared"  # one row without padding, a prompt once per pair
-    packed = "packed"  # one row without padding, a prompt with each response
-    padded = "padded"  # a row per response
-
-
-class Device(Enum):
-    """What a process computes on."""
-
-    auto = "auto"  # a GPU where there is one, else the CPU
-    cpu = "cpu"
-    gpu = "gpu"  # refused where there is none
-
-
-class Strategy(Enum):
-    """What the processes of a run share out among them; the results differ by rounding only."""
-
-    auto = "auto"  # single for one process; ddp where a device can hold all of it, else fsdp
-    single = "single"  # one process
-    ddp = "ddp"  # pairs: each process holds weights, gradients and optimizer
-    fsdp = "fsdp"  # pairs, weights, gradients and optimizer: torch's FSDP2
-    zero2 = "zero2"  # pairs, gradients and optimizer: DeepSpeed
-    zero3 = "zero3"  # pairs, weights, gradients and optimizer: DeepSpeed
-
-
-class Launcher(Enum):
-    """Who starts the processes. Inside torchrun, accelerate launch or srun nobody does: they are there."""
-
-    local = "local"  # this machine, at once
-    slurm = "slurm"  # the batch system: `python -m align` submits and returns
-
-
-class Precision(Enum):
-    """What forwards compute in; weights are float32."""
-
-    auto = "auto"  # bf16 on a GPU that has it, else fp32
-    bf16 = "bf16"  # bf16 autocast over float32 master weights
-    fp32 = "fp32"
-
-
-class Source(Enum):
-    """Where the pairs come from."""
-
-    dataset = "dataset"  # they are the dataset's own
-    selfplay = "selfplay"  # the policy answers the dataset's prompts, a scorer says which answers are better
-
-
-class Backend(Enum):
-    """Who draws the responses."""
-
-    hf = "hf"  # the policy in this process, by transformers
-    vllm = "vllm"  # vLLM in this process
-    openai = "openai"  # servers at `urls`
-
-
-class Rejected(Enum):
-    """Which candidate is rejected."""
-
-    worst = "worst"  # the lowest score
-    random = "random"  # any whose text is not the chosen one's
-
-
-class WinProb(Enum):
-    """What the win probability of a response is taken against."""
-
-    all = "all"  # the policy's samples, itself included: SPPO's soft target
-    pair = "pair"  # the other of the pair
-
-
-class TrackerName(Enum):
-    """Where metrics go besides metrics.jsonl."""
-
-    wandb = "wandb"
-    trackio = "trackio"
-    tensorboard = "tensorboard"
-    none = "none"
-
-
-class TrackerMode(Enum):
-    """wandb only."""
-
-    auto = "auto"  # online with a key, else offline
-    online = "online"
-    offline = "offline"
 
 
 @dataclass
@@ -201,7 +96,6 @@ class PairSourceConfig:
     candidates: dict[str, str] = field(
         default_factory=dict
     )  # further answers, a name to each: a column of the prompts'
-    # rows, or a file or hub set with the columns prompt and response
 
 
 @dataclass
@@ -473,26 +367,9 @@ def _check_no_extra(node: Any, prefix: str) -> None:
             _check_no_extra(value, f"{prefix}{name}.")
 
 
-def closest(word: str, names: list[str], prefix: str = "") -> str:
-    """ " (did you mean ...?)", where one of the names is close to the word."""
-    close = difflib.get_close_matches(word, names, n=1)
-    return f" (did you mean {prefix}{close[0]}?)" if close else ""
-
-
 def is_group(name: str) -> bool:
     """Whether a folder in `GROUPS` can be called so."""
     return Path(name).name == name and name not in ("", "..")
-
-
-def resolve(reference: str, key: str) -> Callable[..., Any]:
-    """The function that "module:function" names; `key` is the knob it came from, for the error."""
-    module, _, name = reference.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f'{key}={reference} is not "module:function" of something importable: {error}') from error
-    assert callable(function)
-    return function
 
 
 #: In a line of the shell, `export OPENAI_API_KEY=...`, and in an address, `https://user:password@host`.
@@ -513,15 +390,3 @@ def plain(cfg: RunConfig) -> dict[str, Any]:
 
     made: dict[str, Any] = value(asdict(cfg))
     return made
-
-
-def fingerprint(*parts: Any) -> str:
-    """Sixteen hex digits that change when any of these JSON-able values does."""
-    text = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def file_fingerprint(path: Path) -> str:
-    """Sixteen hex digits of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

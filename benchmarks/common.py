@@ -37,11 +37,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from align import data, engine
-from align.config import Layout
-from align.launch import Place
-from align.reference import reference_logps
-from align.trainer import PairData, PairTrainer
+from align import engine
+from align.choices import Layout
+from align.data.pairs import pair_lengths
+from align.launch.rank import Place
+from align.train.loop import PairData, PairTrainer
+from align.train.reference import reference_logps
 from objectives import build
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -183,7 +184,7 @@ def pair_trainer(
     column = None
     if "ref_logp" in made.needs:
         column = reference_logps(
-            policy, layout.name, rows, fingerprint(pairs), data.pair_lengths(rows), where,
+            policy, layout.name, rows, fingerprint(pairs), pair_lengths(rows), where,
             layout=layout, budget=budget, pad_token_id=PAD, cache=folder, name="train",
         )  # fmt: skip
     train = PairData(rows, column, layout, PAD)

@@ -42,9 +42,8 @@ import transformers
 from common import Pair
 from transformers import PreTrainedModel, Trainer
 
-from align.batching import StepSampler
-from align.config import Layout
-from align.engine import CPU_TOKENS
+from align.choices import Layout
+from align.engine.batching import CPU_TOKENS, StepSampler
 
 _TOLERANCE = 1e-3  # between losses of a step, absolute below a loss of 1 and relative above
 

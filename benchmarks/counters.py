@@ -33,8 +33,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from align.config import Layout
-from align.trainer import PairTrainer
+from align.choices import Layout
+from align.train.loop import PairTrainer
 
 _OPERATIONS, _SAVED = 1.05, 0.6
 _PAIRS = 8

@@ -56,10 +56,11 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import is_flash_attn_2_available
 
 from align import engine
-from align.batching import fed_tokens, plan_step
-from align.config import Layout
+from align.choices import Layout
 from align.engine import COMPUTED, Group
-from align.launch import Place
+from align.engine.batching import fed_tokens, plan_step
+from align.launch.rank import Place
+from align.train.budget import token_budget
 from objectives import Objective, Response, build
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -775,7 +776,7 @@ def choose_budget(bench: Bench, way: Ours, options: argparse.Namespace) -> tuple
     try:
         names = wanted(OBJECTIVES["dpo"])
         moments = 8 * sum(weight.numel() for weight in bench.weights)  # AdamW's, which come with the first step
-        return engine.token_budget(bench.model, longest, way.layout, names, bench.where, moments), "the engine's auto"
+        return token_budget(bench.model, longest, way.layout, names, bench.where, moments), "the engine's auto"
     except Exception as error:
         bench.model.zero_grad(set_to_none=True)
         return _GUESS, f"a guess, for the engine's auto failed: {reason(error)}"

@@ -17,8 +17,8 @@ from typing import Any
 import common
 import torch
 
-from align.batching import MicroBatch
-from align.config import Layout
+from align.choices import Layout
+from align.engine.batching import MicroBatch
 
 _SHAPE = "gemma2_vocab"
 

@@ -16,6 +16,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
+from align.__main__ import main
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -60,7 +62,6 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 @pytest.fixture
 def align(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Result]:
     """Type `align <words>` in a temporary working folder, in this process, without a tracker unless one is named."""
-    from align import __main__
 
     monkeypatch.chdir(tmp_path)
 
@@ -69,14 +70,14 @@ def align(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], t
         capsys.readouterr()
         status = 0
         try:
-            __main__.main()
+            main()
         except SystemExit as end:
             status = 0 if end.code is None else 1
             if isinstance(end.code, str):
                 print(end.code, file=sys.stderr)
             elif isinstance(end.code, int):
                 status = end.code
-        if "align.run" in sys.modules and not gc.get_freeze_count():
+        if "align.runs.spine" in sys.modules and not gc.get_freeze_count():
             gc.collect()
             gc.freeze()  # the Trainer collects garbage: through all that was imported, half a second at every run
         said = capsys.readouterr()

@@ -13,8 +13,8 @@ import torch
 from conftest import pair_row, quick, save_tiny, write_jsonl
 from omegaconf import OmegaConf
 
-from align.arguments import OWNED
 from align.config import RunConfig
+from align.train.optim import OWNED
 
 Setup = Callable[[Path, Path], object]  # (working folder, tiny model) -> whatever
 Patch = Callable[[pytest.MonkeyPatch], object]

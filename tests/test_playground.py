@@ -8,8 +8,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from align.config import UserError
 from align.playground import task
+from align.say import UserError
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Statistics of responses under a policy: packed rows, prompts shared, no logits. Start at forward.py."""
 
 from align.engine.attention import backends
-from align.engine.budget import CPU_TOKENS, token_budget
+from align.engine.batching import CPU_TOKENS
 from align.engine.forward import COMPUTED, attach, evaluating, response_statistics, settle
 from align.engine.layout import Batch, Group, collate, to_device
 
@@ -17,5 +17,4 @@ __all__ = [
     "response_statistics",
     "settle",
     "to_device",
-    "token_budget",
 ]

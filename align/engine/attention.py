@@ -24,9 +24,13 @@ from transformers.utils import is_flash_attn_2_available
 from align.engine.layout import Segments, to_device
 
 _PREFIX = "align_"
+
+
 _BLOCK = 64  # queries of a block, where torch has no kernel that leaves out what is not seen
 
+
 _HIDDEN = -1e4  # for -inf, whose product with a weight of 0 is no number; exp of it is 0 beside any capped logit
+
 
 #: (query [1, H, T, D], key and value [1, K, T, D], segments, scale, window, cap) -> [1, T, H, D]
 Backend = Callable[[Tensor, Tensor, Tensor, Segments, float, int | None, float | None], Tensor]

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from align.config import Layout, UserError
+from align.choices import Layout
 from align.engine.attention import backends
 from align.engine.head import Transform, attach_head
 from align.engine.layout import Batch, Group, collate
+from align.say import UserError
 
 #: Statistics that the engine can compute for an objective (`objectives.base.STATISTICS` has them all).
 COMPUTED = frozenset({"logp", "length", "log_sum_sq", "log_max"})
+
 
 #: Nats per token between the engine and the model's own logits: rounding stays below, a mistake does not.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}

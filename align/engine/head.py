@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 #: Logits of a tile: on a CPU what its caches hold (2 MB), on a GPU enough to keep it busy (512 MB).
 _TILE = {"cpu": 2**19, "cuda": 2**27}
+
+
 _TILE_TOKENS = {"cpu": 1024, "cuda": 4096}
 
 

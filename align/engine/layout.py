@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.config import Layout
+from align.choices import Layout
 
 Group = tuple[list[int], list[list[int]]]  # token ids of a prompt and of its responses
 

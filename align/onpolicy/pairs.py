@@ -14,13 +14,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from align.cache import build_once
-from align.config import SelectionConfig, UserError, fingerprint
-from align.onpolicy.annotate import read_scores
+from align.config import SelectionConfig
+from align.files import build_once, fingerprint
 from align.onpolicy.sample import ResponseRow, read_samples
+from align.onpolicy.score import read_scores
 from align.onpolicy.select import Candidate, ScoredPrompt, Selection, select
+from align.say import UserError
 
 _VERSION = 1  # of what is written: raise it when the same inputs would give others
+
+
 SPLITS = ("train", "held_out")
 
 
@@ -113,3 +116,14 @@ def _row(prompt: ResponseRow, pair: Selection) -> dict[str, Any]:
     """As rows.py reads it."""
     chosen = {key: value for key, value in asdict(pair).items() if not key.endswith("_index")}
     return {"id": prompt.prompt_id, "iteration": prompt.iteration, "prompt": prompt.prompt, **chosen}
+
+
+def describe_counts(counts: dict[str, dict[str, Any]]) -> str:
+    """What became of the prompts of each split, in a line."""
+    lines = []
+    for split, of_split in counts.items():
+        dropped = ", ".join(f"{count} {reason}" for reason, count in of_split["dropped"].items())
+        lines.append(
+            f"{split} pairs {of_split['pairs']} of {of_split['prompts']} prompts ({dropped or 'none dropped'})"
+        )
+    return "; ".join(lines)

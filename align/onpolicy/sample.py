@@ -23,14 +23,20 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from align.cache import Claim, claimed, lock_of, write_text, writing
-from align.config import Backend, SamplingConfig, UserError, fingerprint
-from align.model import stop_token_ids, tokenizer_fingerprint
-from align.onpolicy.prompts import Conversation, PromptRow
-from align.onpolicy.samplers import Prompt, Sample, Sampler, hf_sampler, openai_sampler, prompt_ids, seeds, vllm_sampler
-from align.onpolicy.select import POLICY
+from align.choices import Backend
+from align.config import RunConfig, SamplingConfig
+from align.data.prompts import POLICY, Conversation, PromptRow
+from align.files import Claim, claimed, fingerprint, lock_of, write_text, writing
+from align.launch.cluster import fleet_of
+from align.launch.rank import Fleet, Place, free
+from align.model.chat import prompt_ids, stop_token_ids, tokenizer_fingerprint
+from align.model.policy import Policy
+from align.onpolicy.samplers import Prompt, Sample, Sampler, hf_sampler, openai_sampler, seeds, vllm_sampler
+from align.say import UserError
 
 _VERSION = 2  # of rows and seeds: raise it when the same inputs would give others
+
+
 _MANIFEST = "manifest.json"
 
 
@@ -186,7 +192,7 @@ def read_samples(folder: Path) -> list[ResponseRow]:
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
     except OSError as error:
-        raise UserError(f"{folder} holds no responses, as it has no {_MANIFEST}: run align.sample first") from error
+        raise UserError(f"{folder} holds no responses, as it has no {_MANIFEST}: run align sample first") from error
     rows = []
     for file in _files(folder, manifest):
         try:
@@ -292,3 +298,51 @@ def _write(file: Path, rows: Sequence[ResponseRow]) -> None:
 
 def _writing(folder: Path) -> AbstractContextManager[None]:
     return writing(f"cannot write {folder}", ": name another folder")
+
+
+def answering_fleet(cfg: RunConfig) -> Fleet:
+    """The processes, checked for how answers are sampled."""
+    check_sampling(cfg.sampling)
+    fleet = fleet_of(cfg.cluster, cfg.plan)
+    if cfg.sampling.backend is Backend.vllm and fleet.world > 1:
+        raise UserError(
+            f"sampling.backend=vllm is one engine in one process, and there are {fleet.world}: start a vLLM server for each "
+            "GPU and give sampling.backend=openai 'sampling.urls=[...]', or sampling.backend=hf"
+        )
+    return fleet
+
+
+def sample_from(
+    policy: Policy,
+    prompts: Sequence[PromptRow],
+    cfg: RunConfig,
+    settings: SamplingConfig,
+    folder: Path,
+    iteration: int,
+    what: str,
+    where: Place,
+) -> None:
+    """Answers of a policy, into a folder; what is there is kept, and other processes do their share."""
+    opening = open_sampler(
+        settings,
+        policy.start.tokenizer,
+        lambda: policy.load(where),
+        policy.start.path,
+        revision=policy.cfg.revision,
+        bf16=where.bf16,
+        served="/".join(Path(policy.start.path).parts[-2:]) if policy.iteration else None,
+    )
+    with where.autocast():
+        sample_prompts(
+            prompts,
+            opening,
+            settings,
+            folder,
+            tokenizer=policy.start.tokenizer,
+            policy=policy.fingerprint,
+            seed=cfg.seed,
+            iteration=iteration,
+            what=what,
+            silent=where.rank > 0,
+        )
+    free()

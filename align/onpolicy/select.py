@@ -24,11 +24,14 @@ from dataclasses import dataclass
 from enum import Enum
 from random import Random
 
-from align.config import Rejected, SelectionConfig, UserError, WinProb
+from align.choices import Rejected, WinProb
+from align.config import SelectionConfig
+from align.data.prompts import POLICY
+from align.say import UserError
 
 Matrix = Sequence[Sequence[float]]  # [K][K]: row i, column j is P(candidate i beats candidate j)
 
-POLICY = "policy"  # the origin of what the policy itself sampled
+
 ROUNDING = 1e-3  # by which P(i beats j) + P(j beats i) may miss 1: scorers round, but an order effect is no rounding
 
 

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.cache import build_once
-from align.config import UserError, file_fingerprint, fingerprint
+from align.files import build_once, file_fingerprint, fingerprint
+from align.say import UserError
 
 if TYPE_CHECKING:  # torch: not needed to look at the task
-    from align.model import Start
+    from align.model.load import Start
+
 
 ITEMS = {
     "animals": "cat dog cow pig hen fox owl bear wolf lion deer frog",
@@ -26,8 +27,14 @@ ITEMS = {
     "cities": "paris london rome madrid berlin vienna prague athens dublin oslo cairo tokyo",
     "clothes": "hat coat shirt skirt dress scarf glove sock shoe boot belt jacket",
 }
+
+
 CATEGORIES = {name: items.split() for name, items in ITEMS.items()}
+
+
 LAYOUTS = ("numbered", "with commas", "one per line")
+
+
 ASKS = (
     "please name {} {}, {}",
     "name {} {}, {}",
@@ -38,10 +45,20 @@ ASKS = (
     "i need {} {}, {}",
     "tell me {} {}, {}",
 )
+
+
 FILLER = "thing"  # what a lazy answer says in place of an item
+
+
 COUNTS = range(2, 6)
+
+
 SAMPLES = 5  # a prompt
+
+
 MIN_GAP = 0.3  # between the scores of a pair
+
+
 TRAIN_PROMPTS, TEST_PROMPTS = 400, 176
 
 
@@ -145,7 +162,8 @@ def _answers(asked: list[str], start: "Start") -> list[list[str]]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from align.onpolicy.samplers import Prompt, hf_sampler, prompt_ids, seeds
+    from align.model.chat import prompt_ids
+    from align.onpolicy.samplers import Prompt, hf_sampler, seeds
 
     try:
         policy = AutoModelForCausalLM.from_pretrained(start.path, use_safetensors=True, dtype=torch.float32)

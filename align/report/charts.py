@@ -10,20 +10,28 @@ from align.report.figures import Series
 from align.report.html import figure_of, named, text_of
 from align.report.methods import Comparisons, Method, Study, Sweep
 from align.report.naming import short_name
-from align.report.stats import Estimate, Over
+from align.stats.intervals import Estimate, Over
 
 _ROWS = 8  # methods in the first figures, at most
+
+
 _GLANCE = {
     "win_rate": "win rate against the start model",
     "accuracy/mean_logp": "accuracy by mean_logp",
     "sample_length": "length of an answer, tokens",
     "entropy": "entropy, nats per token of held-out pairs",
 }
+
+
 _POINTS = 150  # of a curve, at most
+
+
 _SWEPT = {
     *("win_rate", "lc_win_rate", "judge_score", "accuracy/mean_logp"),
     *("sample_length", "kl_policy_start", "repetition"),
 }
+
+
 _HIGHER_IS_BETTER = {"win_rate", "lc_win_rate", "judge_score", "accuracy/mean_logp"}
 
 

@@ -48,6 +48,7 @@ OF_ANSWERS = (
     Column(name="judge_score", heading="judge's score", explanation="mean score of its answers", share=False),
 )
 
+
 #: Of the held-out pairs, and what the training has cost.
 OF_PAIRS = (
     Column(
@@ -77,6 +78,7 @@ OF_PAIRS = (
     ),
 )
 
+
 #: Less often asked for; they stand with what suites say.
 OTHERS = (
     Column(name="distinct", heading="distinct", explanation="share of different answers to a prompt"),
@@ -89,7 +91,8 @@ OTHERS = (
     ),
 )
 
-#: What the papers print, where align.evaluate has measured it.
+
+#: What the papers print, where `align evaluate` has measured it.
 OF_PAPERS = (
     Column(
         name="alpaca_eval/lc_win_rate",
@@ -109,6 +112,7 @@ OF_PAPERS = (
     Column(name="lm_eval/gsm8k", heading="GSM8K", explanation="GSM8K, percent", unit="percent"),
     Column(name="lm_eval/mmlu", heading="MMLU", explanation="MMLU, percent", unit="percent"),
 )
+
 
 #: Curves that can be compared between objectives, by their names in metrics.jsonl without train/ or eval/.
 CURVES = {

@@ -23,21 +23,40 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from align.report.stats import Estimate
+from align.stats.intervals import Estimate
 
 SERIES = 8  # colours; a ninth method has the first one again, dashed
 
+
 _INK, _MUTED, _LINE, _HEAT, _PAPER = "#010101", "#020202", "#030303", "#040404", "#060606"
+
+
 _COLOURS = [f"#0505{number:02x}" for number in range(SERIES)]
+
+
 _VARIABLES = {_INK: "ink", _MUTED: "muted", _LINE: "line", _HEAT: "heat", _PAPER: "paper"} | {
     colour: f"c{number}" for number, colour in enumerate(_COLOURS)
 }
+
+
 _WIDTH = 3.5  # inches, of 96 pixels each: what a phone shows unscaled
+
+
 _LONG_LABEL = 18  # characters
+
+
 _LINE_OF_LABEL = 44
+
+
 _BEHIND: Any = {"facecolor": _PAPER, "edgecolor": "none", "pad": 0.8}
+
+
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
+
+
 _MARKERS = "osD^vPXh"
+
+
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "align",

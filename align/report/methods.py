@@ -21,10 +21,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from align.report import stats
 from align.report.columns import CURVES, OF_ANSWERS, OF_PAIRS, OF_PAPERS, Column
 from align.report.naming import is_fingerprint, kind, labels, prominence, settings_of, short_name, value_text, varied
 from align.report.read import Run, State
+from align.stats import intervals
 
 Item = tuple[Any, ...]  # a prompt or a held-out pair, that which two runs have in common
 
@@ -35,8 +35,13 @@ COMPARED = {
     "accuracy/mean_logp": ("accuracy by mean_logp", "held-out pairs"),
 }
 
+
 _NOT_COMPARABLE = ("loss", "grad_norm", "rewards/", "objective/", "length/", "log_ratio/", "truncated", "mean_logp/")
+
+
 _FEWEST = 6  # prompts of a comparison: where five all agree, a sign test has p = 2^-4
+
+
 _KNOWN = {
     *(column.name for column in (*OF_ANSWERS, *OF_PAIRS, *OF_PAPERS)),
     *CURVES,
@@ -54,23 +59,23 @@ class Method:
     runs: list[Run]  # complete ones, a seed each
     settings: Mapping[str, Any]  # "objective.beta": 2.0, ...: all that decides a result, but the seed
 
-    def figure(self, name: str) -> stats.Estimate | None:
+    def figure(self, name: str) -> intervals.Estimate | None:
         """The mean over seeds; None where a run lacks it."""
         return self._figures.get(name)
 
     @cached_property
-    def _figures(self) -> dict[str, stats.Estimate]:
+    def _figures(self) -> dict[str, intervals.Estimate]:
         return {name: made for name in self.runs[0].trained if (made := self._estimate(name))}
 
-    def _estimate(self, name: str) -> stats.Estimate | None:
+    def _estimate(self, name: str) -> intervals.Estimate | None:
         values = [run.trained.get(name, math.nan) for run in self.runs]
         if not all(map(math.isfinite, values)):
             return None
-        over_seeds = stats.mean_over_seeds(values)
+        over_seeds = intervals.mean_over_seeds(values)
         if len(items := self.by_item(name)) < 2:
             return over_seeds
-        margin = stats.estimate(table_of(items, list(items))).margin
-        over: stats.Over = "seeds and prompts" if len(self.runs) > 1 else "prompts"
+        margin = intervals.estimate(table_of(items, list(items))).margin
+        over: intervals.Over = "seeds and prompts" if len(self.runs) > 1 else "prompts"
         return replace(over_seeds, low=over_seeds.mean - margin, high=over_seeds.mean + margin, over=over)
 
     def of_suite(self, name: str) -> list[float]:
@@ -100,7 +105,7 @@ class Comparison:
 
     a: Method
     b: Method
-    made: stats.Comparison
+    made: intervals.Comparison
     corrected: bool  # its p, by Holm for several comparisons; its interval never is
 
     @property
@@ -254,7 +259,7 @@ def signed(value: float) -> str:
     return f"{value:+.3f}".replace("-", "−")
 
 
-def p_value(made: stats.Comparison) -> str:
+def p_value(made: intervals.Comparison) -> str:
     """As it is read, behind "p"."""
     p = "below 0.001" if made.p_adjusted < 0.001 else f"= {made.p_adjusted:.3f}"
     return p.replace(" ", "\N{NO-BREAK SPACE}")
@@ -296,8 +301,8 @@ def _comparisons(methods: Sequence[Method], name: str) -> Comparisons:
     for a, b in itertools.combinations(methods, 2):
         shared = [item for item in values[a.number] if item in values[b.number]]
         if len(shared) >= _FEWEST and _measured_alike(a, b, name):
-            raw.append((a, b, stats.compare(*(table_of(values[method.number], shared) for method in (a, b)))))
-    adjusted = stats.holm([made.p_value for *_, made in raw])
+            raw.append((a, b, intervals.compare(*(table_of(values[method.number], shared) for method in (a, b)))))
+    adjusted = intervals.holm([made.p_value for *_, made in raw])
     return Comparisons(
         name=name,
         made=[

@@ -8,8 +8,13 @@ from align.report.read import Run
 
 Settings = Mapping[str, Any]
 
+
 _PROMINENT = ("objective.", "model.name", "dataset.name", "optimizer.learning_rate", "optimizer.", "train.")
+
+
 _FINGERPRINTS = ("start", "pairs", "device", "bf16")
+
+
 _EVERYWHERE = ("model.name", "dataset.name")  # named in every label where they differ, also where the objective does
 
 

@@ -15,7 +15,11 @@ from align.report.read import Answers
 from align.report.tables import Table, tables
 
 _SHOWN_ANSWERS = 1_000_000  # characters of answers on the page, at most
+
+
 _MATRIX = 8  # methods, at most, of which every two are in a table
+
+
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 

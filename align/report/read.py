@@ -20,13 +20,18 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from align.config import UserError
-from align.report.length_control import length_controlled_win_rate
+from align.say import UserError
+from align.stats.length_control import length_controlled_win_rate
 
 Values = Mapping[str, Any]
 
+
 _NOT_RUNS = ("checkpoints", "model", "policy", "wandb", "logs", "tensorboard")
+
+
 _OF_SUITES = "evaluation/*/results.json"
+
+
 _CALL = re.compile(r"^python -m align (--config-dir=\S+ )*")  # before the words of a command
 
 
@@ -80,7 +85,7 @@ class Run:
     start: Mapping[str, float] = field(default_factory=dict)  # results of the start model
     trained: Mapping[str, float] = field(default_factory=dict)  # of the policy; "cost/..." and what suites say, too
     held_out: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # accuracy: pair: 0, 0.5 or 1
-    suites: Mapping[str, str] = field(default_factory=dict)  # what align.evaluate has measured, a line each
+    suites: Mapping[str, str] = field(default_factory=dict)  # what `align evaluate` has measured, a line each
     curves: Mapping[str, list[tuple[int, float]]] = field(default_factory=dict)  # metric: (step, value), in order
     answers: list[Answers] = field(default_factory=list)
     iterations: Sequence[Mapping[str, float]] = field(default_factory=list)  # of self-play
@@ -118,7 +123,7 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
     folders = list(folders)
     for folder in folders:
         if not folder.is_dir():
-            raise UserError(f"no folder {folder}: give folders of runs, e.g. python -m align.report runs")
+            raise UserError(f"no folder {folder}: give folders of runs, e.g. python -m align report runs")
     found = sorted({path.resolve() for folder in folders for path in find_runs(folder)})
     above = common_folder(found) if found else Path()
     runs = [read_run(path, str(path.relative_to(above)) if path != above else path.name) for path in found]
@@ -327,7 +332,7 @@ def _cost(results: Values) -> dict[str, float]:
 
 
 def _suites(folder: Path) -> dict[str, float]:
-    """What `align.evaluate` has found, by names that carry the suite: "alpaca_eval/win_rate", "lm_eval/start/gsm8k"."""
+    """What `align evaluate` has found, by names that carry the suite: "alpaca_eval/win_rate", "lm_eval/start/gsm8k"."""
     made: dict[str, float] = {}
     for file in sorted(folder.glob(_OF_SUITES)):
         made |= _numbers(_json(file))
@@ -346,11 +351,11 @@ def _length_controlled(answers: list[Answers]) -> float:
 
 
 def _selfplay_answers(folder: Path, last: Path) -> list[Answers]:
-    from align.onpolicy.annotate import read_scores
+    from align.onpolicy.figures import side_by_side, usable
     from align.onpolicy.pairs import scored_prompts
     from align.onpolicy.sample import read_samples
+    from align.onpolicy.score import read_scores
     from align.onpolicy.select import preferences
-    from align.onpolicy.summary import side_by_side, usable
 
     number = int(last.name.removeprefix("iter_"))
     told = {"policy": number, "before": number - 1, "start": 0}  # in the order in which selfplay.py compares

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from align.report.columns import OF_ANSWERS, OF_PAIRS, OF_PAPERS, OTHERS, Column
 from align.report.methods import Method, Study
-from align.report.stats import Estimate, mean_over_seeds
+from align.stats.intervals import Estimate, mean_over_seeds
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,10 @@ from align.report.tables import count, number, span, tables
 
 _LONGER = 1.15  # answers that are so many times as long as the start model's are pointed out
 
+
 _MANY = 6  # methods: of more the best owes something to being picked
+
+
 _NAMED = 5  # methods in a sentence, at most
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from align.config import SelectionConfig, WinProb
+from align.choices import WinProb
+from align.config import SelectionConfig
 from align.onpolicy.select import Candidate, ScoredPrompt, preferences, select, select_pair, win_probs
 from objectives import Response, build
 

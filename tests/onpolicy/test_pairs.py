@@ -7,15 +7,16 @@ from dataclasses import replace
 
 import pytest
 
-from align.config import Rejected, SamplingConfig, SelectionConfig, UserError
-from align.onpolicy import pairs as stage
-from align.onpolicy.annotate import annotate, read_scores
+from align.choices import Rejected
+from align.config import SamplingConfig, SelectionConfig
+from align.data.prompts import Candidate, PromptRow
+from align.data.rows import read_pair
 from align.onpolicy.pairs import choose, scored_prompts, write_pairs
-from align.onpolicy.prompts import Candidate, PromptRow
 from align.onpolicy.sample import read_samples, sample_prompts
 from align.onpolicy.samplers import Sample
+from align.onpolicy.score import annotate, read_scores
 from align.onpolicy.scorers.base import Identity, Kind, Scores
-from align.rows import read_pair
+from align.say import UserError
 
 #: At this temperature a score that is higher by 1 wins with sigmoid(ln 3) = 3/4, and one by 2 with 9/10.
 SELECTION = SelectionConfig(temperature=1 / math.log(3))
@@ -254,7 +255,7 @@ def test_a_folder_that_holds_something_else_is_refused(folders, tmp_path):
 def test_stages_that_are_missing_are_named(folders, tmp_path):
     responses, scores = folders
     nothing = tmp_path / "nothing"
-    with pytest.raises(UserError, match=r"nothing holds no scores: run align.annotate first"):
+    with pytest.raises(UserError, match=r"nothing holds no scores: run align annotate first"):
         write_pairs(responses, nothing, SELECTION, tmp_path / "pairs", seed=42)
     with pytest.raises(UserError, match="nothing holds no responses"):
         write_pairs(nothing, scores, SELECTION, tmp_path / "pairs", seed=42)
@@ -288,7 +289,7 @@ def test_a_kill_while_pairs_are_written_leaves_no_folder_and_the_next_run_makes_
         return {**rows, "held_out": [object()]}, counts  # fails when train.jsonl is written already
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "choose", broken)
+        patch.setattr("align.onpolicy.pairs.choose", broken)
         with pytest.raises(TypeError):
             write_pairs(*folders, SELECTION, pairs, seed=42)
     assert not pairs.exists()

@@ -22,12 +22,14 @@ from conftest import make_tiny, save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align import engine
-from align.config import Backend, Layout, SamplingConfig, UserError
-from align.model import stop_token_ids
-from align.onpolicy.prompts import Candidate, PromptRow
+from align.choices import Backend, Layout
+from align.config import SamplingConfig
+from align.data.prompts import Candidate, PromptRow
+from align.model.chat import prompt_ids, stop_token_ids
 from align.onpolicy.sample import check_sampling, open_sampler, read_samples, sample_prompts
-from align.onpolicy.samplers import Prompt, Sample, hf_sampler, openai_sampler, prompt_ids, seeds, vllm_sampler
+from align.onpolicy.samplers import Prompt, Sample, hf_sampler, openai_sampler, seeds, vllm_sampler
 from align.onpolicy.samplers.hf import _choose, _least_kept
+from align.say import UserError
 
 SERVER = Path(__file__).with_name("openai_server.py")
 OPTIONS = {"temperature": 1.0, "top_p": 0.95, "max_new_tokens": 16}

@@ -28,14 +28,18 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from align.config import JudgeConfig, ScorerConfig, SystemMessage, UserError, file_fingerprint
-from align.launch import Place
-from align.onpolicy import select
+from align.choices import SystemMessage
+from align.config import JudgeConfig, ScorerConfig
+from align.files import file_fingerprint
+from align.launch.rank import Place
 from align.onpolicy.scorers import llm_judge, models, pairrm, registry
 from align.onpolicy.scorers.armorm import ArmoRM
 from align.onpolicy.scorers.base import Identity, Item, Kind, Scores
-from align.onpolicy.scorers.pairrm import PairRM
+from align.onpolicy.scorers.llm_judge import dollars
+from align.onpolicy.scorers.pairrm import MARKERS, MAX_SOURCE, MAX_TOKENS, PairRM
+from align.onpolicy.select import win_probs
 from align.playground import task
+from align.say import UserError
 
 WHERE = Place(device=torch.device("cpu"), bf16=False, rank=0, world=1)
 ITEMS = [
@@ -57,7 +61,7 @@ LLAMA_3 = (
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 LLAMA_3_TOKENS = ["<pad>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
-PAIRRM_TOKENS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *pairrm.MARKERS]
+PAIRRM_TOKENS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *MARKERS]
 
 
 def byte_tokenizer(special: list[str]) -> Tokenizer:
@@ -550,7 +554,7 @@ def pairrm_logit(folder: str, source: str, first: str, second: str) -> float:
     with torch.no_grad():
         states = backbone(torch.tensor([[token for part in parts for token in part]])).last_hidden_state[0]
     starts = [0, len(parts[0]), len(parts[0]) + len(parts[1])]
-    h = {marker: states[at + 1] for marker, at in zip(pairrm.MARKERS, starts, strict=True)}  # behind its [CLS]
+    h = {marker: states[at + 1] for marker, at in zip(MARKERS, starts, strict=True)}  # behind its [CLS]
 
     def s(marker: str) -> float:
         x = torch.cat([h["<|source|>"], h[marker]])
@@ -613,7 +617,7 @@ def test_three_responses_by_hand_win_as_in_sppo(three_by_hand):
         [0.119203, 0.268941, 0.5],
     ]
     assert [list(row) for row in scores.values] == [pytest.approx(row, abs=1e-6) for row in by_hand]
-    assert select.win_probs(scores.values) == pytest.approx([0.703952, 0.5, 0.296048], abs=1e-6)
+    assert win_probs(scores.values) == pytest.approx([0.703952, 0.5, 0.296048], abs=1e-6)
 
 
 def test_a_preference_of_pairrm_depends_on_the_pool(three_by_hand):
@@ -668,7 +672,7 @@ def test_a_separator_that_a_response_speaks_of_is_a_space_to_pairrm(pairrm_folde
 
 def test_pairrms_limits_are_the_published_ones():
     """1224 of the prompt and 412 of a response, which also gets half of what the prompt leaves of its own."""
-    assert (pairrm.MAX_SOURCE, pairrm.MAX_TOKENS) == (1224, 1224 + 2 * 412)
+    assert (MAX_SOURCE, MAX_TOKENS) == (1224, 1224 + 2 * 412)
 
 
 @pytest.mark.parametrize("gone", ["head_layer.4.weight", "pretrained_model.encoder.LayerNorm.weight"])
@@ -773,7 +777,7 @@ def test_every_token_is_counted_where_the_response_stood_first(serve):
     assert [count["prompt_tokens"] for count in scores.counts] == [22, 33, 33, 22]
     assert [count["completion_tokens"] for count in scores.counts] == [4, 6, 6, 4]
     prices = JudgeConfig(dollars_per_million_prompt_tokens=2.5, dollars_per_million_completion_tokens=10.0)
-    assert llm_judge.dollars({"prompt_tokens": 2_000_000, "completion_tokens": 500_000}, prices) == 10.0
+    assert dollars({"prompt_tokens": 2_000_000, "completion_tokens": 500_000}, prices) == 10.0
 
 
 @pytest.mark.slow

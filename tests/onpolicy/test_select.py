@@ -7,7 +7,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from align.config import Rejected, SelectionConfig, UserError, WinProb
+from align.choices import Rejected, WinProb
+from align.config import SelectionConfig
 from align.onpolicy.select import (
     Candidate,
     Dropped,
@@ -18,6 +19,7 @@ from align.onpolicy.select import (
     select_pair,
     win_probs,
 )
+from align.say import UserError
 
 #: Three responses, none the best of all: a beats b with 0.9, b beats c with 0.6, c beats a with 0.7.
 CYCLE = [[0.5, 0.9, 0.3], [0.1, 0.5, 0.6], [0.7, 0.4, 0.5]]

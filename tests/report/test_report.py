@@ -18,9 +18,9 @@ from conftest import quick
 from filelock import FileLock
 
 from align.report import charts
-from align.report import methods as methods_
-from align.report.__main__ import main, report
 from align.report.columns import OF_ANSWERS, OF_PAIRS, OF_PAPERS
+from align.report.command import main, report
+from align.report.methods import Study, study
 from align.report.page import page
 from align.report.read import State, find_runs, read_runs
 from align.report.tables import figure
@@ -116,7 +116,7 @@ def without_judge(run: Path) -> Path:
 
 
 def write_suite(run: Path, name: str, note: str, **results: float) -> None:
-    """What `align.evaluate` leaves in a run folder."""
+    """What `align evaluate` leaves in a run folder."""
     folder = run / "evaluation" / name
     folder.mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps({f"{name}/{key}": value for key, value in results.items()}))
@@ -145,8 +145,8 @@ def said_of(*folders: Path) -> str:
     return markdown(study_of(*folders), "Made now.")
 
 
-def study_of(*folders: Path) -> methods_.Study:
-    return methods_.study(read_runs(folders))
+def study_of(*folders: Path) -> Study:
+    return study(read_runs(folders))
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ def write_selfplay(folder: Path, wins: list[list[float]] | None = None) -> Path:
 
 def test_self_play_is_read_as_one_run_with_the_answers_of_its_last_iteration(tmp_path, monkeypatch):
     monkeypatch.setattr("align.onpolicy.sample._files", lambda folder, manifest: [folder / "0.jsonl"])
-    monkeypatch.setattr("align.onpolicy.annotate._files", lambda folder, shards: [folder / "0.jsonl"])
+    monkeypatch.setattr("align.onpolicy.score._files", lambda folder, shards: [folder / "0.jsonl"])
     (run,) = read_runs([write_selfplay(tmp_path / "play")])
     assert [(a.prompt, a.policy, a.start, a.wins, a.ties) for a in run.answers] == [
         ("p", ["p2"], ["p0"], 1.0, 0.0),

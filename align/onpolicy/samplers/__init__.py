@@ -5,7 +5,7 @@ openai    servers that speak OpenAI's protocol and take token ids: vLLM, SGLang,
 vllm      vLLM in this process, while a `with` block lasts; an extra
 """
 
-from align.onpolicy.samplers.base import Prompt, Sample, Sampler, prompt_ids, seeds
+from align.onpolicy.samplers.base import Prompt, Sample, Sampler, seeds
 from align.onpolicy.samplers.hf import hf_sampler
 from align.onpolicy.samplers.openai import openai_sampler
 from align.onpolicy.samplers.servers import Servers
@@ -18,7 +18,6 @@ __all__ = [
     "Servers",
     "hf_sampler",
     "openai_sampler",
-    "prompt_ids",
     "seeds",
     "vllm_sampler",
 ]

@@ -9,11 +9,9 @@ penalties) is left out, since samples would not be on-policy.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
-
-from align.model import with_one_bos
 
 _SEEDS = 2**31  # what every server takes
 
@@ -58,14 +56,6 @@ def seeds(seed: int, iteration: int, prompt_id: str, samples: int) -> list[int]:
         return int.from_bytes(digest[:8], "big") % _SEEDS
 
     return [of(k) for k in range(samples)]
-
-
-def prompt_ids(prompt: list[dict[str, str]] | str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token ids a policy is given: a conversation through the chat template, a plain text with its BOS."""
-    text: Any = prompt
-    if not isinstance(prompt, str):
-        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    return with_one_bos(tokenizer(text, add_special_tokens=False).input_ids, tokenizer)
 
 
 def as_sample(drawn: Sequence[int], tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> Sample:

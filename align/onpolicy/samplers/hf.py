@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from align.config import UserError
 from align.engine import evaluating
-from align.model import stop_token_ids
+from align.model.chat import stop_token_ids
 from align.onpolicy.samplers.base import Prompt, Sample, Sampler, as_sample
+from align.say import UserError
 
 
 def hf_sampler(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens_per_batch: int = 32768) -> Sampler:

@@ -15,13 +15,16 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from align.config import UserError
-from align.model import stop_token_ids
+from align.model.chat import stop_token_ids
 from align.onpolicy.samplers.base import Prompt, Sample, Sampler, as_sample
 from align.onpolicy.samplers.servers import Send, Servers
+from align.say import UserError
 
 _PROBES = 8  # responses at a temperature at which no model gives so many alike
+
+
 _PROBE = {"temperature": 2.0, "top_p": 1.0, "max_tokens": 16}
+
 
 Body = dict[str, Any]  # of a request
 

@@ -13,7 +13,6 @@ import os
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,14 +21,21 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from align.config import UserError
+from align.say import UserError
 
 #: (path, body or None for GET) -> the parsed answer of one server
 Send = Callable[[str, dict[str, Any] | None], Any]
 
+
 _PAUSES = (0.25, 30.0)  # seconds for which a server is left alone: after its first failure in a row, and at most
+
+
 _WORTH_A_LINE = 2  # failures in a row after which one more is said: a server that is busy now and then is no news
+
+
 _TRIES = 5  # of a request at least, where servers take longer to fail than the caller is patient
+
+
 _TRY_LATER = (408, 425, 429)  # statuses below 500 that say nothing about the request
 
 

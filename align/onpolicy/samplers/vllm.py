@@ -12,9 +12,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from align.config import UserError
-from align.model import stop_token_ids
+from align.model.chat import stop_token_ids
 from align.onpolicy.samplers.base import Prompt, Sample, Sampler, as_sample
+from align.say import UserError
 
 
 @contextlib.contextmanager

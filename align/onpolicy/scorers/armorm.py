@@ -33,10 +33,11 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel, PreTrainedModel
 
-from align.config import ScorerConfig, UserError
-from align.launch import Place
+from align.config import ScorerConfig
+from align.launch.rank import Place
 from align.onpolicy.scorers import models
 from align.onpolicy.scorers.base import Item, Scores
+from align.say import UserError
 
 _BOUNDARY = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
 

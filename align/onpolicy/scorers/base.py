@@ -64,7 +64,7 @@ class Scores:
 class Scorer(Protocol):
     """Scores items. Loads what it needs at the first call, so that one whose scores are all there costs nothing.
 
-    A third party's is made by a function of (`ScorerConfig`, `align.launch.Place`): see registry.py.
+    A third party's is made by a function of (`ScorerConfig`, `align.launch.rank.Place`): see registry.py.
     """
 
     @property

@@ -20,13 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.config import JudgeConfig, ScorerConfig, UserError
-from align.launch import Place
+from align.config import JudgeConfig, ScorerConfig
+from align.launch.rank import Place
 from align.onpolicy.samplers.servers import Servers
 from align.onpolicy.scorers.base import Identity, Item, Kind, Scores, as_text
+from align.say import UserError
 
 FIRST, SECOND = "m", "M"  # {first} is called m, {second} M
+
+
 PLACES = ("{prompt}", "{first}", "{second}")
+
+
 TEMPLATE = '''Two assistants were given the same prompt. Decide whose output a careful person would prefer: the one that \
 does what was asked, is right, and says no more than helps. Neither the order nor the length of the outputs counts.
 
@@ -37,6 +42,8 @@ does what was asked, is right, and says no more than helps. Neither the order no
 {"model": "M", "output": """{second}"""}
 
 Answer with one letter and nothing else: m if the output of model m is better, M if that of model M is.'''
+
+
 _ASK = {"temperature": 0.0, "max_tokens": 8, "logprobs": True, "top_logprobs": 5}
 
 

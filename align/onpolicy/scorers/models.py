@@ -16,12 +16,16 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from align.config import ScorerConfig, UserError
-from align.launch import Place
-from align.model import NotHereError, is_local, merge_system_message
+from align.config import ScorerConfig
+from align.launch.rank import Place
+from align.model.chat import merge_system_message
+from align.model.load import NotHereError, is_local
 from align.onpolicy.scorers.base import Identity, Item, Kind, as_messages
+from align.say import UserError
 
 _DECIDES = ("*.safetensors", "config.json", "tokenizer*.json", "special_tokens_map.json", "chat_template.jinja")
+
+
 _SOME = 3  # names in an error
 
 

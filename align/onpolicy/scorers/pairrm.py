@@ -39,12 +39,15 @@ import torch
 from torch import Tensor, nn
 from transformers import DebertaV2Config, DebertaV2Model, DebertaV2PreTrainedModel, PreTrainedModel
 
-from align.config import ScorerConfig, UserError
-from align.launch import Place
+from align.config import ScorerConfig
+from align.launch.rank import Place
 from align.onpolicy.scorers import models
 from align.onpolicy.scorers.base import Identity, Item, Kind, Scores, as_text
+from align.say import UserError
 
 MARKERS = ("<|source|>", "<|candidate1|>", "<|candidate2|>")
+
+
 MAX_SOURCE, MAX_TOKENS = 1224, 2048  # of the prompt, and of all three parts; special ones included
 
 

@@ -8,9 +8,11 @@ import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from align.config import ScorerConfig, UserError, file_fingerprint, resolve
-from align.launch import Place
+from align.config import ScorerConfig
+from align.files import file_fingerprint
+from align.launch.rank import Place
 from align.onpolicy.scorers.base import Identity, Item, Kind, Scores, last_turn
+from align.say import UserError, resolve
 
 
 class ProgramScorer:

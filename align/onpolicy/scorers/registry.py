@@ -11,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from align.config import RunConfig, ScorerConfig, UserError, closest, resolve
+from align.config import RunConfig, ScorerConfig
 from align.onpolicy.scorers.base import Identity, Kind, Scorer
+from align.say import UserError, closest, resolve
 
 if TYPE_CHECKING:  # torch: not needed to look a name up
-    from align.launch import Place
+    from align.launch.rank import Place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,11 @@ class _BuiltIn:
 
 
 _HERE = "align.onpolicy.scorers"
+
+
 _MODEL = ("path", "revision", "max_length", "tokens_per_batch", "system_message")
+
+
 _BUILT_IN = {
     "program": _BuiltIn(make=f"{_HERE}.program:ProgramScorer", reads=("path",)),
     "reward_model": _BuiltIn(make=f"{_HERE}.reward_model:RewardModelScorer", reads=(*_MODEL, "template")),

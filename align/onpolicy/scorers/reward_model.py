@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from align.config import ScorerConfig, UserError
-from align.launch import Place
+from align.config import ScorerConfig
+from align.launch.rank import Place
 from align.onpolicy.scorers import models
 from align.onpolicy.scorers.base import Item, Scores
+from align.say import UserError
 
 
 class RewardModelScorer:

@@ -1,0 +1,107 @@
+"""One command of Hydra's: compose, check, then run, plan or measure; a sweep goes job by job.
+
+Composing needs no torch, so `--help` and `--cfg job` answer at once; the run is imported when there is one.
+An error that the user can put right is one line and exit status 1; any other keeps its traceback.
+HYDRA_FULL_ERROR=1 keeps it for all. A job of a sweep that fails does not stop the others; the sweep ends with their list.
+"""
+
+import os
+import shlex
+import signal
+import sys
+import traceback
+import warnings
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from align.choices import Source
+from align.cli import compose
+from align.cli.sweep import OF_SWEEPS, Sweep
+from align.config import RunConfig
+from align.launch import slurm
+from align.say import FULL_ERROR, Stopped, UserError, resolve
+
+_RUN = {Source.dataset: "align.runs.spine:run", Source.selfplay: "align.runs.selfplay:selfplay"}
+
+
+def _do(node: DictConfig, stage: str | None, sweep: Sweep) -> float | None:
+    """One composed command: a run, or the stage of one that "module:function" names."""
+    typed = HydraConfig.get()
+    sweeps = typed.mode is RunMode.MULTIRUN
+    given: Any = OmegaConf.to_container(typed.overrides.task)  # as typed: ${seed} is not resolved
+    words = shlex.join(word for word in given if not word.startswith(OF_SWEEPS))
+    try:
+        cfg: Any = OmegaConf.to_object(node)
+        if isinstance(cfg, RunConfig):
+            own = [source.path for source in typed.runtime.config_sources if source.provider == "command-line"]
+            cfg.command = shlex.join(["python", "-m", "align", *(f"--config-dir={path}" for path in own)]) + f" {words}"
+        if sweeps:
+            sweep.begin_job(cfg, stage is None and not cfg.plan, words)
+        function = resolve(stage or _RUN[cfg.source.name], "source")  # torch and transformers, only when something runs
+        result: float | None = function(cfg)
+        return result
+    except Exception as error:
+        by_user = isinstance(error, UserError | OmegaConfBaseException)
+        if sweeps:
+            if not by_user or FULL_ERROR:
+                traceback.print_exc()
+            sweep.fail_job(error, words)
+            raise  # Hydra goes on with the others
+        if not by_user or FULL_ERROR:
+            raise
+        sys.exit(f"align: {compose.one_line(error)}")
+
+
+def _warning_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    return f"align: warning: {message}\n"
+
+
+def _as_ctrl_c(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def command(stage: str | None = None, root: str = "config", schema: str = "align.config:RunConfig") -> None:
+    """Type a command: of a run, or of the stage "module:function".
+
+    `root` is the YAML of conf/ that is composed, and `schema` names its type; others than a run's have a stage.
+    """
+
+    sweep = Sweep()
+
+    @hydra.main(config_path=str(compose.CONF), config_name=root, version_base="1.3")
+    def job(node: DictConfig) -> float | None:
+        return _do(node, stage, sweep)
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise, so that the line below can say it shorter
+    warnings.formatwarning = _warning_line
+    signal.signal(signal.SIGTERM, _as_ctrl_c)
+    shape: Any = resolve(schema, "schema")
+    compose.install(shape)
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))  # wherever it was typed
+    sys.path.insert(0, "")  # "module:function" of the working folder, for the console script as for python -m
+    try:
+        try:
+            job()
+            slurm.submit()
+        except Exception as error:
+            if error not in sweep.errors and len(sweep.failed) < max(1, sweep.jobs):
+                raise
+            sweep.end(ended_by_jobs=True)  # what is raised is what the first of them raised, which is said
+        sweep.end(ended_by_jobs=False)
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        unsent = "; nothing was submitted" if slurm.discard() else ""
+        if FULL_ERROR:
+            raise
+        sys.exit(f"align: {compose.one_line(error)}{unsent}")
+    except KeyboardInterrupt as stop:
+        at = f" {stop}" if isinstance(stop, Stopped) else ""
+        print(f"align: stopped{at}; the same command goes on where it stopped", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

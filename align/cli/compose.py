@@ -1,0 +1,168 @@
+"""Hydra, set up for align: where the YAML lies, which recipe a command picks, and errors in one line.
+
+Four things Hydra does not do by itself. The recipe `experiments/recipe/<model>_<objective>.yaml`, else `<model>.yaml`, is
+chosen by the two words of the command, and may choose the dataset (an interpolated defaults list may not). Keys of open nodes, such
+as `objective`, need no `+`: what is allowed there is checked where it is known. A sweep is called after its words, so that
+the same command is the same sweep. And an error is one line that names the key and what is allowed.
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra._internal.hydra as hydra_internals
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
+from hydra.core.object_type import ObjectType
+from hydra.errors import OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, flag_override
+from omegaconf.errors import MissingMandatoryValue
+
+from align.config import RunConfig, is_group
+from align.files import fingerprint
+from align.say import UserError, closest
+
+_ALIGN = Path(__file__).resolve().parent.parent
+
+
+def shipped(folder: str) -> Path:
+    """`conf` or `experiments`: inside the installed package, or beside it in a checkout."""
+    installed = _ALIGN / folder
+    return installed if installed.is_dir() else _ALIGN.parent / folder
+
+
+CONF = shipped("conf")
+
+
+#: Nodes that take keys of their own, checked where they are known; typed without the `+` that Hydra asks for.
+_OPEN = {
+    "config": r"^((?:objective|optimizer)\.|(?:model\.(?:lora|init|shape)|dataset\.(?:columns|mix)|source\.candidates|"
+    r"scorer\.judge\.request|cluster\.slurm\.options)[.=])",
+    "evaluate": r"^((?:suite|sampling)\.|(?:scorer\.judge\.request|cluster\.slurm\.options)[.=])",
+}
+
+
+def _default_choices(root: str) -> dict[str, str]:
+    entries = OmegaConf.load(CONF / f"{root}.yaml").defaults
+    return {str(key): value for entry in entries if isinstance(entry, DictConfig) for key, value in entry.items()}
+
+
+class Loader(ConfigLoaderImpl):
+    """Hydra's loader, over `conf/` and `experiments/`, with the two words of a command turned into a recipe."""
+
+    def __init__(self, config_search_path: ConfigSearchPath) -> None:
+        config_search_path.prepend("experiments", f"file://{shipped('experiments')}")
+        super().__init__(config_search_path)
+
+    def load_configuration(
+        self, config_name: str | None, overrides: list[str], run_mode: RunMode, *args: Any, **kwargs: Any
+    ) -> DictConfig:
+        """The composed configuration of one job; of a sweep what all its jobs share, where each will pick its recipe."""
+        typed = overrides
+        root = config_name or "config"
+        choices = _default_choices(root)
+        groups = "|".join(choices)
+        optional = [f"{group}=null" for group, choice in choices.items() if choice is None and group != "recipe"]
+        overrides = [override for override in overrides if override not in optional]  # Hydra takes null in YAML only
+        overrides = [re.sub(rf"^({groups})=null$", r"\1=none", override) for override in overrides]
+        overrides = [re.sub(rf"^({groups})=(\d.*)$", r"\1='\2'", override) for override in overrides]
+        overrides = [re.sub(_OPEN[root], r"++\1", override) for override in overrides]
+        if "recipe" in choices and run_mode is RunMode.RUN:
+            chosen = choices | dict(o.split("=", 1) for o in overrides if "=" in o)
+            recipes = (f"{chosen['model']}_{chosen['objective']}", chosen["model"])
+            found = next((name for name in recipes if self.repository.config_exists(f"recipe/{name}")), None)
+            if chosen["recipe"] is None and found is not None:
+                overrides = [f"recipe={found}", *overrides]
+        try:
+            cfg = super().load_configuration(config_name, overrides, run_mode, *args, **kwargs)
+        except ValueError as error:  # Hydra's own word on `model=3`
+            words = " ".join(overrides)
+            raise UserError(f"{error} (in {words}): a group takes one of its choices, as in model=tiny") from error
+        if config_name is not None:
+            with flag_override(cfg, ["readonly", "struct"], False):  # as typed, for jobs and for people
+                cfg.hydra.overrides.task = [word for word in typed if not re.match(r"[+~]*hydra[./]", word)]
+        return cfg
+
+    def get_group_options(
+        self,
+        group_name: str,
+        results_filter: ObjectType | None = ObjectType.CONFIG,
+        config_name: str | None = None,
+        overrides: list[str] | None = None,
+    ) -> list[str]:
+        """The choices of a group. Hydra's own copies every cached config for each group: half of `--help`'s time."""
+        return self.repository.get_group_options(group_name, results_filter)
+
+
+#: Words that cannot change what a sweep finds out.
+_INDIFFERENT = r"^(?:tracker|cluster|engine|cache_dir|plan)\b"
+
+
+def sweep_name(words: Sequence[str]) -> str:
+    """What a sweep is called: `tracker.group` if that is typed, else its words in brief and six digits of all of them.
+
+    It is the folder under runs/groups and the tracker's group.
+    """
+    typed = [word for word in words if "=" in word and not word.startswith("hydra")]
+    given = [word.partition("=")[2].strip("'\"") for word in typed if re.match(r"\+*tracker\.group=", word)]
+    if given and given[-1] != "null" and is_group(given[-1]):
+        return given[-1]
+    kept = [word for word in typed if not re.match(_INDIFFERENT, word)]
+    brief = "_".join(word.partition("=")[0].rpartition(".")[2] + "-" + word.partition("=")[2] for word in kept)
+    brief = re.sub(r"[^\w.-]+", "-", brief).strip("-")[:60]
+    return f"{brief or 'sweep'}_{fingerprint(sorted(kept))[:6]}"
+
+
+def install(schema: type = RunConfig) -> None:
+    """Make `hydra.main` use our loader and know the typed schema."""
+    OmegaConf.register_new_resolver("sweep_name", lambda: sweep_name(sys.argv[1:]), replace=True)
+    ConfigStore.instance().store(name="schema", node=schema)
+    hydra_internals.ConfigLoaderImpl = Loader
+
+
+def one_line(error: BaseException) -> str:
+    """Hydra's and OmegaConf's multi-line errors as one line that names the key and what is allowed."""
+    cause = error
+    while cause.__cause__ is not None and not hasattr(cause, "full_key"):
+        cause = cause.__cause__
+    if isinstance(error, OverrideParseException):
+        return f"cannot read {error.override!r}: write key=value, in quotes where the value has brackets, spaces or $"
+    key, parent = getattr(cause, "full_key", None), getattr(cause, "object_type", None)
+    message = str(cause).splitlines()[0]
+    if key and re.match(r"Key '.*' (is )?not in", message):
+        names = list(getattr(parent, "__dataclass_fields__", {}))
+        return _unknown_key(key, names)
+    if key and isinstance(cause, MissingMandatoryValue):
+        return f"{key} has no value yet: type {key}=..."
+    if key and "is not a ListConfig" in message:
+        return f"{key} takes a list: type '{key}=[first, second]'"
+    if key:
+        return f"{key}: {message}"
+    if several := re.search(r"(?:Sweep parameters|Ambiguous value for argument) '\+*([^']*)'", str(error)):
+        return (
+            f"{several[1]} are several values: type -m for a run of each, or search=optuna for a search in an interval "
+            "(if that is typed, a word that begins with hydra. is misspelled)"
+        )
+    if foreign := re.match(r"Could not override '(\w+)'", str(error)):  # a group that is another command's
+        return f"{foreign[1]} is no word of this command; --help lists those that are"
+    if "hydra/sweeper/optuna" in str(error):
+        return "search=optuna needs a package: pip install hydra-optuna-sweeper"
+    if "Could not find" in str(error):  # a choice that a group does not have
+        missing = re.search(r"Could not find '(\w+)/(.*)'", str(error))
+        options = re.search(r"Available options in .*:\n((?:\t.*\n)*)", str(error))
+        if missing and options:
+            group, choice = missing.groups()
+            names = options.group(1).split()
+            return f"there is no {group}={choice}{closest(choice, names)}; {group} is one of {', '.join(names)}"
+    return " ".join(str(error).split())
+
+
+def _unknown_key(key: str, names: list[str]) -> str:
+    prefix, _, last = key.rpartition(".")
+    prefix = f"{prefix}." if prefix else ""
+    allowed = f"; {prefix.rstrip('.') or 'the top level'} has {', '.join(names)}" if names else ""
+    return f"unknown key {key}{closest(last, names, prefix)}{allowed}"

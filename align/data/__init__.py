@@ -1,0 +1,1 @@
+"""Preference pairs and prompts, from anybody's rows to token ids."""

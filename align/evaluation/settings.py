@@ -1,0 +1,107 @@
+"""The typed shape of an evaluation: `python -m align evaluate run=<folder> suite=<suite>`, every knob with its default.
+
+`suite` and `sampling` are typed when they are read, as the first has the knobs of its kind only, and of the second what
+is not typed is the run's own. No torch here: `--help` must answer at once.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from align.config import MISSING, ClusterConfig, ScorerConfig
+
+
+@dataclass
+class EvaluateConfig:
+    """One suite on one run."""
+
+    run: str = MISSING  # the folder of a run that is complete
+    suite: dict[str, Any] = field(default_factory=dict)  # one of SUITES
+    sampling: dict[str, Any] = field(
+        default_factory=dict
+    )  # of SamplingConfig; else as the run's own evaluation samples
+    scorer: ScorerConfig = field(default_factory=ScorerConfig)  # name null: the run's own
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    seed: int = 42  # of the answers, apart from the run's: the same for all runs that are compared
+    cache_dir: str = MISSING  # as the run's
+
+
+@dataclass
+class SuiteConfig:
+    """What every suite has."""
+
+    kind: str = MISSING  # which suite
+    name: str = MISSING  # of its folder under <run>/evaluation and before its results: another for other settings
+    limit: int | None = None  # at most so many pairs, prompts, questions, or examples of a task; the first ones
+
+
+@dataclass
+class PairsConfig(SuiteConfig):
+    """Accuracies on preference pairs."""
+
+    path: str | None = None  # as dataset.path; null: the run's held-out pairs
+    split: str = "train"  # of a hub set or a save_to_disk folder
+    columns: dict[str, str] = field(default_factory=dict)  # our column name -> the source's
+    wrap_plain: bool = False  # true: a plain prompt and response become one chat turn each
+    group_by: str | None = None  # column: accuracies are also reported per value of it
+
+
+@dataclass
+class JudgeConfig(SuiteConfig):
+    """The run's answers against others, by a scorer. `limit` null: the run's evaluation.prompts."""
+
+    against: str | None = (
+        None  # a run folder, or a file of answers (rows of prompt and response); null: the start model
+    )
+    prompts: str | None = None  # as dataset.path; null: the run's held-out prompts
+    wrap_plain: bool = False  # true: a plain prompt becomes a chat turn
+
+
+@dataclass
+class AlpacaEvalConfig(SuiteConfig):
+    """AlpacaEval 2. Files are its own; hub: from its dataset, tatsu-lab/alpaca_eval."""
+
+    instructions: str = "hub"  # rows of instruction, and dataset
+    reference: str = "hub"  # rows of instruction, output and generator: whom the answers are compared with
+    annotations: str | None = None  # a judge's, in AlpacaEval's format, of the answers written here
+    difficulties: str | None = None  # df_gamed.csv, or hub; null: the length-controlled win rate does without
+    annotator: str | None = None  # of the package alpaca-eval, which judges: weighted_alpaca_eval_gpt4_turbo
+
+
+@dataclass
+class ArenaHardConfig(SuiteConfig):
+    """Arena-Hard-Auto: answers in its format, and its judgments read back."""
+
+    questions: str = MISSING  # its question.jsonl
+    judgments: str | None = None  # the file that its gen_judgment.py has made of the answers written here
+
+
+@dataclass
+class LmEvalConfig(SuiteConfig):
+    """Tasks of EleutherAI's lm-evaluation-harness."""
+
+    tasks: list[str] = field(default_factory=list)  # their names there
+    num_fewshot: int | None = None  # null: as the task has it
+    task_folder: str | None = None  # with tasks of yours, a YAML file each
+    chat_template: bool = False  # true: questions are put as chat turns
+    batch_size: int = 8  # requests at once
+    start: bool = (
+        True  # also the start model, once for all runs that share the cache: the difference is what training cost
+    )
+
+
+SUITES: dict[str, type[SuiteConfig]] = {
+    "pairs": PairsConfig,
+    "judge": JudgeConfig,
+    "alpaca_eval": AlpacaEvalConfig,
+    "arena_hard": ArenaHardConfig,
+    "lm_eval": LmEvalConfig,
+}
+
+
+def typed(key: str, shape: Any, given: dict[str, Any]) -> Any:
+    """`given` as an instance of a dataclass, or over one; an error names the key."""
+    node = OmegaConf.merge(OmegaConf.create({key: OmegaConf.structured(shape)}), {key: given})
+    made: Any = OmegaConf.to_object(node)
+    return made[key]

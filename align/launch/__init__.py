@@ -1,0 +1,1 @@
+"""Where a run runs: its processes, their strategy, SLURM."""

@@ -1,0 +1,199 @@
+"""Where a run runs: its processes, this process's place among them, and how they start, stop and fail together.
+
+    fleet(cfg)      what the `cluster` node comes to on this machine: refuses what cannot work, before anything runs
+    start(...)      runs a function once per process of this machine, and watches them: torch's elastic agent without
+                    its restarts, whose one signal could not tell "a neighbour died" (die too) from "stop" (save first)
+    join(fleet)     this process's place: alone, a worker of `start`, or one of torchrun's, accelerate's or srun's;
+                    a process may `leave` and join again, as often as it likes
+    apart(fleet)    the same place for work without the others, before, between and after
+
+A worker that fails is one line in the parent's terminal, with its rank; the others are ended at once, since they would
+wait for it in a collective. A worker whose parent is gone ends itself. Left out: starting processes on other machines,
+which is SLURM's (slurm.py) or torchrun's part.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from align.choices import Strategy
+from align.launch import lifeline
+from align.launch.rank import Fleet, inside
+from align.say import Stopped, UserError
+
+_LAST_WORDS = 1.0  # seconds that the others get to say what they know once one has failed
+
+
+_TO_CHECKPOINT = 600.0  # seconds from a stop to its checkpoint, at most; a second Ctrl-C does not wait
+
+
+# Starting -----------------------------------------------------------------------------------------------------------
+
+
+def start_processes(fleet: Fleet, logs: Path, function: Callable[..., Any], *args: Any) -> Any:
+    """Run `function(*args)` once in each process of the fleet, all on this machine. Returns what rank 0's returns.
+
+    Args:
+        logs: folder for what processes other than rank 0 print, and for the traceback of one that fails.
+        function: importable, and all that it takes can be pickled. It may call `join`.
+
+    Raises:
+        UserError: a process failed; the message names it. The others are gone by then.
+        Stopped: the processes were asked to stop, and did.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    for old in logs.glob("*.outcome"):
+        old.unlink()
+    # The parent keeps the store at which the processes meet: a port that the system picks, and gone with the parent.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, fleet.world, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("spawn")
+    processes: list[BaseProcess] = [
+        context.Process(
+            target=lifeline.call,
+            args=(os.getpid(), pickle.dumps((_work, (rank, fleet, store.port, logs, function, args)))),
+            name=f"align-{rank}",
+        )
+        for rank in range(fleet.world)
+    ]
+    with _passing_on_signals(processes) as asked:
+        try:
+            for process in processes:
+                process.start()
+            ended = _watch(processes, asked)
+        finally:
+            for process in processes:
+                if process.pid is not None:
+                    process.kill()
+                    process.join()
+    return _verdict(len(processes), ended, logs, asked)
+
+
+def _watch(processes: list[BaseProcess], asked: list[float]) -> dict[int, int]:
+    """Wait until all processes have ended, one has failed, or they took too long to stop. {rank: exit status}."""
+
+    def ended() -> dict[int, int]:
+        return {rank: p.exitcode for rank, p in enumerate(processes) if p.exitcode is not None}
+
+    while len(ended()) < len(processes):
+        wait([p.sentinel for p in processes if p.exitcode is None], timeout=0.5)
+        too_long = asked and time.monotonic() - asked[0] > _TO_CHECKPOINT
+        if any(ended().values()) or len(asked) > 1 or too_long:
+            until = time.monotonic() + _LAST_WORDS
+            while len(ended()) < len(processes) and time.monotonic() < until:
+                time.sleep(0.02)
+            break
+    return ended()
+
+
+@contextlib.contextmanager
+def _passing_on_signals(processes: list[BaseProcess]) -> Iterator[list[float]]:
+    """Ctrl-C and SIGTERM become SIGTERM for every process. Yields the moments when they came."""
+    asked: list[float] = []
+
+    def pass_on(number: int, frame: Any) -> None:
+        asked.append(time.monotonic())
+        for process in processes:
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, signal.SIGTERM)
+
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, pass_on) for number in numbers}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _verdict(world: int, ended: dict[int, int], logs: Path, asked: list[float]) -> Any:
+    """What rank 0 returned, or the failure that came first."""
+    said: dict[int, dict[str, Any]] = {}
+    for rank in range(world):
+        with contextlib.suppress(OSError, ValueError):
+            said[rank] = json.loads((logs / f"{rank}.outcome").read_text())
+    in_order = sorted(said.values(), key=lambda outcome: outcome["time"])
+    texts = {kind: [o["text"] for o in in_order if o["kind"] == kind] for kind in ("done", "user", "stopped", "failed")}
+    if len(texts["done"]) == world:
+        return said[0]["text"]
+    if texts["user"]:
+        raise UserError(texts["user"][0])
+    if texts["stopped"]:
+        raise Stopped(texts["stopped"][0])
+    of_stop = signal.SIGTERM if asked else None  # what it comes to wherever no training is under way
+    for rank, status in ended.items():  # one that a signal ended could not speak; the others only say that it is gone
+        if status < 0 and -status != of_stop:
+            memory = "; out of memory? try a smaller engine.tokens_per_micro_batch or fewer cluster.processes"
+            hint = memory if -status == signal.SIGKILL else f"; what it printed last is in {logs / f'{rank}.log'}"
+            raise UserError(f"process {rank} of {world} was ended by {signal.Signals(-status).name}{hint}")
+    if texts["failed"]:
+        raise UserError(texts["failed"][0])
+    if asked:
+        if len(asked) > 1:
+            raise Stopped("at once, without a checkpoint")
+        long = f"killed, as no checkpoint came in {_TO_CHECKPOINT:.0f} s"
+        raise Stopped("at once, as no training was under way" if ended else long)
+    silent = min(rank for rank in range(world) if rank not in said)
+    raise UserError(f"process {silent} of {world} ended with status {ended.get(silent)} and without a word; see {logs}")
+
+
+def _work(rank: int, fleet: Fleet, port: int, logs: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """The body of a process: take the place, run, and leave word of how it ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to everyone; the parent passes on SIGTERM
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": fleet.world, "LOCAL_WORLD_SIZE": fleet.per_node}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    tqdm.set_lock(threading.RLock())  # its own outlives a process that is killed, and the system complains
+    os.environ |= {name: str(value) for name, value in {**places, **meeting}.items()}
+    if rank > 0:
+        log = os.open(logs / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+    outcome: dict[str, Any] = {"kind": "done"}
+    try:
+        outcome["text"] = function(*args)
+    except UserError as error:
+        outcome = {"kind": "user", "text": str(error)}
+    except Stopped as stop:
+        outcome = {"kind": "stopped", "text": str(stop)}
+    except BaseException as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        trace = logs / f"{rank}.traceback"
+        trace.write_text(traceback.format_exc())
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]} ({Path(at.filename).name}:{at.lineno})"
+        outcome = {"kind": "failed", "text": f"process {rank} of {fleet.world}: {text}; traceback in {trace}"}
+    unfinished = logs / f"{rank}.unfinished"
+    unfinished.write_text(json.dumps({**outcome, "time": time.time()}))
+    unfinished.replace(logs / f"{rank}.outcome")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0 if outcome["kind"] in ("done", "stopped") else 1)  # nothing that is connected may keep it here
+
+
+def logs_of(folder: Path) -> Path:
+    """Where the processes of a stage alone write: of each command its own, as several may share a folder."""
+    return folder / "logs" / f"{socket.gethostname()}-{os.getpid()}"
+
+
+def in_each_process(fleet: Fleet, logs: Path, function: Callable[..., None], *args: Any) -> None:
+    """Call `function(*args)` here, in processes of ours, or as one of several that were started from outside."""
+    alone = fleet.world == 1 and fleet.strategy in (Strategy.single, Strategy.auto)  # auto: nothing is trained
+    if inside() or alone:
+        function(*args)
+    else:
+        start_processes(fleet, logs, function, *args)

@@ -1,0 +1,81 @@
+"""How a model speaks: its chat template, its one BOS, the tokens that end its turn."""
+
+import hashlib
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from align.choices import SystemMessage
+from align.files import fingerprint
+from align.say import UserError
+
+
+def merge_system_message(messages: list[dict[str, str]], policy: SystemMessage) -> list[dict[str, str]]:
+    """The conversation as the chat template can take it: a leading system message may go into the first user turn."""
+    if policy is SystemMessage.template or len(messages) < 2 or messages[0]["role"] != "system":
+        return messages
+    first = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+    return [first, *messages[2:]]
+
+
+def with_one_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Prompt ids with one BOS in front where the template writes one or the tokenizer would add one; else none."""
+    bos = tokenizer.bos_token_id
+    if bos is None or not (ids[:1] == [bos] or tokenizer("a").input_ids[:1] == [bos]):
+        return ids
+    while ids[:1] == [bos]:
+        ids = ids[1:]
+    return [bos, *ids]
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """The strings that the tokenizer reads as one special token each."""
+    return {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a response: the tokenizer's eos, and the one its chat template closes a turn with."""
+    ids = [tokenizer.eos_token_id]
+    if tokenizer.chat_template is not None:
+        end = end_of_turn(tokenizer)[0]
+        ids += [i for i in tokenizer(end, add_special_tokens=False).input_ids if i not in ids][-1:]
+    return ids
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What the chat template writes behind an answer: (up to and with its last special token, the rest).
+
+    Gemma: ("<end_of_turn>", "\\n"). The rest is never generated, so it is not part of a response. Where the template
+    closes no turn the first part is the tokenizer's eos token.
+
+    Raises:
+        UserError: the template does not write the assistant's turn.
+    """
+    probe = "a probe of the template"
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": probe}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # Jinja raises whatever the template's author chose
+        raise UserError(f"the chat template fails on one user and one assistant turn: {error}") from error
+    assert isinstance(text, str)
+    _, found, tail = text.rpartition(probe)
+    if not found:
+        raise UserError("the chat template does not write the assistant's turn: give model.chat_template one that does")
+    ends = [tail.rfind(token) + len(token) for token in special_tokens(tokenizer) if token in tail]
+    if not ends:
+        return str(tokenizer.eos_token), tail
+    return tail[: max(ends)], tail[max(ends) :]
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Changes when a text would be tokenised or a conversation be rendered otherwise."""
+    backend = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    return fingerprint(backend, tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token)
+
+
+def prompt_ids(prompt: list[dict[str, str]] | str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token ids a policy is given: a conversation through the chat template, a plain text with its BOS."""
+    text: Any = prompt
+    if not isinstance(prompt, str):
+        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    return with_one_bos(tokenizer(text, add_special_tokens=False).input_ids, tokenizer)

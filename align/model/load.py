@@ -1,0 +1,255 @@
+"""Policies and tokenizers: load, initialise, adapt; and the fingerprints that caches are keyed by.
+
+The start model is always a folder or a hub name, also where it is randomly initialised or fitted first, so that
+everything after this file deals with one kind of model. Weights are safetensors, float32, without dropout: the
+papers train without it, and a log-ratio to the start model is only 0 at step 0 without it.
+"""
+
+import inspect
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import xxhash
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from align.config import ModelConfig, RunConfig
+from align.files import build_once, file_fingerprint, fingerprint
+from align.model.chat import stop_token_ids, tokenizer_fingerprint
+from align.say import UserError, resolve, say
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a run starts: `path` for `from_pretrained`, and the tokenizer with the run's chat template.
+
+    `fingerprint` changes with a local folder's weights or configuration, or with a hub model's revision.
+    """
+
+    path: str
+    fingerprint: str
+    tokenizer: PreTrainedTokenizerBase
+
+
+class NotHereError(UserError):
+    """A hub model that cannot be had: no network, another name, no access."""
+
+
+def stand_in(cfg: ModelConfig) -> Start:
+    """For plans where the hub cannot be reached: the built-in task's tokenizer, whose vocabulary is small."""
+    tokenizer = resolve("align.playground.tokenizer:build_tokenizer", "model.tokenizer")()
+    return Start(path=str(cfg.path), fingerprint="stand-in", tokenizer=tokenizer)
+
+
+def prepare_start(cfg: ModelConfig, cache: Path) -> Start:
+    """Load the tokenizer, and make the start model if the configuration describes one. Cached.
+
+    Raises:
+        UserError: no such model or tokenizer, or one that cannot be used; the message names the knob.
+    """
+    if cfg.path is not None:
+        tokenizer = _load_tokenizer(cfg, cfg.tokenizer or cfg.path, cfg.revision if cfg.tokenizer is None else None)
+        return Start(path=cfg.path, fingerprint=_start_fingerprint(cfg, tokenizer), tokenizer=tokenizer)
+    if cfg.tokenizer is None:
+        raise UserError("model.init needs model.tokenizer: a folder, a hub name, or module:function")
+    is_function = ":" in cfg.tokenizer and not Path(cfg.tokenizer).exists()
+    tokenizer = (
+        resolve(cfg.tokenizer, "model.tokenizer")() if is_function else _load_tokenizer(cfg, cfg.tokenizer, None)
+    )
+    key = fingerprint(
+        cfg.init, cfg.init_seed, _code_of(cfg.fit), tokenizer_fingerprint(tokenizer), transformers.__version__
+    )
+    folder = cache / "models" / f"{cfg.name}-{key}"
+
+    def build(into: Path) -> None:
+        model = _initialise(cfg, tokenizer)
+        if cfg.fit is not None:
+            resolve(cfg.fit, "model.fit")(model, tokenizer)
+        model.save_pretrained(into)
+        tokenizer.save_pretrained(into)
+
+    return Start(path=str(build_once(folder, build, what="start model")), fingerprint=key, tokenizer=tokenizer)
+
+
+def _start_fingerprint(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    folder = Path(str(cfg.path)).expanduser()
+    if not folder.is_dir():
+        return fingerprint(cfg.path, cfg.revision, tokenizer.init_kwargs.get("_commit_hash"))
+    digest = xxhash.xxh3_128()
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]):
+        digest.update(file.name.encode())
+        with file.open("rb") as content:
+            while block := content.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def _code_of(fit: str | None) -> list[str]:
+    """What a fit does: fingerprints of the files beside it, its own among them."""
+    if fit is None:
+        return []
+    folder = Path(inspect.getfile(resolve(fit, "model.fit"))).parent
+    return [fit, *(file_fingerprint(file) for file in sorted(folder.glob("*.py")))]
+
+
+def _initialise(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    values = dict(cfg.init)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    try:
+        config = AutoConfig.for_model(values.pop("model_type", ""), **{"vocab_size": len(tokenizer), **ids, **values})
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"model.init: {' '.join(str(error).split())}") from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.init_seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    stops = stop_token_ids(tokenizer)
+    model.generation_config.eos_token_id = stops
+    return model
+
+
+def load_policy(cfg: ModelConfig, start: Start, seed: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The policy as it is at step 0, on the CPU, adapter included. `seed` decides the adapter's start.
+
+    `dtype` is that of the weights. A model that is cast afterwards is another one: its rotary frequencies are buffers,
+    and in bfloat16 their angles are radians off at 2,000 tokens.
+    """
+    dtype_and_code: dict[str, Any] = {"dtype": dtype, "trust_remote_code": cfg.trust_remote_code}
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            start.path,
+            revision=cfg.revision,
+            attn_implementation=cfg.attn_implementation,
+            use_safetensors=True,
+            output_loading_info=True,
+            **dtype_and_code,
+        )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        attention = cfg.attn_implementation is not None and "attn_implementation" in str(error)
+        if attention:
+            raise UserError(
+                f"model.attn_implementation={cfg.attn_implementation}: {' '.join(str(error).split())}"
+            ) from error
+        raise UserError(_cannot_load("model.path", start.path, error)) from error
+    if loading["missing_keys"]:
+        some = ", ".join(sorted(loading["missing_keys"])[:3])
+        raise UserError(
+            f"model.path={start.path} lacks {len(loading['missing_keys'])} weights ({some} ...): they would be random"
+        )
+    if len(start.tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise UserError(
+            f"the tokenizer has {len(start.tokenizer)} tokens and model {start.path} embeds only "
+            f"{model.get_input_embeddings().num_embeddings}: model.tokenizer and model.path do not belong together"
+        )
+    model.config.use_cache = False
+    if cfg.lora:
+        model = _with_adapter(model, cfg.lora, seed)
+    _without_dropout(model)
+    return model
+
+
+def load_trained(cfg: ModelConfig, start: Start, folder: Path) -> PreTrainedModel:
+    """A trained policy as a run has written it, in float32 on the CPU: the weights, or the start model's adapter."""
+    if not cfg.lora:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            attn_implementation=cfg.attn_implementation,
+            use_safetensors=True,
+            dtype=torch.float32,
+            trust_remote_code=cfg.trust_remote_code,
+        )
+    else:
+        import peft
+
+        model = load_policy(replace(cfg, lora={}), start, seed=0)
+        model = peft.PeftModel.from_pretrained(model, folder)
+    model.config.use_cache = False
+    _without_dropout(model)
+    return model
+
+
+def _without_dropout(model: PreTrainedModel) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):  # in some models it is an nn.Dropout
+            module.attention_dropout = 0.0
+
+
+def _with_adapter(model: PreTrainedModel, fields: dict[str, Any], seed: int) -> PreTrainedModel:
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError("model.lora needs peft: pip install peft") from error
+    if fields.get("lora_dropout"):
+        raise UserError("model.lora.lora_dropout must be 0: with dropout the log-ratio to the start model is noise")
+    transformers.set_seed(seed)
+    try:
+        adapter = peft.LoraConfig(task_type="CAUSAL_LM", **fields)
+        return peft.get_peft_model(model, adapter)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"model.lora: {str(error).removeprefix('LoraConfig.__init__() ')}; fields are peft.LoraConfig's"
+        ) from error
+
+
+def _load_tokenizer(cfg: ModelConfig, path: str, revision: str | None) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=cfg.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        kind = UserError if is_local(path) else NotHereError
+        raise kind(_cannot_load("model.tokenizer" if cfg.tokenizer else "model.path", path, error)) from error
+    if not tokenizer.is_fast:
+        raise UserError(f"tokenizer {path} has no tokenizer.json: align needs a fast tokenizer")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer {path} has no eos_token: set one in its tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked and never scored: any token serves
+    if cfg.chat_template is not None:
+        file = Path(cfg.chat_template).expanduser()
+        is_template = "{" in cfg.chat_template
+        if not is_template and not file.is_file():
+            raise UserError(
+                f"model.chat_template={cfg.chat_template} is neither a Jinja template nor a file that holds one"
+            )
+        tokenizer.chat_template = cfg.chat_template if is_template else file.read_text()
+    return tokenizer
+
+
+def is_local(path: str) -> bool:
+    """Whether a path is meant as one of this machine; the hub's names are owner/name."""
+    return path.startswith(("/", ".", "~")) or Path(path).is_dir()
+
+
+def _cannot_load(key: str, path: str, error: Exception) -> str:
+    """One line: which knob, what was tried, and why it failed."""
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    folder = Path(path).expanduser()
+    if is_local(path) and not folder.is_dir():
+        return f"{key}={path} does not exist; it is taken from the working folder {Path.cwd()}"
+    if folder.is_dir() and not (folder / "tokenizer.json").is_file():
+        reason = "it has no tokenizer.json"
+    if folder.is_dir():
+        return f"{key}={path} cannot be loaded as a folder with config.json, safetensors and a tokenizer: {reason}"
+    return f"{key}={path} is no folder here and cannot be had from the hub (network, name, access token HF_TOKEN?): {reason}"
+
+
+def policy_fingerprint(cfg: ModelConfig, start: Start, seed: int) -> str:
+    """Changes when any weight of the policy at step 0 does, adapters included, or how they are used."""
+    adapter = [cfg.lora, seed] if cfg.lora else []
+    return fingerprint(start.fingerprint, adapter, cfg.attn_implementation, transformers.__version__)
+
+
+def start_model(cfg: RunConfig, cache: Path) -> Start:
+    """The start model; a plan for one that is not here counts by another tokenizer, and says so."""
+    try:
+        return prepare_start(cfg.model, cache)
+    except NotHereError as error:
+        if not cfg.plan:
+            raise
+        say(f"align: {error}; the plan counts tokens by the built-in tokenizer: more of them, the same steps")
+        return stand_in(cfg.model)

@@ -1,0 +1,52 @@
+"""A policy on disk: the start model, or what an iteration made of the one before."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from align.config import ModelConfig
+from align.files import build_once
+from align.launch.rank import Place
+from align.model.load import Start, load_policy, load_trained, policy_fingerprint, prepare_start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """The start model, or what an iteration made of the one before."""
+
+    iteration: int  # that made it; 0: the start model
+    cfg: ModelConfig
+    start: Start
+
+    def load(self, where: Place) -> PreTrainedModel:
+        """As it samples: a new adapter, which changes nothing yet, is left out."""
+        dtype = torch.bfloat16 if where.bf16 else torch.float32
+        policy: Any = load_policy(replace(self.cfg, lora={}), self.start, seed=0, dtype=dtype)
+        loaded: PreTrainedModel = policy.to(where.device)
+        return loaded
+
+    @property
+    def name(self) -> str:
+        """As people read it."""
+        return f"iteration {self.iteration}" if self.iteration else "start"
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when its weights do."""
+        return policy_fingerprint(replace(self.cfg, lora={}), self.start, seed=0)
+
+
+def trained_from(before: Policy, folder: Path, cache: Path) -> Policy:
+    """What a training that began with `before` has left in `folder`; an adapter is merged, into `merged` beside it."""
+
+    def merge(into: Path) -> None:
+        adapted: Any = load_trained(before.cfg, before.start, folder)
+        adapted.merge_and_unload().save_pretrained(into)
+        before.start.tokenizer.save_pretrained(into)
+
+    plain = build_once(folder.with_name("merged"), merge, "give another run_dir=") if before.cfg.lora else folder
+    cfg = replace(before.cfg, path=str(plain), revision=None, tokenizer=None, chat_template=None, init={}, fit=None)
+    return Policy(iteration=before.iteration + 1, cfg=cfg, start=prepare_start(cfg, cache))

@@ -1,0 +1,195 @@
+"""What would run, in a page of text: data, lengths, steps, micro-batches, memory, the first loss. Starts nothing."""
+
+from statistics import fmean
+
+import torch
+
+from align.choices import Layout, Strategy
+from align.config import RunConfig
+from align.data.pairs import Pairs, pair_lengths, token_counts
+from align.data.prompts import Prompts
+from align.engine.batching import MicroBatch, StepSampler, fed_tokens
+from align.launch.rank import Fleet
+from align.model.load import Start
+from align.onpolicy.scorers.base import Identity, Kind
+from align.train import memory
+from align.train.job import total_steps
+from align.train.memory import ENOUGH_TOKENS, GIB, longest_pair, micro_batch_that_fits, setup
+from objectives import Objective, Response
+
+
+def describe(cfg: RunConfig, start: Start, pairs: Pairs, objective: Objective, where: Fleet) -> str:
+    """The plan of a run, as it is printed and saved."""
+    train, lengths = cfg.train, pair_lengths(pairs.train)
+    wanted, layout = cfg.engine.tokens_per_micro_batch, cfg.engine.layout
+    budget = wanted if isinstance(wanted, int) else micro_batch_that_fits(cfg, start, pairs, where)
+
+    def sampler(layout: Layout) -> StepSampler:
+        return StepSampler(
+            lengths,
+            layout,
+            pairs_per_step=train.pairs_per_step,
+            world=where.world,
+            rank=0,
+            budget=budget,
+            seed=cfg.seed,
+        )
+
+    def first_shares(layout: Layout) -> list[list[MicroBatch]]:
+        return [share for _, share in zip(range(50), sampler(layout), strict=False)]
+
+    def tokens_per_pair(layout: Layout) -> float:
+        batches = [batch.pairs for share in first_shares(layout) for batch in share]
+        return sum(fed_tokens([lengths[i] for i in b], layout) for b in batches) / sum(map(len, batches))
+
+    micro = [len(share) for share in first_shares(layout)]
+    measured = wanted == "auto" and where.device == "cuda" and where.strategy in (Strategy.single, Strategy.ddp)
+    by_memory = ", or what the GPU turns out to hold" if measured else ""
+    tokens = {kind: tokens_per_pair(kind) for kind in dict.fromkeys([layout, *Layout])}
+    others = ", ".join(f"{kind.name} {count:,.0f}" for kind, count in tokens.items() if kind is not layout)
+    lines = [
+        f"objective   {objective}",
+        f"model       {cfg.model.name}: {start.path}" + (f", LoRA {cfg.model.lora}" if cfg.model.lora else ""),
+        f"data        {cfg.dataset.name}: {_counts(pairs, 'train')}",
+        f"held out    {_counts(pairs, 'held_out')}",
+        *(f"lengths     {name}: {_quantiles(pairs, column)}" for name, column in _COLUMNS.items()),
+        f"steps       {total_steps(cfg, len(lengths))} of {train.pairs_per_step} pairs ({len(sampler(layout))} an epoch)",
+        f"processes   {_processes(where)}",
+        f"a step      {train.pairs_per_step // where.world} pairs a process, in {fmean(micro):.1f} micro-batches (at most "
+        f"{max(micro)}) of up to {budget:,} tokens{by_memory}",
+        f"layout      {layout.name}: {tokens[layout]:,.0f} tokens a pair go through the model ({others})",
+        *_memory(cfg, start, where, longest_pair(cfg, pairs), budget),
+        f"first loss  {first_loss(objective, pairs)}",
+    ]
+    return "\n".join(lines)
+
+
+def describe_selfplay(
+    cfg: RunConfig,
+    start: Start,
+    prompts: Prompts,
+    of_iteration: int,
+    scorer: Identity,
+    objective: Objective,
+    where: Fleet,
+    longest: int,
+) -> str:
+    """The plan of self-play.
+
+    Args:
+        of_iteration: how many of the training prompts an iteration asks.
+        longest: tokens of the longest pair that can come out.
+    """
+    sampling, evaluation = cfg.sampling, cfg.evaluation
+    held_out, mean_prompt = len(prompts.held_out), fmean(prompts.tokens.values())
+    asked = of_iteration + held_out
+    plain = sum(isinstance(prompt.text, str) for prompt in prompts.all) if start.tokenizer.chat_template else 0
+    responses = asked * sampling.samples
+    longest_response = sampling.max_new_tokens
+    compared = min(evaluation.prompts, held_out)
+    if scorer.kind is Kind.pairwise:
+        scored = asked * sampling.samples * (sampling.samples - 1)
+        scoring = f"{scored:,} ordered pairs, up to {scored * (mean_prompt + 2 * longest_response):,.0f} tokens"
+    else:
+        scoring = f"{responses:,} responses, up to {responses * (mean_prompt + longest_response):,.0f} tokens"
+    steps = total_steps(cfg, of_iteration)
+    wanted = cfg.engine.tokens_per_micro_batch
+    budget = wanted if isinstance(wanted, int) else min(longest, ENOUGH_TOKENS)
+    others = "".join(f"; {name} answers {count:,} prompts" for name, count in prompts.answered().items())
+    lines = [
+        f"objective   {objective}",
+        f"model       {cfg.model.name}: {start.path}" + (f", LoRA {cfg.model.lora}" if cfg.model.lora else ""),
+        f"self-play   {cfg.iterations} iterations of {of_iteration:,} training prompts"
+        + (" each, none twice" if cfg.source.split_prompts else ", the same ones each time"),
+        f"prompts     {cfg.dataset.name}: {mean_prompt:,.0f} tokens on average; {held_out:,} held out; "
+        f"dropped: {prompts.describe_dropped()}"
+        + (f"; {plain:,} are plain texts, asked without a chat template (dataset.wrap_plain)" if plain else ""),
+        f"sample      {responses:,} responses an iteration by {sampling.backend.name}: {sampling.samples} to a prompt, "
+        f"temperature {sampling.temperature:g}, top_p {sampling.top_p:g}; {asked * mean_prompt:,.0f} tokens of prompts, up to "
+        f"{responses * longest_response:,} to sample{others}",
+        f"score       {scorer.name}: {scoring} an iteration",
+        f"train       at most {steps} steps of {cfg.train.pairs_per_step} pairs an iteration",
+        f"compare     {compared} held-out prompts, {evaluation.samples_per_prompt} responses of each policy, up to "
+        f"{compared * evaluation.samples_per_prompt * evaluation.max_new_tokens:,} tokens an iteration",
+        f"processes   {_processes(where)}",
+        *_memory(cfg, start, where, longest, budget),
+    ]
+    return "\n".join(lines)
+
+
+_COLUMNS = {"prompt": "prompt_ids", "chosen": "chosen_ids", "rejected": "rejected_ids"}
+
+
+def _processes(fleet: Fleet) -> str:
+    nodes = f"{fleet.nodes} nodes x " if fleet.nodes > 1 else ""
+    offload = ", offload" if fleet.offload else ""
+    precision = "bf16" if fleet.bf16 else "fp32"
+    return f"{nodes}{fleet.per_node} on {fleet.device}, {fleet.strategy.value}{offload}, {precision}"
+
+
+def _counts(pairs: Pairs, split: str) -> str:
+    counts = pairs.counts[split]
+    dropped = ", ".join(f"{count} {reason}" for reason, count in counts["dropped"].items())
+    responses = (
+        f"{counts['cut_pairs']} with responses cut, {counts['cut_tokens']} tokens lost" if counts["cut_pairs"] else ""
+    )
+    prompts = f"{counts['cut_prompts']} with prompts cut" if counts["cut_prompts"] else ""
+    cut = ", ".join(part for part in (responses, prompts) if part) or "none cut"
+    return f"{counts['pairs']} pairs; {cut}; dropped: {dropped or 'none'}"
+
+
+def _quantiles(pairs: Pairs, column: str) -> str:
+    lengths = sorted(token_counts(pairs.train, column))
+    at = {
+        name: lengths[min(len(lengths) - 1, int(q * len(lengths)))]
+        for name, q in (("half", 0.5), ("90%", 0.9), ("99%", 0.99))
+    }
+    return ", ".join(f"{name} at most {value}" for name, value in at.items()) + f", longest {lengths[-1]} tokens"
+
+
+def _memory(cfg: RunConfig, start: Start, fleet: Fleet, longest: int, budget: int) -> list[str]:
+    """An estimate for one process, and which strategies the devices would hold; of a pair and a micro-batch the tokens."""
+    made = setup(cfg, start, fleet)
+    need = memory.need(made, fleet.strategy, max(budget, longest))
+    parts = {
+        "weights": need.weights, "gradients": need.gradients, made.optimizer: need.optimizer, "buckets": need.buckets,
+        "gathered": need.passing, "head": need.head, "activations about": need.activations, "the step": need.step,
+    }  # fmt: skip
+    text = ", ".join(f"{part} {size / GIB:.1f}" for part, size in parts.items() if size >= GIB / 20)
+    of = f" of {fleet.memory / GIB:.0f}" if fleet.memory else ""
+    host = f"; {need.host / GIB:.1f} GiB in host memory" if need.host else ""
+    if fleet.world > 1 and fleet.strategy is not Strategy.zero3:  # which divides the weights as it reads them
+        host += f"; {4 * made.shape.parameters / GIB:.1f} GiB of host memory while the model loads"
+    weights = f"{made.shape.parameters / 1e6:,.1f}M weights"
+    lines = [f"memory      {need.total / GIB:.2f} GiB{of} a process: {text or 'little of each'}{host} ({weights})"]
+    if fleet.memory is not None:
+        fitting = memory.which_fit(made, fleet.memory, longest)
+        lines.append(f"would fit   {', '.join(s.value for s in fitting) or 'no strategy'}")
+    return lines
+
+
+def first_loss(objective: Objective, pairs: Pairs) -> str:
+    """The mean loss at step 0, where the policy is the reference, if it does not depend on the policy's own logp."""
+    columns = {side: torch.tensor(pairs.train[f"{side}_win_prob"][:]) for side in ("chosen", "rejected")}
+    sizes = {side: torch.tensor(token_counts(pairs.train, f"{side}_ids")).float() for side in columns}
+
+    def loss(per_token: dict[str, float]) -> float:
+        made = {}
+        for side, length in sizes.items():
+            logp = length * per_token[side]
+            # log_sum_sq and log_max lie between logp and 0 for a likely response: any value shows a dependence
+            values = {
+                "logp": logp,
+                "ref_logp": logp,
+                "length": length,
+                "log_sum_sq": logp / 2,
+                "log_max": logp / 3,
+                "win_prob": columns[side],
+            }
+            made[side] = Response(**{name: values[name] for name in objective.needs})
+        return float(objective(made["chosen"], made["rejected"]).loss.mean())
+
+    one, other = loss({"chosen": -1.0, "rejected": -2.0}), loss({"chosen": -0.5, "rejected": -0.3})
+    if abs(one - other) < 1e-6 * max(1.0, abs(one)):
+        return f"{one:.6g}, as the log-ratio to the start model is 0"
+    return "depends on the start model's log-probabilities"

@@ -1,0 +1,1 @@
+"""Experiment trackers and the wandb dashboard."""

@@ -1,0 +1,255 @@
+"""`python -m align dashboard entity/project [name=...] [group=...] [metric=result/win_rate] [--dry-run]`: wandb, set up.
+
+Builds a workspace and a report in a wandb project that runs of align are in, and saves both: results, training curves
+and hyperparameters, grouped by objective. `group=` shows the runs of one sweep, `metric=` is what runs are sorted by and
+hyperparameters are held against. `--dry-run` prints both as JSON, with no login and no network, and saves nothing.
+
+Only what is comparable between objectives is drawn: losses and rewards have each objective's own scale. Left out: what
+wandb cannot do, which are intervals and tests (align report).
+"""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from align.say import UserError, closest
+from align.tracking import trackers
+
+_USAGE = "python -m align dashboard entity/project [name=...] [group=...] [metric=result/win_rate] [--dry-run]"
+
+
+_X_AXIS = "train/global_step"
+
+
+_BY = "objective.name"
+
+
+_BY_RUN = ("Hyperparameters", "Runs")  # sections of the report in which runs stand alone
+
+
+_DRAWN = {"__id__", "id", "ref"}  # keys whose values are made up anew at every call
+
+
+#: Of the trained policy, in the order in which they are read.
+_RESULTS = {
+    "result/win_rate": "Win rate against the start model",
+    "result/ties": "Ties",
+    "result/judge_score": "Judge's score",
+    "result/sample_length": "Length of an answer, tokens",
+    "result/kl_policy_start": "KL(policy, start), nats per answer",
+    "result/repetition": "Repeated 4-grams",
+    "result/sample_entropy": "Entropy of sampled tokens, nats",
+    "result/accuracy/mean_logp": "Held-out accuracy by mean_logp",
+    "result/accuracy/log_ratio": "Held-out accuracy by log_ratio",
+}
+
+
+_CURVES = {
+    "eval/accuracy/mean_logp": "Held-out accuracy by mean_logp",
+    "eval/accuracy/log_ratio": "Held-out accuracy by log_ratio",
+    "train/accuracy/mean_logp": "Training accuracy by mean_logp",
+    "train/mean_logp/chosen": "mean_logp of chosen, nats per token",
+    "train/mean_logp/rejected": "mean_logp of rejected, nats per token",
+    "train/entropy": "Entropy, nats per token",
+    "eval/kl_start_policy": "KL(start, policy) on held-out data, nats",
+}
+
+
+_COST = {
+    "result/cost/seconds": "Training, seconds",
+    "result/cost/tokens": "Tokens fed",
+    "result/cost/peak_memory_gib": "Peak memory of a process, GiB",
+}
+
+
+#: Settings that are held against the metric; whether their axis is logarithmic.
+_SETTINGS = {"objective.beta": True, "objective.gamma_beta_ratio": False, "optimizer.learning_rate": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What is shown of which project."""
+
+    entity: str
+    project: str
+    name: str
+    group: str | None
+    metric: str
+    dry_run: bool
+
+    @property
+    def title(self) -> str:
+        """The metric in words."""
+        return _RESULTS.get(self.metric, self.metric)
+
+    @property
+    def less_is_better(self) -> bool:
+        """Of the metric."""
+        return trackers.goal(self.metric) == "minimize"
+
+
+def view(words: Sequence[str]) -> View:
+    """What the words ask for.
+
+    Raises:
+        UserError: a word that is none, or a metric that is a curve.
+    """
+    flags = {word for word in words if word.startswith("-")}
+    options = dict(word.split("=", 1) for word in words if "=" in word and word not in flags)
+    places = [word for word in words if "=" not in word and word not in flags]
+    known = ["name", "group", "metric"]
+    for word in [*sorted(flags - {"--dry-run"}), *sorted(options.keys() - set(known))]:
+        raise UserError(f"unknown option {word}{closest(word.lstrip('-'), [*known, 'dry-run'])}: {_USAGE}")
+    if not places:
+        raise UserError("type which project: python -m align dashboard entity/project")
+    if len(places) != 1 or places[0].count("/") != 1 or not all(places[0].split("/")):
+        raise UserError(f"{' '.join(places)} is not one entity/project of wandb: {_USAGE}")
+    entity, project = places[0].split("/")
+    metric = options.get("metric", "result/win_rate")
+    if "/" not in metric or metric.startswith(trackers.CURVES):
+        raise UserError(
+            f"metric={metric} is no result of a trained policy: type metric=result/{metric.partition('/')[2] or metric}, "
+            "or a suite's, as in metric=alpaca_eval/lc_win_rate"
+        )
+    group = options.get("group")
+    name = options.get("name") or (f"{group}: methods" if group else "Methods")
+    return View(entity=entity, project=project, name=name, group=group, metric=metric, dry_run="--dry-run" in flags)
+
+
+def dashboard(words: Sequence[str]) -> None:
+    """Build workspace and report, and print or save them.
+
+    Raises:
+        UserError: anything the user can put right.
+    """
+    wanted = view(words)
+    if importlib.util.find_spec("wandb_workspaces") is None:
+        raise UserError("the dashboard needs a package: pip install wandb-workspaces")
+    if not wanted.dry_run and not trackers.has_wandb_key():
+        raise UserError("no wandb key: type `wandb login`, or set WANDB_API_KEY; --dry-run does without")
+    try:
+        made = {"workspace": workspace(wanted), "report": report(wanted)}
+        if wanted.dry_run:
+            print(json.dumps({name: spec(one) for name, one in made.items()}, indent=1))
+            return
+        for one in made.values():
+            one.save()
+            print(one.url)
+    except Exception as error:  # wandb's own, of many kinds
+        raise UserError(f"wandb does not take it: {' '.join(str(error).split())[:300]}") from error
+
+
+def spec(made: Any) -> dict[str, Any]:
+    """A workspace or report as wandb stores it, without what is drawn anew each time."""
+
+    def lasting(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: lasting(value) for key, value in node.items() if key not in _DRAWN}
+        return [lasting(value) for value in node] if isinstance(node, list) else node
+
+    stored: dict[str, Any] = lasting(json.loads(made._to_model().model_dump_json(by_alias=True, exclude_none=True)))
+    return stored
+
+
+def workspace(wanted: View) -> Any:
+    """The saved view of the project: all panels, runs grouped by objective, the best first."""
+    import wandb_workspaces.workspaces as ws
+
+    return ws.Workspace(
+        entity=wanted.entity,
+        project=wanted.project,
+        name=wanted.name,
+        sections=[
+            ws.Section(name=name, panels=panels, is_open=name != "Cost") for name, panels in _panels(wanted).items()
+        ],
+        settings=ws.WorkspaceSettings(x_axis=_X_AXIS, max_runs=100),
+        runset_settings=ws.RunsetSettings(
+            filters=_filter(wanted),
+            groupby=[ws.Config(_BY)],
+            order=[ws.Ordering(ws.Summary(wanted.metric), ascending=wanted.less_is_better)],
+        ),
+        auto_generate_panels=False,
+    )
+
+
+def report(wanted: View) -> Any:
+    """A page to write on: the same panels under headings, with what the numbers mean."""
+    import wandb_workspaces.reports.v2 as wr
+
+    # A run set is looked up in its project, which needs a login; without one it means the report's own.
+    place = {} if wanted.dry_run else {"entity": wanted.entity, "project": wanted.project}
+    said = {
+        "Results": "Of the trained policies, on the same held-out prompts. Bars are means over an objective's runs, with "
+        "their standard deviation. Read length and KL beside the win rate.",
+        "Hyperparameters": f"A line is a run; the last axis is {wanted.title}.",
+        "Training": "Means over an objective's runs, with their standard deviation. Losses and rewards are left out: each "
+        "objective has its own scale.",
+    }
+    blocks: list[Any] = [wr.TableOfContents()]
+    for name, panels in _panels(wanted).items():
+        runset = wr.Runset(
+            **place,
+            name=wanted.group or "All runs",
+            filters=_filter(wanted),
+            groupby=[] if name in _BY_RUN else [f"config.{_BY}"],
+            order=[wr.OrderBy(wr.SummaryMetric(wanted.metric), ascending=wanted.less_is_better)],
+        )
+        blocks += [wr.H2(name), *([wr.P(said[name])] if name in said else []), wr.PanelGrid([runset], panels=panels)]
+    return wr.Report(
+        entity=wanted.entity,
+        project=wanted.project,
+        title=wanted.name,
+        description="Preference alignment methods side by side. Intervals and tests: python -m align report",
+        blocks=blocks,
+        width="fluid",
+    )
+
+
+def _filter(wanted: View) -> str:
+    return f"Metric('Group') == {wanted.group!r}" if wanted.group else ""
+
+
+def _panels(wanted: View) -> dict[str, list[Any]]:
+    """Panels by section, made anew at every call: each has an identity of its own."""
+    import wandb_workspaces.reports.v2 as wr
+
+    metric = wr.SummaryMetric(wanted.metric)
+    grouped = {"groupby": wr.Config(_BY), "groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
+    results = {wanted.metric: wanted.title, **_RESULTS}
+
+    def bars(titles: dict[str, str]) -> list[Any]:
+        return [wr.BarPlot(title=title, metrics=[name], **grouped) for name, title in titles.items()]
+
+    axes = [wr.ParallelCoordinatesPlotColumn(wr.Config(name), log=log) for name, log in _SETTINGS.items()]
+    against = {"result/sample_length": "length", "result/kl_policy_start": "KL from the start model"}
+    return {
+        "Results": bars(results)
+        + [
+            wr.ScatterPlot(title=f"{wanted.title}, against {words}", x=wr.SummaryMetric(name), y=metric)
+            for name, words in against.items()
+        ],
+        "Hyperparameters": [
+            wr.ParallelCoordinatesPlot(
+                title=f"Settings and {wanted.title}",
+                columns=[*axes, wr.ParallelCoordinatesPlotColumn(metric, inverted=wanted.less_is_better)],
+            ),
+        ],
+        "Training": [wr.LinePlot(title=title, x=_X_AXIS, y=[name], **grouped) for name, title in _CURVES.items()],
+        "Runs": [wr.RunComparer(diff_only=True), wr.WeavePanelSummaryTable(table_name="samples")],
+        "Cost": bars(_COST),
+    }
+
+
+def main() -> None:
+    """The command."""
+    words = sys.argv[1:]
+    if {"-h", "--help"} & {*words}:
+        print(__doc__)
+        return
+    try:
+        dashboard(words)
+    except UserError as error:
+        sys.exit(f"align: {error}")

@@ -1,0 +1,76 @@
+"""How many tokens a device holds at once in training: measured on a GPU, a fixed number on a CPU.
+
+Two micro-batches of different sizes are run forward and backward; what their peaks differ by is what a token costs.
+Left out: sharded weights, whose gathering a policy that is not wrapped yet does not show.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from align.choices import Layout
+from align.engine import Group, collate, response_statistics
+from align.engine.batching import CPU_TOKENS
+from align.launch.rank import Place
+from align.say import UserError
+from align.train.memory import MOST_TOKENS, USABLE
+
+_PROBES = (2048, 6144)
+
+
+def token_budget(
+    policy: PreTrainedModel,
+    groups: Sequence[Group],
+    layout: Layout,
+    statistics: Sequence[str],
+    where: Place,
+    later: int,
+) -> int:
+    """Tokens of a micro-batch for a policy that is `attach`ed in `layout` and on its device.
+
+    Args:
+        groups: real ones, the longest first; together at least some thousand tokens, or they are repeated.
+        statistics: those that the objective needs.
+        later: bytes that training needs beside it, and a forward and backward do not show: optimizer state, buckets.
+
+    Raises:
+        UserError: the longest group does not fit.
+    """
+    device = where.device
+    if device.type != "cuda":
+        return CPU_TOKENS
+    policy.train()
+    peaks: list[tuple[int, int]] = []
+    for tokens in _PROBES:
+        some = [groups[0]]
+        while sum(len(p) + sum(map(len, rs)) for p, rs in some) < tokens:
+            some.append(groups[len(some) % len(groups)])
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        try:
+            with where.autocast():
+                batch = collate(some, layout, pad_token_id=0).to(device)
+                response_statistics(policy, batch, statistics)["logp"].sum().backward()
+        except torch.cuda.OutOfMemoryError as error:
+            if peaks:
+                break
+            raise UserError(
+                f"a pair of {batch.fed_tokens} tokens does not fit into this GPU's memory: set "
+                "engine.gradient_checkpointing=true if it is not, or a smaller train.max_length"
+            ) from error
+        finally:
+            policy.zero_grad(set_to_none=True)
+        peaks.append((batch.input_ids.numel(), torch.cuda.max_memory_allocated(device) - before))
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info(device)[0] - later
+    return fitting_tokens(peaks, int(USABLE * free))
+
+
+def fitting_tokens(peaks: Sequence[tuple[int, int]], free: int) -> int:
+    """The tokens whose peak is `free` bytes, by a straight line through the (tokens, peak bytes) of the probes."""
+    (few, low), (many, high) = peaks[0], peaks[-1]
+    if many == few:  # the second probe did not fit
+        return few
+    per_token = max(1.0, (high - low) / (many - few))
+    return max(few, min(MOST_TOKENS, int(few + (free - low) / per_token)))

@@ -1,0 +1,82 @@
+"""A training that is checked and prepared, its objective and its number of steps."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import objectives
+from align.config import RunConfig
+from align.data.pairs import Pairs
+from align.engine.batching import steps_per_epoch
+from align.launch.rank import Fleet
+from align.model.load import Start
+from align.say import UserError
+from objectives import Objective
+
+
+def check_batch(cfg: RunConfig, pairs: int, world: int) -> None:
+    """Raise `UserError` for a global batch that the processes or the data cannot fill."""
+    size = cfg.train.pairs_per_step
+    if size % world:
+        fits = size + world - size % world
+        raise UserError(f"train.pairs_per_step={size} cannot be divided among {world} processes; {fits} can")
+    if pairs < size:
+        raise UserError(
+            f"train.pairs_per_step={size} is more than the {pairs} training pairs: give more data or train.pairs_per_step={pairs}"
+        )
+
+
+def total_steps(cfg: RunConfig, pairs: int) -> int:
+    """Optimizer steps of the whole run."""
+    limit = int(cfg.optimizer.get("max_steps", -1))
+    epochs = float(cfg.optimizer.get("num_train_epochs", 3.0))
+    return limit if limit > 0 else -int(-epochs * steps_per_epoch(pairs, cfg.train.pairs_per_step) // 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run that is checked and prepared, as it is handed to the processes that train."""
+
+    cfg: RunConfig
+    start: Start
+    pairs: Pairs
+    fleet: Fleet
+    identity: dict[str, Any]
+    dir: Path
+    policy: Path  # the folder of the trained policy
+    plan: str
+
+    @property
+    def results(self) -> Path:
+        """The file whose existence says that the run is complete."""
+        return self.dir / "results.json"
+
+    @property
+    def metrics(self) -> Path:
+        """A line for each step."""
+        return self.dir / "metrics.jsonl"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.results.exists()
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return total_steps(self.cfg, len(self.pairs.train))
+
+
+def build_objective(cfg: RunConfig) -> Objective:
+    """The objective that the configuration names.
+
+    Raises:
+        UserError: an unknown name or hyperparameter, or a value out of range.
+    """
+    values = dict(cfg.objective)
+    try:
+        if code := values.pop("code", None):
+            objectives.load_file(code)
+        return objectives.build(values)
+    except ValueError as error:
+        raise UserError(str(error)) from error

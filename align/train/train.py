@@ -1,0 +1,358 @@
+"""The training of one prepared run, as each of its processes does it: policy, reference, steps, evaluation, saving.
+
+Everything it makes is in the run folder: metrics.jsonl, start.json, reference.safetensors, checkpoints/, the policy,
+held_out.jsonl, samples.jsonl, results.json; it goes on from whatever of that is there. Left out: where configuration,
+data and processes come from (run.py, launch.py), and the step itself (trainer.py).
+"""
+
+import functools
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from align import config, engine
+from align.choices import Layout, Strategy
+from align.data.pairs import as_group, pair_lengths
+from align.engine.batching import CPU_TOKENS
+from align.evaluation import card, judging
+from align.files import write_json, write_text
+from align.launch import strategy
+from align.launch.rank import Place, free, heeding_signals, join, leave
+from align.model.chat import prompt_ids
+from align.model.load import load_policy, load_trained, policy_fingerprint
+from align.onpolicy.sample import ResponseRow
+from align.onpolicy.samplers import Prompt, hf_sampler, seeds
+from align.onpolicy.scorers import registry
+from align.say import Stopped, UserError, quieten
+from align.tracking import trackers
+from align.tracking.trackers import Tracker
+from align.train import memory, reference, sentinel
+from align.train.budget import token_budget
+from align.train.checkpoint import COST, last_checkpoint, step_of
+from align.train.cost import Cost
+from align.train.job import Job, build_objective
+from align.train.loop import PairData, PairTrainer
+from align.train.memory import micro_batch_that_fits
+from align.train.metrics import Report
+from align.train.optim import training_arguments
+from align.train.sentinel import CollapsedError, Sentinel
+
+
+def train_in_process(job: Job, place: Place | None = None, tracker: Tracker | None = None) -> None:
+    """What each process does, at the place that it has taken or takes now; the tracker is the run's own by default."""
+    quieten()
+    try:
+        _Training(job, place or join(job.fleet), tracker).run()
+    finally:
+        leave()
+
+
+class _Training:
+    """One process's part of a run: reference, training, evaluation, saving."""
+
+    def __init__(self, job: Job, place: Place, tracker: Tracker | None) -> None:
+        self.job, self.cfg, self.where, self.tracker = job, job.cfg, place, tracker
+        self.objective = build_objective(job.cfg)
+        self.cache = Path(job.cfg.cache_dir).expanduser()
+        self.checkpoint: Path | None = place.from_first(lambda: last_checkpoint(job.dir / "checkpoints"))
+        known = self.checkpoint or job.dir
+        if not place.least(int(known.exists())):
+            raise UserError(f"run_dir: some processes do not see {known}; all nodes must share the folder of the run")
+        self.at_start: dict[str, float] = {}
+
+    def run(self) -> None:
+        """Train and evaluate with all processes; then the first one alone asks the judge, where there is one."""
+        job, cfg, where = self.job, self.cfg, self.where
+        policy, layout, attention = self._policy()
+        self.layout, self.attention = layout, attention
+        self.budget = self._tokens_per_micro_batch(policy)
+        trainer = self._trainer(policy)
+        del policy
+        tracker = self.tracker or trackers.start(cfg, job.dir, config.plain(cfg), where.rank)
+        report: Report | None = None
+        if where.rank == 0:
+            every = cfg.train.eval_every_steps
+            report = Report(job.metrics, tracker, job.steps, step_of(self.checkpoint), every)
+        trainer.on_metrics = report
+        failed = True
+        results: dict[str, Any] = {}
+        try:
+            self._fit(trainer)
+            cost = asdict(trainer.cost())
+            measured = {"start": self.at_start, "trained": trainer.evaluate()}
+            results = {side: {k.removeprefix("eval/"): v for k, v in m.items()} for side, m in measured.items()}
+            results["cost"] = cost
+            self._save(trainer)
+            trainer.accelerator.wait_for_everyone()
+            trainer.accelerator.free_memory()
+            del trainer, self.made
+            strategy.forget()
+            leave()
+            if where.rank == 0:
+                self._finish(results)
+            failed = False
+        except Stopped:
+            failed = False
+            raise
+        except CollapsedError as end:
+            where.from_first(functools.partial(sentinel.mark, job.dir, end))
+            raise sentinel.with_remedy(end, job.dir) from end
+        finally:
+            if report is not None:
+                report.close()
+            tracker.finish(card.summary(results), failed)
+
+    def _fit(self, trainer: PairTrainer) -> None:
+        trainer.on_ready = lambda: self._at_step_zero(trainer)
+        with heeding_signals() as request:
+            self.request = request
+            trainer.stop = lambda: request.came
+            trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+        at = int(trainer.state.global_step)
+        if at < self.job.steps:
+            raise Stopped(f"at step {at} of {self.job.steps}, with a checkpoint", request.time_is_up)
+
+    def _stop_before_step_one(self) -> None:
+        """All processes stop, or none."""
+        if not self.where.least(int(not self.request.came)):
+            raise Stopped("before the first step", self.request.time_is_up)
+
+    def _at_step_zero(self, trainer: PairTrainer) -> None:
+        """The reference column and the start policy's figures: made before step 1, read again where a run goes on."""
+        columns, figures = self.job.dir / "reference.safetensors", self.job.dir / "start.json"
+        splits = {"train": trainer.train_dataset, "held_out": trainer.eval_dataset}
+        if self.checkpoint is not None:
+            self._say(f"going on from {self.checkpoint}")
+            trainer.spent = Cost.read(self.checkpoint / COST)
+            known = load_file(str(columns))
+            for name, split in splits.items():
+                split.ref_logp = known.get(name)
+            self.at_start = json.loads(figures.read_text())
+            trainer.sentinel = self._sentinel(trainer)
+            return
+        # Held-out pairs always get the column: they are few, and what is comparable across objectives needs it.
+        wanted = ["held_out"] + (["train"] if "ref_logp" in self.objective.needs else [])
+        made = {name: self._reference(trainer, splits[name], name) for name in wanted}
+        for name, column in made.items():
+            splits[name].ref_logp = column
+        trainer.check_step_zero()
+        self.at_start = trainer.evaluate()
+        if self.where.rank == 0:
+            save_file(made, str(columns.with_suffix(".unfinished")))
+            columns.with_suffix(".unfinished").replace(columns)
+            write_json(figures, self.at_start)
+        trainer.sentinel = self._sentinel(trainer)
+
+    def _sentinel(self, trainer: PairTrainer) -> Sentinel:
+        """Of the policy in training, which the first process samples: it must hold whole weights."""
+        cfg, tokenizer = self.cfg, self.job.start.tokenizer
+        asked = list(dict.fromkeys(self.job.pairs.held_out["conversation"]))[: sentinel.PROMPTS]
+        prompts = [  # the same random numbers each time, and not those of the win rate
+            Prompt(
+                token_ids=prompt_ids(json.loads(text), tokenizer),
+                seeds=seeds(cfg.seed, judging.OTHERS, text, cfg.evaluation.samples_per_prompt),
+            )
+            for text in asked
+        ]
+
+        def sample() -> list[list[int]]:
+            policy = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+            devices = [self.where.device] if self.where.device.type == "cuda" else []
+            with torch.random.fork_rng(devices), self.where.autocast():  # training goes on as if nobody had looked
+                drawn = hf_sampler(policy, tokenizer, cfg.sampling.tokens_per_batch)(
+                    prompts,
+                    temperature=cfg.evaluation.temperature,
+                    top_p=cfg.evaluation.top_p,
+                    max_new_tokens=cfg.evaluation.max_new_tokens,
+                )
+            return [answer.response_ids for of_prompt in drawn for answer in of_prompt]
+
+        start = self.at_start["eval/mean_logp/chosen"]
+        return Sentinel(cfg=cfg.sentinel, where=self.where, start_mean_logp=start, sample=sample)
+
+    def _reference(self, trainer: PairTrainer, split: PairData, name: str) -> Tensor:
+        return reference.reference_logps(
+            trainer.model_wrapped,
+            policy_fingerprint(self.cfg.model, self.job.start, self.cfg.seed),
+            split.pairs,
+            self.job.pairs.fingerprint,
+            split.lengths,
+            self.where,
+            layout=self.layout,
+            budget=self.budget,
+            pad_token_id=split.pad_token_id,
+            cache=self.cache,
+            name=name,
+            between=self._stop_before_step_one,
+        )
+
+    def _say(self, text: str) -> None:
+        if self.where.rank == 0:
+            print(text, flush=True)
+
+    # The policy ----------------------------------------------------------------------------------------------------
+
+    def _policy(self) -> tuple[PreTrainedModel, Layout, str]:
+        """The policy at step 0 and how every process can feed it, checked against its own logits.
+
+        Where weights are divided, the first process checks a whole copy before any is divided.
+        """
+        where = self.where
+        if where.sharded:
+            layout, attention, why = where.from_first(self._settled_whole)
+            self.made = training_arguments(self.cfg, self.job.dir / "checkpoints", where)
+            policy = load_policy(self.cfg.model, self.job.start, self.cfg.seed)
+        else:
+            self.made = training_arguments(self.cfg, self.job.dir / "checkpoints", where)
+            policy = self._whole_policy(where.device)
+            layout, attention, why = self._settled(policy)
+            layouts = list(Layout)  # the plan of a step must be the same for all
+            layout = layouts[-where.least(-layouts.index(layout))]
+        engine.attach(policy, layout, attention)
+        if why:
+            self._say(why)
+        if self.cfg.engine.gradient_checkpointing:  # as the Trainer will, but before memory is measured
+            policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        return policy, layout, attention
+
+    def _settled_whole(self) -> tuple[Layout, str, str | None]:
+        """By a whole copy, on the GPU if it has room for one, and gone again."""
+        policy, device = self._whole_policy(torch.device("cpu")), self.where.device
+        if device.type == "cpu" or torch.cuda.mem_get_info(device)[0] > 2 * policy.get_memory_footprint():
+            layout, attention, why = self._settled(policy.to(device))
+        else:
+            layout, _, why = self._settled(policy)
+            attention = engine.backends(device, self.cfg.model.attn_implementation)[0]
+        del policy
+        free()
+        return layout, attention, why
+
+    def _settled(self, policy: PreTrainedModel) -> tuple[Layout, str, str | None]:
+        pairs = self.job.pairs.train
+        some = [as_group(pair) for pair in pairs.select(range(min(2, len(pairs))))]
+        groups = [(prompt[-32:], [chosen[:32], rejected[:24]]) for prompt, (chosen, rejected) in some]
+        with self.where.autocast():
+            return engine.settle(policy, groups, self.cfg.engine.layout, self.cfg.model.attn_implementation)
+
+    def _whole_policy(self, device: torch.device) -> PreTrainedModel:
+        policy = load_policy(self.cfg.model, self.job.start, self.cfg.seed)
+        return policy.to(device)
+
+    def _tokens_per_micro_batch(self, policy: PreTrainedModel) -> int:
+        """The setting, or what fits every process's device."""
+        wanted = self.cfg.engine.tokens_per_micro_batch
+        if isinstance(wanted, int):
+            return wanted
+        if self.where.device.type == "cpu":
+            return CPU_TOKENS
+        if self.where.sharded or self.where.strategy is Strategy.zero2:
+            fits = micro_batch_that_fits(self.cfg, self.job.start, self.job.pairs, self.job.fleet)
+        else:
+            lengths = pair_lengths(self.job.pairs.train)
+            longest = sorted(range(len(lengths)), key=lambda i: -sum(lengths[i]))[:8]
+            groups = [as_group(self.job.pairs.train[i]) for i in longest]
+            needs = sorted(self.objective.needs & engine.COMPUTED - {"logp", "length"})
+            need = memory.need(memory.setup(self.cfg, self.job.start, self.job.fleet), self.where.strategy, 1)
+            later = need.optimizer + need.buckets
+            fits = token_budget(policy, groups, self.layout, needs, self.where, later)
+        fits = self.where.least(fits)
+        self._say(f"engine.tokens_per_micro_batch={fits}, by free memory")
+        return fits
+
+    def _trainer(self, policy: PreTrainedModel) -> PairTrainer:
+        tokenizer = self.job.start.tokenizer
+        pad = int(tokenizer.pad_token_id)
+        return PairTrainer(
+            policy,
+            self.made,
+            self.objective,
+            PairData(self.job.pairs.train, None, self.layout, pad),
+            PairData(self.job.pairs.held_out, None, self.layout, pad),
+            tokenizer,
+            self.where,
+            pairs_per_step=self.cfg.train.pairs_per_step,
+            micro_batch_tokens=self.budget,
+        )
+
+    # The end -------------------------------------------------------------------------------------------------------
+
+    def _save(self, trainer: PairTrainer) -> None:
+        folder = self.job.policy
+        unfinished = folder.with_name(f"{folder.name}.unfinished")
+        if self.where.rank == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        trainer.save_policy(unfinished)
+        if self.where.rank == 0:
+            self.job.start.tokenizer.save_pretrained(unfinished)
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before its results
+            unfinished.replace(folder)
+            names = sorted(trainer.held_out.keys() - {"rewards/accuracies"})  # which no two objectives share
+            columns = zip(self.job.pairs.held_out["row_id"], *(trainer.held_out[name] for name in names), strict=True)
+            lines = (json.dumps(dict(zip(("pair", *names), values, strict=True))) for values in columns)
+            write_text(self.job.dir / "held_out.jsonl", "".join(f"{line}\n" for line in lines))
+
+    def _finish(self, results: dict[str, Any]) -> None:
+        """What the judge says, where there is one, the card, and the results, which mark the end."""
+        job, folder = self.job, self.job.policy
+        if judging.judge_of(self.cfg) is not None:
+            for side, metrics in zip(("start", "trained"), self._judged(folder), strict=True):
+                results[side] |= metrics
+        (folder / "README.md").write_text(
+            card.model_card(self.cfg, config.plain(self.cfg), job.start, job.pairs, results)
+        )
+        write_json(job.results, results)
+
+    def _judged(self, folder: Path) -> tuple[dict[str, float], dict[str, float]]:
+        """Metrics of answers, of the start policy and of the trained one as it was saved. One model at a time is loaded."""
+        cfg, alone = self.cfg, replace(self.where, rank=0, world=1, strategy=Strategy.single)
+        asked = list(dict.fromkeys(self.job.pairs.held_out["conversation"]))[: cfg.evaluation.prompts]
+        conversations = [json.loads(conversation) for conversation in asked]
+        judge = registry.build(registry.scorer_of(cfg), alone)
+        self._say(
+            f"{cfg.evaluation.samples_per_prompt} answers of the trained and of the start model to {len(asked)} held-out "
+            f"prompts, judged by {judge.identity.name}"
+        )
+        tokenizer = self.job.start.tokenizer
+
+        def answers(policy: PreTrainedModel, name: str) -> list[ResponseRow]:
+            engine.attach(policy, self.layout, self.attention)
+            return judging.answer(
+                policy,
+                tokenizer,
+                conversations,
+                cfg.evaluation,
+                alone,
+                name=name,
+                seed=cfg.seed,
+                tokens_per_batch=cfg.sampling.tokens_per_batch,
+            )
+
+        def weigh(policy: PreTrainedModel, of: list[ResponseRow]) -> list[judging.Weight]:
+            return judging.weigh(policy, tokenizer, of, alone, layout=self.layout, budget=self.budget)
+
+        trained = load_trained(cfg.model, self.job.start, folder).to(alone.device)
+        ours = answers(trained, judging.POLICY)
+        own = weigh(trained, ours)
+        del trained
+        free()
+        start_policy = self._whole_policy(alone.device)
+        theirs = answers(start_policy, judging.START)
+        own_of_start, by_start = weigh(start_policy, theirs), weigh(start_policy, ours)
+        del start_policy
+        free()
+        start, policy = judging.compare(
+            {judging.START: theirs, judging.POLICY: ours},
+            judge,
+            self.job.dir / "scores",
+            self.job.dir / "samples.jsonl",
+        )
+        start |= {"sample_entropy": judging.sample_entropy(own_of_start), "kl_policy_start": 0.0}
+        policy |= {"sample_entropy": judging.sample_entropy(own), "kl_policy_start": judging.kl(own, by_start)}
+        return start, policy

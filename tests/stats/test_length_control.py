@@ -1,0 +1,215 @@
+"""The published GLM: its formula by hand, what it recovers, and the leaderboard from the published weights.
+
+What the published file holds of the GLM: three fitted weights for 199 models, and a distribution of instruction difficulties with ten
+values, fitted by its authors to 99 of the 199 length-controlled win rates. Of annotations it holds none, so the fit itself is
+tested on made data whose weights are known.
+"""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from align.stats.length_control import Glm, average_length, length_controlled_win_rate, outcomes, predict
+
+PUBLISHED = ROOT.parent / "shared" / "published" / "alpacaeval2.json"
+GEMMA_2 = {
+    "gemma-2-9b-it-SimPO": 72.35,
+    "gemma-2-9b-it-DPO": 67.66,
+    "gemma-2-9b-it-WPO-HB": 76.72,  # 76.725 on the leaderboard
+    "SPPO-Gemma-2-9B-It-PairRM": 53.97,
+}
+
+
+def sigmoid(logit):
+    return 1 / (1 + np.exp(-logit))
+
+
+def annotations(bias, length, difficulty, count=805, seed=0, longer_by=300):
+    """Made annotations of a model whose weights are known: lengths, difficulties and the judge's exact probabilities."""
+    rng = np.random.default_rng(seed)
+    baseline = rng.integers(200, 4000, count)
+    ours = np.maximum(1, baseline + rng.normal(longer_by, 700, count).round())
+    hard = rng.normal(0, 1.48, count)  # the deviation of the published ones
+    gap = baseline - ours
+    chance = sigmoid(bias + length * np.tanh(gap / gap.std(ddof=1)) + difficulty * hard)
+    return ours, baseline, hard, chance
+
+
+# The leaderboard, from published weights ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published():
+    if not PUBLISHED.is_file():
+        pytest.skip(f"{PUBLISHED} is not here")
+    return json.loads(PUBLISHED.read_text())
+
+
+@pytest.fixture(scope="module")
+def recomputed(published):
+    """Length-controlled win rates in percent, of the models whose weights are published."""
+    spread = published["difficulty_distribution"]
+    return {
+        name: 100 * predict(Glm(**row["glm_weights"]), spread["grid"], spread["weight"])
+        for name, row in published["rows"].items()
+        if "glm_weights" in row
+    }
+
+
+def test_197_of_199_length_controlled_win_rates_are_the_leaderboards_to_a_tenth(published, recomputed):
+    off = {
+        name: round(of - published["rows"][name]["length_controlled_winrate"], 3)
+        for name, of in recomputed.items()
+        if abs(of - published["rows"][name]["length_controlled_winrate"]) > 0.1
+    }
+    assert len(recomputed) == 199
+    # Of these two the leaderboard's row is older than the weights: with the true difficulties they are as far off.
+    assert off == {"NullModel": -0.133, "dbrx-instruct": -0.155}
+
+
+@pytest.mark.parametrize("name", GEMMA_2)
+def test_a_gemma_2_model_has_its_published_length_controlled_win_rate(recomputed, name):
+    assert recomputed[name] == pytest.approx(GEMMA_2[name], abs=0.01)
+
+
+def test_the_fitted_distribution_also_gives_the_standard_errors_to_which_it_was_not_fitted(published):
+    spread = published["difficulty_distribution"]
+    grid, share = np.array(spread["grid"]), np.array(spread["weight"])
+    checked = 0
+    for row in published["rows"].values():
+        if "glm_weights" in row and row["lc_standard_error"] is not None:
+            glm = row["glm_weights"]
+            of = sigmoid(glm["bias"] + glm["difficulty"] * grid)
+            variance = share @ (of - share @ of) ** 2
+            assert 100 * math.sqrt(variance / (row["n_total"] - 1)) == pytest.approx(
+                row["lc_standard_error"], abs=0.003
+            )
+            checked += 1
+    assert checked == 37
+
+
+def test_the_baseline_against_itself_wins_half(recomputed):
+    assert recomputed["gpt4_1106_preview"] == pytest.approx(50)
+
+
+def test_average_lengths_are_the_leaderboards_which_are_cut_to_whole_numbers(published):
+    """Two columns of the file against each other; the outputs themselves, which `average_length` takes, are not in it."""
+    rows = [row for row in published["rows"].values() if "glm_weights" in row and "avg_length_recomputed" in row]
+    off = [row for row in rows if int(row["avg_length_recomputed"]) != row["avg_length"]]
+    assert len(rows) == 197 and len(off) == 8
+    # Of these eight some answers are empty: the leaderboard counts 0 characters, what was recomputed leaves them out.
+    assert max(row["avg_length_recomputed"] - row["avg_length"] for row in off) < 3
+
+
+# The fit ------------------------------------------------------------------------------------------------------------
+
+
+def test_two_instructions_and_two_terms_are_solved_exactly():
+    # The model's answers are 100 longer, then 100 shorter than the baseline's: std = 200 / sqrt(2), x = -+tanh(1/sqrt(2)).
+    # Won with sigmoid(1) and sigmoid(0) of chance: bias 0.5, length -0.5 / tanh(1/sqrt(2)) = -0.8213; rate sigmoid(0.5)
+    made = length_controlled_win_rate([sigmoid(1), 0.5], [300, 200], [200, 300])
+    assert made.glm.bias == pytest.approx(0.5, abs=1e-3)
+    assert made.glm.length == pytest.approx(-0.5 / math.tanh(1 / math.sqrt(2)), abs=2e-3)
+    assert made.rate == pytest.approx(sigmoid(0.5), abs=2e-4)
+
+
+def test_the_fit_recovers_the_weights_that_made_the_annotations():
+    # The published weights of gemma-2-9b-it-SimPO
+    ours, baseline, hard, chance = annotations(bias=1.1709, length=-1.1421, difficulty=0.6125)
+    made = length_controlled_win_rate(chance, ours, baseline, hard)
+    assert (made.glm.bias, made.glm.length, made.glm.difficulty) == (
+        pytest.approx(1.1709, abs=1e-3),
+        pytest.approx(-1.1421, abs=1e-3),
+        pytest.approx(0.6125, abs=1e-3),
+    )
+    assert made.rate == pytest.approx(predict(made.glm, hard))
+
+
+def test_a_longer_model_that_is_preferred_for_its_length_loses_its_advantage():
+    ours, baseline, hard, chance = annotations(bias=0, length=-2, difficulty=0, longer_by=1000)
+    made = length_controlled_win_rate(chance, ours, baseline, hard)
+    assert chance.mean() > 0.7
+    assert made.rate == pytest.approx(0.5, abs=1e-3)
+
+
+def test_without_difficulties_the_rate_is_the_sigmoid_of_the_bias():
+    ours, baseline, _, chance = annotations(bias=0.4, length=-1, difficulty=0)
+    made = length_controlled_win_rate(chance, ours, baseline)
+    assert made.rate == pytest.approx(sigmoid(0.4), abs=1e-4)
+    assert made.glm.difficulty == 0 and made.prediction_error < 1e-12
+
+
+def test_the_baseline_judged_against_itself_wins_half_and_has_no_weights():
+    lengths = np.arange(100, 905)
+    made = length_controlled_win_rate(np.full(805, 0.5), lengths, lengths, np.linspace(-3, 5, 805))
+    assert made.rate == 0.5 and made.glm == Glm(bias=0, length=0, difficulty=0)
+
+
+def test_a_model_that_always_wins_stays_finite():
+    ours, baseline, hard, _ = annotations(bias=0, length=0, difficulty=0)
+    made = length_controlled_win_rate(np.ones(805), ours, baseline, hard)
+    assert 0.9999 < made.rate < 1
+
+
+def test_lengths_in_another_unit_change_nothing():
+    ours, baseline, hard, chance = annotations(bias=0.3, length=-1, difficulty=0.5)
+    in_characters = length_controlled_win_rate(chance, ours, baseline, hard)
+    in_tokens = length_controlled_win_rate(chance, ours / 4, baseline / 4, hard)
+    assert in_tokens.rate == pytest.approx(in_characters.rate, abs=1e-12)
+
+
+def test_gamed_rows_hold_length_and_difficulty_where_they_say():
+    # A hundred thousand rows, a tenth of the weight each, outweigh 50 annotations: their length -1.8 and difficulty 0.75 win
+    ours, baseline, hard, chance = annotations(bias=0.5, length=0, difficulty=0, count=50)
+    rng = np.random.default_rng(1)
+    gap, at = rng.normal(0, 1, 100_000), rng.normal(0, 1.48, 100_000)
+    gamed = np.stack([sigmoid(-1.8 * np.tanh(gap) + 0.75 * at), gap, at], axis=1)
+    made = length_controlled_win_rate(chance, ours, baseline, hard, gamed=gamed)
+    assert made.glm.length == pytest.approx(-1.8, abs=0.1)
+    assert made.glm.difficulty == pytest.approx(0.75, abs=0.05)
+
+
+def test_the_standard_error_is_the_scatter_over_repeated_annotation_and_the_leaderboards_is_too_small():
+    rates, errors, leaderboards = [], [], []
+    for seed in range(200):
+        ours, baseline, hard, chance = annotations(bias=0.5, length=-1.2, difficulty=0.6, seed=seed)
+        judged = np.random.default_rng(seed).binomial(1, chance)
+        made = length_controlled_win_rate(judged, ours, baseline, hard)
+        rates.append(made.rate), errors.append(made.standard_error), leaderboards.append(made.prediction_error)
+    assert np.mean(errors) == pytest.approx(np.std(rates), rel=0.15)  # of 200: 5% of chance
+    assert np.mean(leaderboards) < 0.6 * np.std(rates)
+
+
+# What goes in -------------------------------------------------------------------------------------------------------
+
+
+def test_alpaca_evals_preferences_become_probabilities_and_zero_was_a_tie():
+    assert outcomes([1, 1.25, 1.5, 2, 0]).tolist() == [0, 0.25, 0.5, 1, 0.5]
+    with pytest.raises(ValueError, match="between 1 and 2"):
+        outcomes([1, math.nan])
+
+
+def test_an_average_length_is_in_characters():
+    assert average_length(["", "four", "Größe"]) == 3
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (([0.5, 1], [3], [4, 5]), "one number per instruction"),
+        (([0.5, math.nan], [3, 4], [4, 5]), "leave those instructions out"),
+        (([1.5, 2], [3, 4], [4, 5]), "pass through `outcomes` first"),
+        (([], [], []), "one number per instruction"),
+    ],
+)
+def test_annotations_that_do_not_fit_are_refused_with_what_to_do(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        length_controlled_win_rate(*arguments)
+
+
+def test_gamed_rows_without_difficulties_are_refused():
+    with pytest.raises(ValueError, match="gamed rows have difficulties"):
+        length_controlled_win_rate([0.5, 1], [3, 4], [4, 5], gamed=[[0.5, 0.1, 0.2]])
