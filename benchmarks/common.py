@@ -40,7 +40,7 @@ from transformers import (
 from align import engine
 from align.choices import Layout
 from align.data.pairs import pair_lengths
-from align.launch.rank import Place
+from align.launch.rank import Rank
 from align.train.loop import PairData, PairTrainer
 from align.train.reference import reference_logps
 from objectives import build
@@ -179,12 +179,12 @@ def pair_trainer(
     rest = {"cut_tokens": 0, "cut_prompt_tokens": 0, "group": "", "row_id": ""}
     rest |= {"chosen_win_prob": 1.0, "rejected_win_prob": 0.0}
     rows = datasets.Dataset.from_list([{**pair, **rest} for pair in pairs])
-    where = Place(device=torch.device("cpu"), bf16=False, rank=0, world=1)
+    rank = Rank(device=torch.device("cpu"), bf16=False, number=0, world=1)
     engine.attach(policy, layout)
     column = None
     if "ref_logp" in made.needs:
         column = reference_logps(
-            policy, layout.name, rows, fingerprint(pairs), pair_lengths(rows), where,
+            policy, layout.name, rows, fingerprint(pairs), pair_lengths(rows), rank,
             layout=layout, budget=budget, pad_token_id=PAD, cache=folder, name="train",
         )  # fmt: skip
     train = PairData(rows, column, layout, PAD)
@@ -196,7 +196,7 @@ def pair_trainer(
         train,
         train,  # held out, which none looks at
         None,
-        where,
+        rank,
         pairs_per_step=pairs_per_step,
         micro_batch_tokens=budget,
     )

@@ -59,7 +59,7 @@ from align import engine
 from align.choices import Layout
 from align.engine import COMPUTED, Group
 from align.engine.batching import fed_tokens, plan_step
-from align.launch.rank import Place
+from align.launch.rank import Rank
 from align.train.budget import token_budget
 from objectives import Objective, Response, build
 
@@ -239,10 +239,10 @@ class Ours:
         """Tokens of a micro-batch, padding included."""
         return fed_tokens(lengths_of(pairs), self.layout)
 
-    def compute(self, model: PreTrainedModel, pairs: Sequence[Group], names: Sequence[str], where: Place) -> Statistics:
+    def compute(self, model: PreTrainedModel, pairs: Sequence[Group], names: Sequence[str], rank: Rank) -> Statistics:
         """Statistics of the responses, under autocast, as in training."""
-        batch = engine.collate(pairs, self.layout, pad_token_id=0).to(where.device)
-        with where.autocast():
+        batch = engine.collate(pairs, self.layout, pad_token_id=0).to(rank.device)
+        with rank.autocast():
             return engine.response_statistics(model, batch, names)
 
 
@@ -269,7 +269,7 @@ class Plain:
         """Tokens of a micro-batch, padding included."""
         return 2 * len(pairs) * max(map(_longest, pairs))
 
-    def compute(self, model: PreTrainedModel, pairs: Sequence[Group], names: Sequence[str], where: Place) -> Statistics:
+    def compute(self, model: PreTrainedModel, pairs: Sequence[Group], names: Sequence[str], rank: Rank) -> Statistics:
         """Padding is on the right, so causal attention needs no mask for it."""
         rows = [(prompt, response) for prompt, responses in pairs for response in responses]
         width = max(len(prompt) + len(response) - 1 for prompt, response in rows)
@@ -278,11 +278,11 @@ class Plain:
         at = torch.cat([torch.arange(s, s + len(response)) for s, (_, response) in zip(starts, rows, strict=True)])
         target = torch.tensor([token for _, response in rows for token in response])
         length = torch.tensor([len(response) for _, response in rows])
-        with where.autocast():
-            hidden = model.base_model(input_ids=ids.to(where.device), use_cache=False).last_hidden_state
-            logp = self._head(model, hidden.flatten(0, 1)[at.to(where.device)], target.to(where.device))
+        with rank.autocast():
+            hidden = model.base_model(input_ids=ids.to(rank.device), use_cache=False).last_hidden_state
+            logp = self._head(model, hidden.flatten(0, 1)[at.to(rank.device)], target.to(rank.device))
         sums = torch.stack([part.sum() for part in logp.split(length.tolist())])
-        return {"logp": sums, "length": length.to(where.device).float()}
+        return {"logp": sums, "length": length.to(rank.device).float()}
 
     def _head(self, model: PreTrainedModel, hidden: Tensor, target: Tensor) -> Tensor:
         """Log-probability of each target, `[N]`."""
@@ -361,10 +361,10 @@ def wanted(objective: Objective) -> list[str]:
 
 
 def step_losses(
-    model: PreTrainedModel, way: Way, objective: Objective, step: Step, chosen: list[int], where: Place
+    model: PreTrainedModel, way: Way, objective: Objective, step: Step, chosen: list[int], rank: Rank
 ) -> Tensor:
     """Losses of some pairs of a step."""
-    found = way.compute(model, [step.pairs[i] for i in chosen], wanted(objective), where)
+    found = way.compute(model, [step.pairs[i] for i in chosen], wanted(objective), rank)
     return pair_losses(objective, found, step.ref_logp[chosen])
 
 
@@ -491,29 +491,27 @@ def truth(model: PreTrainedModel, found: Statistics, objective: Objective, ref_l
     return Truth(per_token, loss.detach(), gradient)
 
 
-def evaluate(model: PreTrainedModel, way: Way, step: Step, where: Place) -> dict[str, Truth]:
+def evaluate(model: PreTrainedModel, way: Way, step: Step, rank: Rank) -> dict[str, Truth]:
     """By objective; DPO alone for Plain."""
     made = {}
     for name, objective in OBJECTIVES.items():
         if isinstance(way, Ours) or name == "dpo":
-            found = way.compute(model, step.pairs, wanted(objective), where)
+            found = way.compute(model, step.pairs, wanted(objective), rank)
             made[name] = truth(model, found, objective, step.ref_logp)
     return made
 
 
-def check(
-    fields: dict[str, Any], ways: Sequence[Way], where: Place, dtype: torch.dtype, clock: Clock
-) -> Iterator[Check]:
+def check(fields: dict[str, Any], ways: Sequence[Way], rank: Rank, dtype: torch.dtype, clock: Clock) -> Iterator[Check]:
     """Every way and objective in one precision, against float32 logits of a model that align has not touched yet."""
     # Heads of the shape itself under bf16; float32 has no tensor cores, and large heads take long to compile.
     head_dim = min(fields["head_dim"], 64) if dtype == torch.float32 else fields["head_dim"]
-    shape = check_shape(fields, head_dim, where.device)
-    step = check_step(shape["vocab_size"], where.device)
-    model = peaked(make_model(shape, "eager", where.device))
-    found = own_statistics(model, step.pairs, where.device)
+    shape = check_shape(fields, head_dim, rank.device)
+    step = check_step(shape["vocab_size"], rank.device)
+    model = peaked(make_model(shape, "eager", rank.device))
+    found = own_statistics(model, step.pairs, rank.device)
     logits = {name: truth(model, found, objective, step.ref_logp) for name, objective in OBJECTIVES.items()}
     del found
-    precise = replace(where, bf16=dtype == torch.bfloat16)
+    precise = replace(rank, bf16=dtype == torch.bfloat16)
     rows = Ours(Layout.padded, "eager")
     rows.select(model)
     padded = evaluate(model, rows, step, precise)
@@ -528,19 +526,19 @@ def check(
         yield one
 
 
-def check_all(fields: dict[str, Any], where: Place, clock: Clock) -> Iterator[Check]:
+def check_all(fields: dict[str, Any], rank: Rank, clock: Clock) -> Iterator[Check]:
     """Ours in float32 and bf16, transformers' fast attentions for padded rows in bf16, which is what they are for."""
-    rows = [Ours(layout, a) for a in row_attentions(where.device) for layout in (Layout.shared, Layout.packed)]
+    rows = [Ours(layout, a) for a in row_attentions(rank.device) for layout in (Layout.shared, Layout.packed)]
     padded: list[Way] = [
-        way for a in padded_attentions(fields, where.device) for way in (Ours(Layout.padded, a), Plain(a))
+        way for a in padded_attentions(fields, rank.device) for way in (Ours(Layout.padded, a), Plain(a))
     ]
     exact: list[Way] = [way for way in rows if "flash" not in way.attention]
     exact += [way for way in padded if way.attention in ("eager", "sdpa")]
-    yield from check(fields, exact, where, torch.float32, clock)
-    if where.bf16 or where.device.type == "cpu":
-        yield from check(fields, [*rows, *padded], where, torch.bfloat16, clock)
+    yield from check(fields, exact, rank, torch.float32, clock)
+    if rank.bf16 or rank.device.type == "cpu":
+        yield from check(fields, [*rows, *padded], rank, torch.bfloat16, clock)
     forget()
-    if where.device.type == "cuda":
+    if rank.device.type == "cuda":
         torch._dynamo.reset()  # compiled for the shapes of the check
 
 
@@ -602,11 +600,11 @@ class Row:
 class Bench:
     """A model, its optimizer and the steps that all rows train on."""
 
-    def __init__(self, model: PreTrainedModel, steps: list[Step], where: Place) -> None:
-        self.model, self.steps, self.where = model, steps, where
+    def __init__(self, model: PreTrainedModel, steps: list[Step], rank: Rank) -> None:
+        self.model, self.steps, self.rank = model, steps, rank
         self.weights = [p for p in model.parameters() if p.requires_grad]
         # A rate so small that every row finds the same weights, as far as times and losses can tell.
-        on_gpu = where.device.type == "cuda"
+        on_gpu = rank.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(self.weights, lr=1e-9, weight_decay=0.0, fused=on_gpu)
         self.needed = [needed(step.pairs, model) for step in steps]
 
@@ -617,11 +615,11 @@ class Bench:
         for batch in row.way.plan(self.steps[0].pairs, row.budget):
             began = time.perf_counter()
             self._backward(row, self.steps[0], batch)
-            synchronize(self.where.device)
+            synchronize(self.rank.device)
             seconds.append(time.perf_counter() - began)
         began = time.perf_counter()
         self._update()
-        synchronize(self.where.device)
+        synchronize(self.rank.device)
         row.estimate = statistics.median(seconds) * len(seconds) + time.perf_counter() - began
 
     def train(self, row: Row, numbers: Sequence[int]) -> Round:
@@ -629,13 +627,13 @@ class Bench:
         row.way.select(self.model)
         plans = {number: row.way.plan(self.steps[number].pairs, row.budget) for number in numbers}
         gc.collect()
-        reset_peak(self.where.device)
-        synchronize(self.where.device)
+        reset_peak(self.rank.device)
+        synchronize(self.rank.device)
         began, losses = time.perf_counter(), []
         for number, plan in plans.items():
             losses += [self._backward(row, self.steps[number], batch) for batch in plan]
             self._update()
-        synchronize(self.where.device)
+        synchronize(self.rank.device)
         seconds = time.perf_counter() - began
         loss = torch.stack(losses).sum().item() / len(numbers)
         if not math.isfinite(loss):
@@ -644,11 +642,11 @@ class Bench:
         needs = [self.needed[number] for number in numbers]
         total = Needed(sum(n.tokens for n in needs), sum(n.flops for n in needs))
         return Round(
-            seconds, sum(map(len, batches)), sum(map(row.way.fed, batches)), total, peak(self.where.device), loss
+            seconds, sum(map(len, batches)), sum(map(row.way.fed, batches)), total, peak(self.rank.device), loss
         )
 
     def _backward(self, row: Row, step: Step, batch: list[int]) -> Tensor:
-        losses = step_losses(self.model, row.way, OBJECTIVES[row.objective], step, batch, self.where)
+        losses = step_losses(self.model, row.way, OBJECTIVES[row.objective], step, batch, self.rank)
         loss = losses.sum() / len(step.pairs)
         loss.backward()
         return loss.detach()
@@ -743,11 +741,11 @@ def reference_column(
     model: PreTrainedModel, pairs: Sequence[Group], way: Ours, options: argparse.Namespace, seed: int
 ) -> Tensor:
     """The policy's own log-probabilities with some noise, as if it had trained for a while. `[pairs, 2]` nats"""
-    where = place(options.device)
-    column = torch.empty(len(pairs), 2, device=where.device)
+    rank = place(options.device)
+    column = torch.empty(len(pairs), 2, device=rank.device)
     with engine.evaluating(model):
         for batch in way.plan(pairs, options.tokens or _GUESS):
-            column[batch] = way.compute(model, [pairs[i] for i in batch], (), where)["logp"].view(-1, 2)
+            column[batch] = way.compute(model, [pairs[i] for i in batch], (), rank)["logp"].view(-1, 2)
     return column + 5 * torch.randn(column.shape, generator=torch.Generator().manual_seed(seed)).to(column)
 
 
@@ -776,7 +774,7 @@ def choose_budget(bench: Bench, way: Ours, options: argparse.Namespace) -> tuple
     try:
         names = wanted(OBJECTIVES["dpo"])
         moments = 8 * sum(weight.numel() for weight in bench.weights)  # AdamW's, which come with the first step
-        return token_budget(bench.model, longest, way.layout, names, bench.where, moments), "the engine's auto"
+        return token_budget(bench.model, longest, way.layout, names, bench.rank, moments), "the engine's auto"
     except Exception as error:
         bench.model.zero_grad(set_to_none=True)
         return _GUESS, f"a guess, for the engine's auto failed: {reason(error)}"
@@ -785,16 +783,16 @@ def choose_budget(bench: Bench, way: Ours, options: argparse.Namespace) -> tuple
 # What does it hold? ------------------------------------------------------------------------------------------------------
 
 
-def micro_batch_peak(model: PreTrainedModel, way: Ours, pairs: Sequence[Group], where: Place) -> int:
+def micro_batch_peak(model: PreTrainedModel, way: Ours, pairs: Sequence[Group], rank: Rank) -> int:
     """Bytes above weights and gradients, forward and backward."""
-    step = Step(list(pairs), torch.zeros(len(pairs), 2, device=where.device))
+    step = Step(list(pairs), torch.zeros(len(pairs), 2, device=rank.device))
     for chosen in ([0], range(len(pairs))):  # the first makes the gradients
         gc.collect()
-        reset_peak(where.device)
-        before = peak(where.device)
-        step_losses(model, way, OBJECTIVES["dpo"], step, list(chosen), where).sum().backward()
-        synchronize(where.device)
-    return peak(where.device) - before
+        reset_peak(rank.device)
+        before = peak(rank.device)
+        step_losses(model, way, OBJECTIVES["dpo"], step, list(chosen), rank).sum().backward()
+        synchronize(rank.device)
+    return peak(rank.device) - before
 
 
 def filling(pairs: Sequence[Group], budget: int) -> list[Group]:
@@ -807,9 +805,7 @@ def filling(pairs: Sequence[Group], budget: int) -> list[Group]:
     return some
 
 
-def memory_line(
-    name: str, model: PreTrainedModel, way: Ours, budgets: Sequence[int], where: Place, clock: Clock
-) -> str:
+def memory_line(name: str, model: PreTrainedModel, way: Ours, budgets: Sequence[int], rank: Rank, clock: Clock) -> str:
     """A cell for each budget."""
     way.select(model)
     pairs = sorted(draw_pairs(64, model.config.vocab_size, seed=1), key=_longest)[:48]  # short enough to fill finely
@@ -819,7 +815,7 @@ def memory_line(
             cells.append("no time")
             continue
         try:
-            cells.append(_gib(micro_batch_peak(model, way, filling(pairs, budget), where)))
+            cells.append(_gib(micro_batch_peak(model, way, filling(pairs, budget), rank)))
         except Exception as error:
             cells.append(reason(error)[:60])
         forget(model)
@@ -829,16 +825,16 @@ def memory_line(
 
 def memory_table(bench: Bench, fields: dict[str, Any], way: Ours, clock: Clock) -> list[str]:
     """Budgets by vocabularies on a trunk of two layers, and the shape itself."""
-    where, on_gpu = bench.where, bench.where.device.type == "cuda"
+    rank, on_gpu = bench.rank, bench.rank.device.type == "cuda"
     budgets = (4096, 8192, 16384, 32768) if on_gpu else (1024, 2048)
     lines = _head(
         "peak GiB of a micro-batch of", *(f"{budget} tokens" for budget in budgets), "logits of the last, fp32"
     )
     small = {**fields, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2}
     for vocabulary in (32_000, 128_000, 256_000) if on_gpu else (1000, 4000):
-        model = make_model({**small, "vocab_size": vocabulary}, "eager", where.device)
-        lines.append(memory_line(f"2 layers, {vocabulary} words", model, way, budgets, where, clock))
-    lines.append(memory_line("the shape above", bench.model, way, budgets, where, clock))
+        model = make_model({**small, "vocab_size": vocabulary}, "eager", rank.device)
+        lines.append(memory_line(f"2 layers, {vocabulary} words", model, way, budgets, rank, clock))
+    lines.append(memory_line("the shape above", bench.model, way, budgets, rank, clock))
     return lines
 
 
@@ -862,7 +858,7 @@ def peak(device: torch.device) -> int:
 # TRL ---------------------------------------------------------------------------------------------------------------------
 
 
-def trl_line(fields: dict[str, Any], own: str, steps: Sequence[Step], budget: int, where: Place) -> str:
+def trl_line(fields: dict[str, Any], own: str, steps: Sequence[Step], budget: int, rank: Rank) -> str:
     """TRL's DPOTrainer on the same steps, if TRL is installed; by itself, not in turns."""
     if any(find_spec(name) is None for name in ("trl", "datasets", "accelerate")):
         return "TRL is not installed, so there is no row of its DPOTrainer."
@@ -870,14 +866,14 @@ def trl_line(fields: dict[str, Any], own: str, steps: Sequence[Step], budget: in
     while 4 * per_batch * MAX_LENGTH <= budget and per_step % (2 * per_batch) == 0:
         per_batch *= 2
     try:
-        seconds = trl_seconds(fields, own, steps, per_batch, where)
+        seconds = trl_seconds(fields, own, steps, per_batch, rank)
     except Exception as error:
         return f"TRL's DPOTrainer failed: {reason(error)}"
     speeds = _spread([per_step / s for s in seconds], ".2f")
     return f"TRL {version('trl')}'s DPOTrainer, {own}, {per_batch} pairs held at once, not in turns: {speeds} pairs/s."
 
 
-def trl_seconds(fields: dict[str, Any], own: str, steps: Sequence[Step], per_batch: int, where: Place) -> list[float]:
+def trl_seconds(fields: dict[str, Any], own: str, steps: Sequence[Step], per_batch: int, rank: Rank) -> list[float]:
     """Of every step but the first. Token ids and reference column are handed over as TRL itself would have made them."""
     import datasets
     import trl
@@ -902,7 +898,7 @@ def trl_seconds(fields: dict[str, Any], own: str, steps: Sequence[Step], per_bat
 
     class Times(transformers.TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            synchronize(where.device)
+            synchronize(rank.device)
             ends.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as folder:
@@ -913,9 +909,9 @@ def trl_seconds(fields: dict[str, Any], own: str, steps: Sequence[Step], per_bat
             max_steps=len(steps),
             precompute_ref_log_probs=True,
             gradient_checkpointing=False,
-            bf16=where.bf16,
-            use_cpu=where.device.type == "cpu",
-            optim="adamw_torch_fused" if where.device.type == "cuda" else "adamw_torch",
+            bf16=rank.bf16,
+            use_cpu=rank.device.type == "cpu",
+            optim="adamw_torch_fused" if rank.device.type == "cuda" else "adamw_torch",
             learning_rate=1e-9,
             max_length=None,
             logging_strategy="no",
@@ -924,7 +920,7 @@ def trl_seconds(fields: dict[str, Any], own: str, steps: Sequence[Step], per_bat
             disable_tqdm=True,
         )
         trainer = Trainer(
-            make_model(fields, own, where.device),
+            make_model(fields, own, rank.device),
             args=arguments,
             train_dataset=datasets.Dataset.from_list(rows),
             processing_class=tokenizer,
@@ -1026,18 +1022,18 @@ def lengths_line(steps: Sequence[Step], options: argparse.Namespace) -> str:
 def run(report: Report, clock: Clock) -> int:
     """Everything, in the order of its importance; the exit status."""
     options, fields = report.options, SHAPES[report.options.shape]
-    where = place(options.device)
-    report.title = f"{options.shape}, {machine(where.device)}"
-    if where.device.type == "cpu":
+    rank = place(options.device)
+    report.title = f"{options.shape}, {machine(rank.device)}"
+    if rank.device.type == "cpu":
         report.about.append("flex_attention has no backward on a CPU, flash-attn needs a GPU: neither is here")
-    for one in check_all(fields, where, clock):
+    for one in check_all(fields, rank, clock):
         report.checks.append(one)
-    own, *_ = right_first(padded_attentions(fields, where.device), report.checks)
-    ours = right_first(row_attentions(where.device), report.checks)
+    own, *_ = right_first(padded_attentions(fields, rank.device), report.checks)
+    ours = right_first(row_attentions(rank.device), report.checks)
     shared = Ours(Layout.shared, ours[0])
-    model = make_model(fields, own, where.device)
+    model = make_model(fields, own, rank.device)
     steps, origin = draw_steps(model, shared, options, clock)
-    bench = Bench(model, steps, where)
+    bench = Bench(model, steps, rank)
     budget, chosen = choose_budget(bench, shared, options)
     report.about += [lengths_line(steps, options)]
     report.about += [f"micro-batches of {budget} tokens ({chosen}); {origin}; MFU of {options.peak_tflops:g} TFLOP/s"]
@@ -1055,17 +1051,17 @@ def run(report: Report, clock: Clock) -> int:
     if clock.left() > _MEMORY_SECONDS:
         del bench, model
         forget()
-        report.trl = trl_line(fields, own, (steps * 2)[:3], budget, where)  # the first is not timed
+        report.trl = trl_line(fields, own, (steps * 2)[:3], budget, rank)  # the first is not timed
     return report.status()
 
 
-def place(device: str) -> Place:
+def place(device: str) -> Rank:
     """This process; bf16 autocast on a GPU that has it."""
     on_gpu = device == "cuda"
     if on_gpu and not torch.cuda.is_available():
         sys.exit("no GPU: --device cpu --shape tiny is for trying this script")
     bf16 = on_gpu and torch.cuda.is_bf16_supported()
-    return Place(device=torch.device("cuda", 0) if on_gpu else torch.device("cpu"), bf16=bf16, rank=0, world=1)
+    return Rank(device=torch.device("cuda", 0) if on_gpu else torch.device("cpu"), bf16=bf16, number=0, world=1)
 
 
 def _options() -> argparse.Namespace:

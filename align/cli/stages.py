@@ -8,9 +8,9 @@ from align.choices import Launcher
 from align.config import RunConfig
 from align.data.prompts import PromptRow, prompts_of
 from align.launch import slurm
-from align.launch.cluster import fleet_of
+from align.launch.cluster import cluster_of
 from align.launch.local import in_each_process, logs_of
-from align.launch.rank import Fleet, apart
+from align.launch.rank import Cluster, alone
 from align.model.policy import Policy
 from align.onpolicy.pairs import describe_counts, write_pairs
 from align.onpolicy.sample import read_samples, sample_from
@@ -28,13 +28,13 @@ def annotate(cfg: RunConfig) -> None:
     quieten()
     folder = folder_of(cfg)
     read_samples(folder / "responses")
-    fleet = fleet_of(cfg.cluster)
-    in_each_process(fleet, logs_of(folder), _annotate, cfg, folder, fleet)
+    cluster = cluster_of(cfg.cluster)
+    in_each_process(cluster, logs_of(folder), _annotate, cfg, folder, cluster)
     say(f"scores  {folder / 'scores'}")
 
 
-def _annotate(cfg: RunConfig, folder: Path, fleet: Fleet) -> None:
-    score_responses(read_samples(folder / "responses"), cfg, folder / "scores", apart(fleet))
+def _annotate(cfg: RunConfig, folder: Path, cluster: Cluster) -> None:
+    score_responses(read_samples(folder / "responses"), cfg, folder / "scores", alone(cluster))
 
 
 def sample(cfg: RunConfig) -> None:
@@ -45,15 +45,15 @@ def sample(cfg: RunConfig) -> None:
     """
     quieten()
     folder = folder_of(cfg)
-    start, prompts, fleet = prepare_answers(cfg)
+    start, prompts, cluster = prepare_answers(cfg)
     policy = Policy(iteration=0, cfg=cfg.model, start=start)
     asked = prompts_of(cfg, prompts, 1)
-    in_each_process(fleet, logs_of(folder), _sample, cfg, policy, asked, folder, fleet)
+    in_each_process(cluster, logs_of(folder), _sample, cfg, policy, asked, folder, cluster)
     say(f"responses  {folder / 'responses'}")
 
 
-def _sample(cfg: RunConfig, policy: Policy, asked: Sequence[PromptRow], folder: Path, fleet: Fleet) -> None:
-    sample_from(policy, asked, cfg, cfg.sampling, folder / "responses", 1, "responses", apart(fleet))
+def _sample(cfg: RunConfig, policy: Policy, asked: Sequence[PromptRow], folder: Path, cluster: Cluster) -> None:
+    sample_from(policy, asked, cfg, cfg.sampling, folder / "responses", 1, "responses", alone(cluster))
 
 
 def select(cfg: RunConfig) -> None:

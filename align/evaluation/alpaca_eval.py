@@ -44,7 +44,7 @@ from align.evaluation.base import (
 from align.evaluation.judge import standard_error
 from align.evaluation.settings import AlpacaEvalConfig
 from align.files import file_fingerprint, fingerprint, write_text, writing
-from align.launch.rank import Place
+from align.launch.rank import Rank
 from align.onpolicy import figures as answer_figures
 from align.onpolicy.sample import ResponseRow
 from align.say import UserError, say
@@ -87,12 +87,12 @@ def made_of(given: Evaluation) -> dict[str, Any]:
     }
 
 
-def work(given: Evaluation, where: Place) -> None:
+def work(given: Evaluation, rank: Rank) -> None:
     """Answer all instructions, and score the answers where one of our scorers judges."""
     asked = questions(given, [row["instruction"] for row in _asked(given)])
-    answer(given, given.policy, asked, OURS, where)
+    answer(given, given.policy, asked, OURS, rank)
     if given.scored_by_name:
-        score(given, _both(given, _outputs(given), _reference(_settings(given))), where)
+        score(given, _both(given, _outputs(given), _reference(_settings(given))), rank)
 
 
 def measure(given: Evaluation) -> Outcome | None:

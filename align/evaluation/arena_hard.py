@@ -30,7 +30,7 @@ from align.evaluation.base import (
 )
 from align.evaluation.settings import ArenaHardConfig
 from align.files import fingerprint, write_text, writing
-from align.launch.rank import Place
+from align.launch.rank import Rank
 from align.say import UserError, say
 
 _CLEAR = 3  # the weight of a clear verdict
@@ -54,9 +54,9 @@ def made_of(given: Evaluation) -> dict[str, Any]:
     return {"suite": {**asdict(suite), "questions": fingerprint(asked), "judgments": judged and fingerprint(judged)}}
 
 
-def work(given: Evaluation, where: Place) -> None:
+def work(given: Evaluation, rank: Rank) -> None:
     """Answer all questions."""
-    answer(given, given.policy, questions(given, [text for _, text in _questions(_settings(given))]), OURS, where)
+    answer(given, given.policy, questions(given, [text for _, text in _questions(_settings(given))]), OURS, rank)
 
 
 def measure(given: Evaluation) -> Outcome | None:

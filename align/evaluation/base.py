@@ -26,7 +26,7 @@ from align.data.prompts import PromptRow
 from align.data.rows import read_rows
 from align.evaluation.settings import SuiteConfig
 from align.files import fingerprint
-from align.launch.rank import Fleet, Place
+from align.launch.rank import Cluster, Rank
 from align.model.load import start_model
 from align.model.policy import Policy, trained_from
 from align.onpolicy.pairs import scored_prompts
@@ -133,7 +133,7 @@ class Evaluation:
     suite: SuiteConfig
     sampling: SamplingConfig
     folder: Path  # of what is made
-    fleet: Fleet
+    cluster: Cluster
 
     @property
     def cache(self) -> Path:
@@ -155,7 +155,7 @@ _FILES = (".jsonl", ".json", ".parquet")  # that rows are read from
 OURS, THEIRS = "policy", "opponent"  # whose answers they are; each has random numbers of its own
 
 
-def answer(given: Evaluation, policy: Policy, prompts: Sequence[PromptRow], whose: str, where: Place) -> None:
+def answer(given: Evaluation, policy: Policy, prompts: Sequence[PromptRow], whose: str, rank: Rank) -> None:
     """Answers of a policy to prompts, as far as they are not there; `answers_of` reads them."""
     sample_from(
         policy,
@@ -165,7 +165,7 @@ def answer(given: Evaluation, policy: Policy, prompts: Sequence[PromptRow], whos
         _folder_of(given, whose),
         int(whose == OURS),
         f"answers of the {whose}",
-        where,
+        rank,
     )
 
 
@@ -178,9 +178,9 @@ def _folder_of(given: Evaluation, whose: str) -> Path:
     return given.folder / ("responses" if whose == OURS else f"responses_of_{whose}")
 
 
-def score(given: Evaluation, rows: Sequence[ResponseRow], where: Place) -> None:
+def score(given: Evaluation, rows: Sequence[ResponseRow], rank: Rank) -> None:
     """Scores of answers, as far as they are not there; `scored` reads them."""
-    score_responses(rows, given.cfg, given.folder / "scores", where)
+    score_responses(rows, given.cfg, given.folder / "scores", rank)
 
 
 def scored(given: Evaluation, rows: Sequence[ResponseRow]) -> list[ScoredPrompt]:
@@ -190,7 +190,7 @@ def scored(given: Evaluation, rows: Sequence[ResponseRow]) -> list[ScoredPrompt]
 
 def scorer_identity(given: Evaluation) -> dict[str, Any]:
     """Who scores, checked before anything is sampled."""
-    here = Place(device=torch.device("cpu"), bf16=False, rank=0, world=1)
+    here = Rank(device=torch.device("cpu"), bf16=False, number=0, world=1)
     identity = registry.build(registry.scorer_of(given.cfg), here).identity
     return {**asdict(identity), "kind": identity.kind.value}
 

@@ -25,7 +25,7 @@ from align.evaluation.settings import SUITES, EvaluateConfig, SuiteConfig, typed
 from align.files import differences, write_json, write_text, writing
 from align.launch import slurm
 from align.launch.local import in_each_process, logs_of
-from align.launch.rank import apart
+from align.launch.rank import alone
 from align.onpolicy.sample import answering_fleet
 from align.say import UserError, is_first, quieten, resolve, say
 from align.tracking import trackers
@@ -53,7 +53,7 @@ def evaluate(cfg: EvaluateConfig) -> None:
         _recognise(settings, made_of, given)
         say(f"This evaluation is complete: {given.folder}")
     else:
-        in_each_process(given.fleet, logs_of(given.folder), _work, given, suite)
+        in_each_process(given.cluster, logs_of(given.folder), _work, given, suite)
         if not is_first():
             return
         outcome: Outcome | None = resolve(f"{suite}:measure", "suite.kind")(given)
@@ -77,7 +77,7 @@ def _quieten() -> None:
 
 def _work(given: Evaluation, suite: str) -> None:
     _quieten()
-    resolve(f"{suite}:work", "suite.kind")(given, apart(given.fleet))
+    resolve(f"{suite}:work", "suite.kind")(given, alone(given.cluster))
 
 
 def prepare(cfg: EvaluateConfig) -> Evaluation:
@@ -113,7 +113,7 @@ def prepare(cfg: EvaluateConfig) -> Evaluation:
         suite=suite,
         sampling=sampling,
         folder=found.dir / "evaluation" / suite.name,
-        fleet=answering_fleet(of_command),
+        cluster=answering_fleet(of_command),
     )
 
 

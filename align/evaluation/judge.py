@@ -41,7 +41,7 @@ from align.evaluation.base import (
 )
 from align.evaluation.settings import JudgeConfig
 from align.files import fingerprint, write_text, writing
-from align.launch.rank import Place
+from align.launch.rank import Rank
 from align.model.policy import Policy
 from align.onpolicy import figures
 from align.onpolicy.sample import ResponseRow
@@ -64,13 +64,13 @@ def made_of(given: Evaluation) -> dict[str, Any]:
     }
 
 
-def work(given: Evaluation, where: Place) -> None:
+def work(given: Evaluation, rank: Rank) -> None:
     """Sample both sides, and score."""
     opponent, prompts = _opponent(given), _prompts(given)
-    answer(given, given.policy, prompts, OURS, where)
+    answer(given, given.policy, prompts, OURS, rank)
     if opponent:
-        answer(given, opponent, prompts, THEIRS, where)
-    score(given, _both(given, prompts, opponent), where)
+        answer(given, opponent, prompts, THEIRS, rank)
+    score(given, _both(given, prompts, opponent), rank)
 
 
 def measure(given: Evaluation) -> Outcome:

@@ -27,7 +27,7 @@ from align.data.prompts import Conversation
 from align.engine import collate, evaluating, response_statistics
 from align.engine.batching import FORWARD_ONLY, plan_micro_batches
 from align.files import fingerprint, write_text
-from align.launch.rank import Place
+from align.launch.rank import Rank
 from align.model.chat import prompt_ids
 from align.onpolicy import figures
 from align.onpolicy.pairs import scored_prompts
@@ -77,7 +77,7 @@ def answer(
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Conversation | str],
     cfg: EvaluationConfig,
-    where: Place,
+    rank: Rank,
     *,
     name: str,
     seed: int,
@@ -93,7 +93,7 @@ def answer(
         )
         for prompt_id, conversation in zip(ids, conversations, strict=True)
     ]
-    with where.autocast():  # one block each: it keeps a copy of the weights to its end
+    with rank.autocast():  # one block each: it keeps a copy of the weights to its end
         drawn = hf_sampler(policy, tokenizer, tokens_per_batch)(
             prompts, temperature=cfg.temperature, top_p=cfg.top_p, max_new_tokens=cfg.max_new_tokens
         )
@@ -118,7 +118,7 @@ def weigh(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     answers: Sequence[ResponseRow],
-    where: Place,
+    rank: Rank,
     *,
     layout: Layout,
     budget: int,
@@ -139,9 +139,9 @@ def weigh(
     lengths = [(len(prompt), *map(len, responses)) for prompt, responses in groups]
     pad = int(tokenizer.pad_token_id)
     made: dict[int, Weight] = {}
-    with evaluating(policy), where.autocast():
+    with evaluating(policy), rank.autocast():
         for some in plan_micro_batches(lengths, layout, FORWARD_ONLY * budget):
-            batch = collate([groups[i] for i in some], layout, pad).to(where.device)
+            batch = collate([groups[i] for i in some], layout, pad).to(rank.device)
             of_batch = response_statistics(policy, batch, ("entropy",))
             values = zip(*(of_batch[name].tolist() for name in ("logp", "entropy", "length")), strict=True)
             for i in (i for group in some for i in members[group]):

@@ -20,7 +20,7 @@ from typing import Any
 from align.evaluation.base import Evaluation, Outcome
 from align.evaluation.settings import LmEvalConfig
 from align.files import build_once, file_fingerprint, fingerprint, write_json, writing
-from align.launch.rank import Place, free
+from align.launch.rank import Rank, free
 from align.model.policy import Policy
 from align.say import UserError, closest, say
 
@@ -36,22 +36,22 @@ def made_of(given: Evaluation) -> dict[str, Any]:
         "suite": {**asdict(suite), "batch_size": None, "task_folder": None},
         "tasks": _code(suite),
         "harness": _harness().__version__,
-        "bf16": given.fleet.bf16,
+        "bf16": given.cluster.bf16,
     }
 
 
-def work(given: Evaluation, where: Place) -> None:
+def work(given: Evaluation, rank: Rank) -> None:
     """The first process measures the policy, and the start model where it is asked for and not in the cache."""
-    if where.rank > 0:
+    if not rank.is_first:
         return
     suite = _settings(given)
     found = _tasks(suite)
-    all_of = _evaluate(given, given.policy, found, where)
+    all_of = _evaluate(given, given.policy, found, rank)
     if suite.start:
         start = given.run.start(given.cache)
         build_once(
             _folder_of_start(given, start),
-            lambda into: write_json(into / "results.json", _evaluate(given, start, found, where)),
+            lambda into: write_json(into / "results.json", _evaluate(given, start, found, rank)),
         )
     with writing(f"cannot write {given.folder}", ""):
         given.folder.mkdir(parents=True, exist_ok=True)
@@ -164,17 +164,17 @@ def _folder_of_start(given: Evaluation, start: Policy) -> Path:
     """Where what the start model reaches is kept for all runs that have it."""
     suite = _settings(given)
     asked = {**asdict(suite), "name": None, "batch_size": None, "task_folder": _code(suite)}
-    key = fingerprint(start.fingerprint, _harness().__version__, given.fleet.bf16, given.cfg.seed, asked)
+    key = fingerprint(start.fingerprint, _harness().__version__, given.cluster.bf16, given.cfg.seed, asked)
     return given.cache / "lm_eval" / key
 
 
-def _evaluate(given: Evaluation, policy: Policy, tasks: Any, where: Place) -> dict[str, dict[str, Any]]:
+def _evaluate(given: Evaluation, policy: Policy, tasks: Any, rank: Rank) -> dict[str, dict[str, Any]]:
     """`results` of the harness, and of its groups."""
     from lm_eval.models.huggingface import HFLM
 
     suite = _settings(given)
     say(f"{', '.join(suite.tasks)}, {given.run.name if policy.iteration else 'its start model'}")
-    loaded = policy.load(where)
+    loaded = policy.load(rank)
     made = _harness().simple_evaluate(
         model=HFLM(pretrained=loaded, tokenizer=policy.start.tokenizer, batch_size=suite.batch_size),
         tasks=list(suite.tasks),

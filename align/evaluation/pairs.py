@@ -21,7 +21,7 @@ from align.engine.batching import CPU_TOKENS
 from align.evaluation.base import Evaluation, Outcome, check_place, in_words_of
 from align.evaluation.settings import PairsConfig
 from align.files import writing
-from align.launch.rank import Place, free
+from align.launch.rank import Rank, free
 from align.model.load import load_policy
 from align.model.policy import Policy
 from align.train import reference
@@ -39,12 +39,12 @@ def made_of(given: Evaluation) -> dict[str, Any]:
     return {**made, "suite": suite}
 
 
-def work(given: Evaluation, where: Place) -> None:
+def work(given: Evaluation, rank: Rank) -> None:
     """Log-probabilities under the policy and the start model, into a file; each process takes some shards."""
     pairs = _pairs(given)
     sides = {"policy": given.policy, "start": given.run.start(given.cache)}
-    columns = {name: _logps(policy, pairs, given, where) for name, policy in sides.items()}
-    if where.rank == 0:
+    columns = {name: _logps(policy, pairs, given, rank) for name, policy in sides.items()}
+    if rank.is_first:
         file = given.folder / _COLUMNS
         with writing(f"cannot write {given.folder}", ""):
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -117,14 +117,14 @@ def _pairs(given: Evaluation) -> Pairs:
         return prepare_pairs(dataset, cfg.train, cfg.model.system_message, start, given.cache)
 
 
-def _logps(policy: Policy, pairs: Pairs, given: Evaluation, where: Place) -> Tensor:
+def _logps(policy: Policy, pairs: Pairs, given: Evaluation, rank: Rank) -> Tensor:
     """`[N, 2]` float32 nats."""
     cfg = replace(policy.cfg, lora={})
-    loaded = load_policy(cfg, policy.start, seed=0).to(where.device)
+    loaded = load_policy(cfg, policy.start, seed=0).to(rank.device)
     held_out = pairs.held_out
     some = [as_group(pair) for pair in held_out.select(range(min(2, len(held_out))))]
     groups = [(prompt[-32:], [chosen[:32], rejected[:24]]) for prompt, (chosen, rejected) in some]
-    with where.autocast():
+    with rank.autocast():
         layout, attention, _ = engine.settle(loaded, groups, given.cfg.engine.layout, cfg.attn_implementation)
     engine.attach(loaded, layout, attention)
     budget = given.cfg.engine.tokens_per_micro_batch
@@ -134,7 +134,7 @@ def _logps(policy: Policy, pairs: Pairs, given: Evaluation, where: Place) -> Ten
         held_out,
         pairs.fingerprint,
         pair_lengths(held_out),
-        where,
+        rank,
         layout=layout,
         budget=budget if isinstance(budget, int) else CPU_TOKENS,
         pad_token_id=int(policy.start.tokenizer.pad_token_id),

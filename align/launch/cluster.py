@@ -6,11 +6,11 @@ import torch
 
 from align.choices import Device, Launcher, Precision, Strategy
 from align.config import ClusterConfig
-from align.launch.rank import Fleet, inside
+from align.launch.rank import Cluster, inside
 from align.say import UserError
 
 
-def fleet_of(cfg: ClusterConfig, plan: bool = False) -> Fleet:
+def cluster_of(cfg: ClusterConfig, plan: bool = False) -> Cluster:
     """What the `cluster` node comes to: here, or for a plan or a batch job on the machines that it describes.
 
     Raises:
@@ -32,7 +32,7 @@ def fleet_of(cfg: ClusterConfig, plan: bool = False) -> Fleet:
     memory = int(cfg.gpu_memory_gib * 2**30) if cfg.gpu_memory_gib else None
     if memory is None and on_gpu and gpus:
         memory = torch.cuda.get_device_properties(0).total_memory
-    return Fleet(
+    return Cluster(
         device="cuda" if on_gpu else "cpu",
         bf16=has_bf16 and cfg.precision is not Precision.fp32,
         nodes=nodes,

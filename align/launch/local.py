@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from align.choices import Strategy
 from align.launch import lifeline
-from align.launch.rank import Fleet, inside
+from align.launch.rank import Cluster, inside
 from align.say import Stopped, UserError
 
 _LAST_WORDS = 1.0  # seconds that the others get to say what they know once one has failed
@@ -46,7 +46,7 @@ _TO_CHECKPOINT = 600.0  # seconds from a stop to its checkpoint, at most; a seco
 # Starting -----------------------------------------------------------------------------------------------------------
 
 
-def start_processes(fleet: Fleet, logs: Path, function: Callable[..., Any], *args: Any) -> Any:
+def start_processes(cluster: Cluster, logs: Path, function: Callable[..., Any], *args: Any) -> Any:
     """Run `function(*args)` once in each process of the fleet, all on this machine. Returns what rank 0's returns.
 
     Args:
@@ -61,15 +61,15 @@ def start_processes(fleet: Fleet, logs: Path, function: Callable[..., Any], *arg
     for old in logs.glob("*.outcome"):
         old.unlink()
     # The parent keeps the store at which the processes meet: a port that the system picks, and gone with the parent.
-    store = torch.distributed.TCPStore("127.0.0.1", 0, fleet.world, is_master=True, wait_for_workers=False)
+    store = torch.distributed.TCPStore("127.0.0.1", 0, cluster.world, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
     processes: list[BaseProcess] = [
         context.Process(
             target=lifeline.call,
-            args=(os.getpid(), pickle.dumps((_work, (rank, fleet, store.port, logs, function, args)))),
+            args=(os.getpid(), pickle.dumps((_work, (rank, cluster, store.port, logs, function, args)))),
             name=f"align-{rank}",
         )
-        for rank in range(fleet.world)
+        for rank in range(cluster.world)
     ]
     with _passing_on_signals(processes) as asked:
         try:
@@ -152,11 +152,13 @@ def _verdict(world: int, ended: dict[int, int], logs: Path, asked: list[float]) 
     raise UserError(f"process {silent} of {world} ended with status {ended.get(silent)} and without a word; see {logs}")
 
 
-def _work(rank: int, fleet: Fleet, port: int, logs: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _work(
+    rank: int, cluster: Cluster, port: int, logs: Path, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     """The body of a process: take the place, run, and leave word of how it ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to everyone; the parent passes on SIGTERM
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": fleet.world, "LOCAL_WORLD_SIZE": fleet.per_node}
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": cluster.world, "LOCAL_WORLD_SIZE": cluster.per_node}
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
     tqdm.set_lock(threading.RLock())  # its own outlives a process that is killed, and the system complains
     os.environ |= {name: str(value) for name, value in {**places, **meeting}.items()}
@@ -176,7 +178,7 @@ def _work(rank: int, fleet: Fleet, port: int, logs: Path, function: Callable[...
         trace = logs / f"{rank}.traceback"
         trace.write_text(traceback.format_exc())
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]} ({Path(at.filename).name}:{at.lineno})"
-        outcome = {"kind": "failed", "text": f"process {rank} of {fleet.world}: {text}; traceback in {trace}"}
+        outcome = {"kind": "failed", "text": f"process {rank} of {cluster.world}: {text}; traceback in {trace}"}
     unfinished = logs / f"{rank}.unfinished"
     unfinished.write_text(json.dumps({**outcome, "time": time.time()}))
     unfinished.replace(logs / f"{rank}.outcome")
@@ -190,10 +192,10 @@ def logs_of(folder: Path) -> Path:
     return folder / "logs" / f"{socket.gethostname()}-{os.getpid()}"
 
 
-def in_each_process(fleet: Fleet, logs: Path, function: Callable[..., None], *args: Any) -> None:
+def in_each_process(cluster: Cluster, logs: Path, function: Callable[..., None], *args: Any) -> None:
     """Call `function(*args)` here, in processes of ours, or as one of several that were started from outside."""
-    alone = fleet.world == 1 and fleet.strategy in (Strategy.single, Strategy.auto)  # auto: nothing is trained
+    alone = cluster.world == 1 and cluster.strategy in (Strategy.single, Strategy.auto)  # auto: nothing is trained
     if inside() or alone:
         function(*args)
     else:
-        start_processes(fleet, logs, function, *args)
+        start_processes(cluster, logs, function, *args)

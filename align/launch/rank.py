@@ -25,7 +25,7 @@ _stores: list[torch.distributed.Store] = []
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fleet:
+class Cluster:
     """The processes of a run, one to a device.
 
     Attributes:
@@ -51,15 +51,20 @@ class Fleet:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class Rank:
     """This process among those of the run."""
 
     device: torch.device
     bf16: bool  # autocast; master weights are float32 all the same
-    rank: int
+    number: int
     world: int
     strategy: Strategy = Strategy.single
     offload: bool = False
+
+    @property
+    def is_first(self) -> bool:
+        """True on rank 0, or when not distributed."""
+        return self.number == 0
 
     @property
     def sharded(self) -> bool:
@@ -101,7 +106,7 @@ class Place:
         if self.world == 1:
             return decide()
         box: list[Any] = [None, None]
-        if self.rank == 0:
+        if self.is_first:
             try:
                 box[0] = decide()
             except UserError as error:
@@ -120,35 +125,35 @@ def inside() -> bool:
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
-def join(fleet: Fleet) -> Place:
+def join(cluster: Cluster) -> Rank:
     """This process's place in the fleet, connected to the others; also again, after `leave`.
 
     Raises:
         UserError: the processes cannot meet.
     """
-    alone = apart(fleet)
-    if fleet.strategy is not Strategy.single and not torch.distributed.is_initialized():
-        _connect(alone.device)
-    return replace(alone, world=fleet.world, strategy=fleet.strategy, offload=fleet.offload)
+    own = alone(cluster)
+    if cluster.strategy is not Strategy.single and not torch.distributed.is_initialized():
+        _connect(own.device)
+    return replace(own, world=cluster.world, strategy=cluster.strategy, offload=cluster.offload)
 
 
-def apart(fleet: Fleet) -> Place:
+def alone(cluster: Cluster) -> Rank:
     """This process's place while it works without the others: its device, its cores, its rank, and a world of one."""
     rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cpu") if fleet.device == "cpu" else torch.device("cuda", local)
+    device = torch.device("cpu") if cluster.device == "cpu" else torch.device("cuda", local)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        _share_cores(fleet)
-    if fleet.strategy is Strategy.single:
+        _share_cores(cluster)
+    if cluster.strategy is Strategy.single:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             os.environ.pop(name, None)  # of torchrun or srun with one process, which accelerate would take for many
-    return Place(device=device, bf16=fleet.bf16, rank=rank, world=1)
+    return Rank(device=device, bf16=cluster.bf16, number=rank, world=1)
 
 
-def _share_cores(fleet: Fleet) -> None:
-    shared = max(1, (os.cpu_count() or 1) // fleet.per_node) if fleet.world > 1 else None
-    if threads := fleet.cpu_threads or shared:
+def _share_cores(cluster: Cluster) -> None:
+    shared = max(1, (os.cpu_count() or 1) // cluster.per_node) if cluster.world > 1 else None
+    if threads := cluster.cpu_threads or shared:
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # else accelerate sets its own number, and warns
 

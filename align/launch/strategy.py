@@ -18,7 +18,7 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from align.choices import Strategy
-from align.launch.rank import Fleet, Place
+from align.launch.rank import Cluster, Rank
 from align.say import UserError
 
 _TYPES = {
@@ -32,38 +32,38 @@ _TYPES = {
 _ZERO = {Strategy.zero2: 2, Strategy.zero3: 3}
 
 
-def check(fleet: Fleet) -> None:
+def check(cluster: Cluster) -> None:
     """Raise `UserError` for a strategy that cannot work here."""
-    if fleet.strategy in _ZERO and importlib.util.find_spec("deepspeed") is None:
+    if cluster.strategy in _ZERO and importlib.util.find_spec("deepspeed") is None:
         raise UserError(
-            f"cluster.strategy={fleet.strategy.value} needs deepspeed: pip install deepspeed, or use cluster.strategy=fsdp"
+            f"cluster.strategy={cluster.strategy.value} needs deepspeed: pip install deepspeed, or use cluster.strategy=fsdp"
         )
 
 
-def prepare(place: Place) -> None:
+def prepare(rank: Rank) -> None:
     """What the libraries must find before TrainingArguments are made."""
-    if place.device.type != "cpu" or place.strategy in (Strategy.single, Strategy.ddp):
+    if rank.device.type != "cpu" or rank.strategy in (Strategy.single, Strategy.ddp):
         return
     # accelerate takes sharding for a matter of GPUs, and would run DDP here: tests and laptops need the real one.
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     accelerate.PartialState._prepare_backend = lambda *args, **options: ("gloo", DistributedType.MULTI_GPU)
-    if place.strategy in _ZERO:
+    if rank.strategy in _ZERO:
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled, for minutes
 
 
-def precision_of_fsdp(place: Place) -> MixedPrecisionPolicy:
+def precision_of_fsdp(rank: Rank) -> MixedPrecisionPolicy:
     """Weights are gathered in bf16 and gradients summed over ranks in float32.
 
     Outputs stay as they are: accelerate's own policy would round every sum of log-probabilities to bf16.
     """
-    return MixedPrecisionPolicy(param_dtype=torch.bfloat16 if place.bf16 else None, reduce_dtype=torch.float32)
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16 if rank.bf16 else None, reduce_dtype=torch.float32)
 
 
-def arguments(place: Place, clip: float) -> dict[str, Any]:
+def arguments(rank: Rank, clip: float) -> dict[str, Any]:
     """Fields of TrainingArguments. `clip` is the largest gradient norm."""
-    if place.strategy is Strategy.fsdp:
+    if rank.strategy is Strategy.fsdp:
         return {
             "fsdp": True,
             "fsdp_config": {
@@ -71,27 +71,27 @@ def arguments(place: Place, clip: float) -> dict[str, Any]:
                 "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
                 "reshard_after_forward": True,
                 "state_dict_type": "SHARDED_STATE_DICT",
-                "cpu_offload": place.offload,
+                "cpu_offload": rank.offload,
             },
         }
-    if place.strategy in _ZERO:
-        return {"deepspeed": _deepspeed(place, clip)}
-    return {"use_cpu": place.device.type == "cpu", "ddp_find_unused_parameters": False}
+    if rank.strategy in _ZERO:
+        return {"deepspeed": _deepspeed(rank, clip)}
+    return {"use_cpu": rank.device.type == "cpu", "ddp_find_unused_parameters": False}
 
 
-def _deepspeed(place: Place, clip: float) -> dict[str, Any]:
-    stage = _ZERO[place.strategy]
-    on_gpu = place.device.type == "cuda"
+def _deepspeed(rank: Rank, clip: float) -> dict[str, Any]:
+    stage = _ZERO[rank.strategy]
+    on_gpu = rank.device.type == "cuda"
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": on_gpu}
     if not on_gpu:
         zero["reduce_bucket_size"] = 10**6  # the default of 5e8 takes gigabytes, whatever the model
-    if place.offload:
+    if rank.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
         if stage == 3:
             zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
     return {
         "zero_optimization": zero,
-        "bf16": {"enabled": place.bf16},
+        "bf16": {"enabled": rank.bf16},
         "data_types": {"grad_accum_dtype": "fp32"},  # else micro-batches are summed up in bf16,
         "communication_data_type": "fp32",  # and so are processes
         "gradient_clipping": clip,
@@ -116,10 +116,10 @@ def forget() -> None:
     unset_hf_deepspeed_config()
 
 
-def check_built(trainer: Trainer, place: Place) -> None:
+def check_built(trainer: Trainer, rank: Rank) -> None:
     """Assert that the Trainer runs what was asked for: both libraries fall back in silence."""
     state = trainer.accelerator.state
-    ddp = DistributedType.MULTI_CPU if place.device.type == "cpu" else DistributedType.MULTI_GPU
-    wanted = _TYPES.get(place.strategy, ddp)
+    ddp = DistributedType.MULTI_CPU if rank.device.type == "cpu" else DistributedType.MULTI_GPU
+    wanted = _TYPES.get(rank.strategy, ddp)
     assert state.distributed_type == wanted, f"accelerate runs {state.distributed_type}, not {wanted}"
-    assert state.num_processes == place.world, f"accelerate sees {state.num_processes} processes of {place.world}"
+    assert state.num_processes == rank.world, f"accelerate sees {state.num_processes} processes of {rank.world}"

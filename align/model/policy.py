@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from align.config import ModelConfig
 from align.files import build_once
-from align.launch.rank import Place
+from align.launch.rank import Rank
 from align.model.load import Start, load_policy, load_trained, policy_fingerprint, prepare_start
 
 
@@ -21,11 +21,11 @@ class Policy:
     cfg: ModelConfig
     start: Start
 
-    def load(self, where: Place) -> PreTrainedModel:
+    def load(self, rank: Rank) -> PreTrainedModel:
         """As it samples: a new adapter, which changes nothing yet, is left out."""
-        dtype = torch.bfloat16 if where.bf16 else torch.float32
+        dtype = torch.bfloat16 if rank.bf16 else torch.float32
         policy: Any = load_policy(replace(self.cfg, lora={}), self.start, seed=0, dtype=dtype)
-        loaded: PreTrainedModel = policy.to(where.device)
+        loaded: PreTrainedModel = policy.to(rank.device)
         return loaded
 
     @property

@@ -27,8 +27,8 @@ from align.choices import Backend
 from align.config import RunConfig, SamplingConfig
 from align.data.prompts import POLICY, Conversation, PromptRow
 from align.files import Claim, claimed, fingerprint, lock_of, write_text, writing
-from align.launch.cluster import fleet_of
-from align.launch.rank import Fleet, Place, free
+from align.launch.cluster import cluster_of
+from align.launch.rank import Cluster, Rank, free
 from align.model.chat import prompt_ids, stop_token_ids, tokenizer_fingerprint
 from align.model.policy import Policy
 from align.onpolicy.samplers import Prompt, Sample, Sampler, hf_sampler, openai_sampler, seeds, vllm_sampler
@@ -300,16 +300,16 @@ def _writing(folder: Path) -> AbstractContextManager[None]:
     return writing(f"cannot write {folder}", ": name another folder")
 
 
-def answering_fleet(cfg: RunConfig) -> Fleet:
+def answering_fleet(cfg: RunConfig) -> Cluster:
     """The processes, checked for how answers are sampled."""
     check_sampling(cfg.sampling)
-    fleet = fleet_of(cfg.cluster, cfg.plan)
-    if cfg.sampling.backend is Backend.vllm and fleet.world > 1:
+    cluster = cluster_of(cfg.cluster, cfg.plan)
+    if cfg.sampling.backend is Backend.vllm and cluster.world > 1:
         raise UserError(
-            f"sampling.backend=vllm is one engine in one process, and there are {fleet.world}: start a vLLM server for each "
+            f"sampling.backend=vllm is one engine in one process, and there are {cluster.world}: start a vLLM server for each "
             "GPU and give sampling.backend=openai 'sampling.urls=[...]', or sampling.backend=hf"
         )
-    return fleet
+    return cluster
 
 
 def sample_from(
@@ -320,19 +320,19 @@ def sample_from(
     folder: Path,
     iteration: int,
     what: str,
-    where: Place,
+    rank: Rank,
 ) -> None:
     """Answers of a policy, into a folder; what is there is kept, and other processes do their share."""
     opening = open_sampler(
         settings,
         policy.start.tokenizer,
-        lambda: policy.load(where),
+        lambda: policy.load(rank),
         policy.start.path,
         revision=policy.cfg.revision,
-        bf16=where.bf16,
+        bf16=rank.bf16,
         served="/".join(Path(policy.start.path).parts[-2:]) if policy.iteration else None,
     )
-    with where.autocast():
+    with rank.autocast():
         sample_prompts(
             prompts,
             opening,
@@ -343,6 +343,6 @@ def sample_from(
             seed=cfg.seed,
             iteration=iteration,
             what=what,
-            silent=where.rank > 0,
+            silent=not rank.is_first,
         )
     free()

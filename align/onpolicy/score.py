@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from align.config import RunConfig
 from align.files import Claim, claimed, fingerprint, lock_of, write_text, writing
-from align.launch.rank import Place, free
+from align.launch.rank import Rank, free
 from align.onpolicy.sample import ResponseRow
 from align.onpolicy.scorers import registry
 from align.onpolicy.scorers.base import Identity, Item, Kind, Prompt, Scorer, Scores
@@ -303,9 +303,9 @@ def _writing(folder: Path) -> AbstractContextManager[None]:
     return writing(f"cannot write scores to {folder}", ": name another folder")
 
 
-def score_responses(rows: Sequence[ResponseRow], cfg: RunConfig, folder: Path, where: Place) -> None:
+def score_responses(rows: Sequence[ResponseRow], cfg: RunConfig, folder: Path, rank: Rank) -> None:
     """Scores of responses, into a folder; what is there is kept, and other processes do their share."""
-    counts = annotate(rows, registry.build(registry.scorer_of(cfg), where), folder, silent=where.rank > 0)
-    if counts and where.rank == 0:
+    counts = annotate(rows, registry.build(registry.scorer_of(cfg), rank), folder, silent=not rank.is_first)
+    if counts and rank.is_first:
         print(", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items()), flush=True)
     free()

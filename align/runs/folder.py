@@ -17,7 +17,7 @@ from align import config
 from align.config import RunConfig
 from align.data.prompts import Prompts
 from align.files import differences, file_fingerprint, write_json
-from align.launch.rank import Fleet
+from align.launch.rank import Cluster
 from align.model.load import Start
 from align.say import UserError, is_first
 from objectives import Objective
@@ -35,7 +35,7 @@ class Prepared(Protocol):
         """As the user gave it."""
 
     @property
-    def fleet(self) -> Fleet:
+    def cluster(self) -> Cluster:
         """Who does it."""
 
     @property
@@ -149,7 +149,9 @@ def open_folder(job: Prepared, first: str = "") -> None:
     print("\n".join(filter(None, (job.plan, first, f"run folder  {job.dir}"))), flush=True)
 
 
-def identify(config_: dict[str, Any], objective: Objective, start: Start, pairs: str, fleet: Fleet) -> dict[str, Any]:
+def identify(
+    config_: dict[str, Any], objective: Objective, start: Start, pairs: str, cluster: Cluster
+) -> dict[str, Any]:
     """What decides the result of a training: its settings, start model, pairs (their fingerprint), precision, and the
     code of its objective."""
     indifferent = {
@@ -179,7 +181,7 @@ def identify(config_: dict[str, Any], objective: Objective, start: Start, pairs:
     for part in inner:
         code[type(part).__qualname__] = file_fingerprint(Path(inspect.getfile(type(part))))
         inner += [value for value in vars(part).values() if isinstance(value, Objective)]
-    computed = {"device": fleet.device, "bf16": fleet.bf16}
+    computed = {"device": cluster.device, "bf16": cluster.bf16}
     return {**settings, **computed, "start": start.fingerprint, "pairs": pairs, "objective_code": code}
 
 
@@ -190,7 +192,7 @@ class Play:
     cfg: RunConfig
     start: Start
     prompts: Prompts
-    fleet: Fleet
+    cluster: Cluster
     identity: dict[str, Any]
     dir: Path
     plan: str

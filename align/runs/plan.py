@@ -9,7 +9,7 @@ from align.config import RunConfig
 from align.data.pairs import Pairs, pair_lengths, token_counts
 from align.data.prompts import Prompts
 from align.engine.batching import MicroBatch, StepSampler, fed_tokens
-from align.launch.rank import Fleet
+from align.launch.rank import Cluster
 from align.model.load import Start
 from align.onpolicy.scorers.base import Identity, Kind
 from align.train import memory
@@ -18,18 +18,18 @@ from align.train.memory import ENOUGH_TOKENS, GIB, longest_pair, micro_batch_tha
 from objectives import Objective, Response
 
 
-def describe(cfg: RunConfig, start: Start, pairs: Pairs, objective: Objective, where: Fleet) -> str:
+def describe(cfg: RunConfig, start: Start, pairs: Pairs, objective: Objective, cluster: Cluster) -> str:
     """The plan of a run, as it is printed and saved."""
     train, lengths = cfg.train, pair_lengths(pairs.train)
     wanted, layout = cfg.engine.tokens_per_micro_batch, cfg.engine.layout
-    budget = wanted if isinstance(wanted, int) else micro_batch_that_fits(cfg, start, pairs, where)
+    budget = wanted if isinstance(wanted, int) else micro_batch_that_fits(cfg, start, pairs, cluster)
 
     def sampler(layout: Layout) -> StepSampler:
         return StepSampler(
             lengths,
             layout,
             pairs_per_step=train.pairs_per_step,
-            world=where.world,
+            world=cluster.world,
             rank=0,
             budget=budget,
             seed=cfg.seed,
@@ -43,7 +43,7 @@ def describe(cfg: RunConfig, start: Start, pairs: Pairs, objective: Objective, w
         return sum(fed_tokens([lengths[i] for i in b], layout) for b in batches) / sum(map(len, batches))
 
     micro = [len(share) for share in first_shares(layout)]
-    measured = wanted == "auto" and where.device == "cuda" and where.strategy in (Strategy.single, Strategy.ddp)
+    measured = wanted == "auto" and cluster.device == "cuda" and cluster.strategy in (Strategy.single, Strategy.ddp)
     by_memory = ", or what the GPU turns out to hold" if measured else ""
     tokens = {kind: tokens_per_pair(kind) for kind in dict.fromkeys([layout, *Layout])}
     others = ", ".join(f"{kind.name} {count:,.0f}" for kind, count in tokens.items() if kind is not layout)
@@ -54,11 +54,11 @@ def describe(cfg: RunConfig, start: Start, pairs: Pairs, objective: Objective, w
         f"held out    {_counts(pairs, 'held_out')}",
         *(f"lengths     {name}: {_quantiles(pairs, column)}" for name, column in _COLUMNS.items()),
         f"steps       {total_steps(cfg, len(lengths))} of {train.pairs_per_step} pairs ({len(sampler(layout))} an epoch)",
-        f"processes   {_processes(where)}",
-        f"a step      {train.pairs_per_step // where.world} pairs a process, in {fmean(micro):.1f} micro-batches (at most "
+        f"processes   {_processes(cluster)}",
+        f"a step      {train.pairs_per_step // cluster.world} pairs a process, in {fmean(micro):.1f} micro-batches (at most "
         f"{max(micro)}) of up to {budget:,} tokens{by_memory}",
         f"layout      {layout.name}: {tokens[layout]:,.0f} tokens a pair go through the model ({others})",
-        *_memory(cfg, start, where, longest_pair(cfg, pairs), budget),
+        *_memory(cfg, start, cluster, longest_pair(cfg, pairs), budget),
         f"first loss  {first_loss(objective, pairs)}",
     ]
     return "\n".join(lines)
@@ -71,7 +71,7 @@ def describe_selfplay(
     of_iteration: int,
     scorer: Identity,
     objective: Objective,
-    where: Fleet,
+    cluster: Cluster,
     longest: int,
 ) -> str:
     """The plan of self-play.
@@ -111,8 +111,8 @@ def describe_selfplay(
         f"train       at most {steps} steps of {cfg.train.pairs_per_step} pairs an iteration",
         f"compare     {compared} held-out prompts, {evaluation.samples_per_prompt} responses of each policy, up to "
         f"{compared * evaluation.samples_per_prompt * evaluation.max_new_tokens:,} tokens an iteration",
-        f"processes   {_processes(where)}",
-        *_memory(cfg, start, where, longest, budget),
+        f"processes   {_processes(cluster)}",
+        *_memory(cfg, start, cluster, longest, budget),
     ]
     return "\n".join(lines)
 
@@ -120,11 +120,11 @@ def describe_selfplay(
 _COLUMNS = {"prompt": "prompt_ids", "chosen": "chosen_ids", "rejected": "rejected_ids"}
 
 
-def _processes(fleet: Fleet) -> str:
-    nodes = f"{fleet.nodes} nodes x " if fleet.nodes > 1 else ""
-    offload = ", offload" if fleet.offload else ""
-    precision = "bf16" if fleet.bf16 else "fp32"
-    return f"{nodes}{fleet.per_node} on {fleet.device}, {fleet.strategy.value}{offload}, {precision}"
+def _processes(cluster: Cluster) -> str:
+    nodes = f"{cluster.nodes} nodes x " if cluster.nodes > 1 else ""
+    offload = ", offload" if cluster.offload else ""
+    precision = "bf16" if cluster.bf16 else "fp32"
+    return f"{nodes}{cluster.per_node} on {cluster.device}, {cluster.strategy.value}{offload}, {precision}"
 
 
 def _counts(pairs: Pairs, split: str) -> str:
@@ -147,23 +147,23 @@ def _quantiles(pairs: Pairs, column: str) -> str:
     return ", ".join(f"{name} at most {value}" for name, value in at.items()) + f", longest {lengths[-1]} tokens"
 
 
-def _memory(cfg: RunConfig, start: Start, fleet: Fleet, longest: int, budget: int) -> list[str]:
+def _memory(cfg: RunConfig, start: Start, cluster: Cluster, longest: int, budget: int) -> list[str]:
     """An estimate for one process, and which strategies the devices would hold; of a pair and a micro-batch the tokens."""
-    made = setup(cfg, start, fleet)
-    need = memory.need(made, fleet.strategy, max(budget, longest))
+    made = setup(cfg, start, cluster)
+    need = memory.need(made, cluster.strategy, max(budget, longest))
     parts = {
         "weights": need.weights, "gradients": need.gradients, made.optimizer: need.optimizer, "buckets": need.buckets,
         "gathered": need.passing, "head": need.head, "activations about": need.activations, "the step": need.step,
     }  # fmt: skip
     text = ", ".join(f"{part} {size / GIB:.1f}" for part, size in parts.items() if size >= GIB / 20)
-    of = f" of {fleet.memory / GIB:.0f}" if fleet.memory else ""
+    of = f" of {cluster.memory / GIB:.0f}" if cluster.memory else ""
     host = f"; {need.host / GIB:.1f} GiB in host memory" if need.host else ""
-    if fleet.world > 1 and fleet.strategy is not Strategy.zero3:  # which divides the weights as it reads them
+    if cluster.world > 1 and cluster.strategy is not Strategy.zero3:  # which divides the weights as it reads them
         host += f"; {4 * made.shape.parameters / GIB:.1f} GiB of host memory while the model loads"
     weights = f"{made.shape.parameters / 1e6:,.1f}M weights"
     lines = [f"memory      {need.total / GIB:.2f} GiB{of} a process: {text or 'little of each'}{host} ({weights})"]
-    if fleet.memory is not None:
-        fitting = memory.which_fit(made, fleet.memory, longest)
+    if cluster.memory is not None:
+        fitting = memory.which_fit(made, cluster.memory, longest)
         lines.append(f"would fit   {', '.join(s.value for s in fitting) or 'no strategy'}")
     return lines
 

@@ -16,8 +16,8 @@ from align.data.prompts import Prompts, load_prompts
 from align.evaluation import judging
 from align.files import fingerprint
 from align.launch import slurm, strategy
-from align.launch.cluster import fleet_of
-from align.launch.rank import Fleet, Place, inside
+from align.launch.cluster import cluster_of
+from align.launch.rank import Cluster, Rank, inside
 from align.model.load import NotHereError, Start, start_model
 from align.onpolicy.sample import answering_fleet
 from align.onpolicy.scorers import registry
@@ -50,33 +50,33 @@ def prepare_training(cfg: RunConfig) -> Job:
     objective = check_settings(cfg)
     judge = judging.judge_of(cfg)
     scorer = who_scores(cfg, judge) if judge is not None else None
-    fleet = fleet_of(cfg.cluster, cfg.plan)
+    cluster = cluster_of(cfg.cluster, cfg.plan)
     cache = Path(cfg.cache_dir).expanduser()
     start = start_model(cfg, cache)
     pairs = prepare_pairs(cfg.dataset, cfg.train, cfg.model.system_message, start, cache)
-    check_data(cfg, objective, start, pairs, fleet)
+    check_data(cfg, objective, start, pairs, cluster)
     longest = longest_pair(cfg, pairs)
-    fleet = settle_strategy(cfg, start, fleet, longest)
-    check_sentinel(cfg, fleet)
+    cluster = settle_strategy(cfg, start, cluster, longest)
+    check_sentinel(cfg, cluster)
     if not cfg.plan:
-        strategy.check(fleet)
+        strategy.check(cluster)
         if cfg.cluster.launcher is Launcher.slurm and not inside():
             slurm.check()
     if warning := high_learning_rate(cfg.optimizer, memory.shape(cfg.model, start).parameters):
         warnings.warn(warning, UserWarning, stacklevel=2)
-    if warning := too_large(cfg, start, fleet, longest):
+    if warning := too_large(cfg, start, cluster, longest):
         warnings.warn(warning, UserWarning, stacklevel=2)
-    identity = identify(config.plain(cfg), objective, start, pairs.fingerprint, fleet)
+    identity = identify(config.plain(cfg), objective, start, pairs.fingerprint, cluster)
     if scorer is not None and cfg.scorer.name is not None:  # else dataset.judge is there
         identity |= scored_by(cfg, scorer)
     names = f"{cfg.model.name}-{cfg.dataset.name}-{cfg.objective['name']}"
     folder = Path(cfg.run_dir or f"runs/{names}-{fingerprint(identity)[:6]}").expanduser()
-    text = plan.describe(cfg, start, pairs, objective, fleet)
+    text = plan.describe(cfg, start, pairs, objective, cluster)
     job = Job(
         cfg=cfg,
         start=start,
         pairs=pairs,
-        fleet=fleet,
+        cluster=cluster,
         identity=identity,
         dir=folder,
         policy=folder / "model",
@@ -109,7 +109,7 @@ def check_metric(cfg: RunConfig) -> None:
 def who_scores(cfg: RunConfig, scorer: ScorerConfig) -> Identity:
     """The scorer's identity, before anything is sampled or trained; a plan does without its files."""
     try:
-        return registry.build(scorer, Place(device=torch.device("cpu"), bf16=False, rank=0, world=1)).identity
+        return registry.build(scorer, Rank(device=torch.device("cpu"), bf16=False, number=0, world=1)).identity
     except NotHereError as error:
         if not cfg.plan:
             raise
@@ -125,9 +125,9 @@ def scored_by(cfg: RunConfig, scorer: Identity) -> dict[str, Any]:
     return {"scorer": settings, "judge": judge, "scored_by": fingerprint(asdict(scorer))}
 
 
-def as_resolved(cluster: ClusterConfig, fleet: Fleet) -> ClusterConfig:
+def as_resolved(asked: ClusterConfig, cluster: Cluster) -> ClusterConfig:
     """What compute nodes must not decide anew: the precision is part of what a run is."""
-    return replace(cluster, precision=Precision.bf16 if fleet.bf16 else Precision.fp32)
+    return replace(asked, precision=Precision.bf16 if cluster.bf16 else Precision.fp32)
 
 
 def check_settings(cfg: RunConfig) -> Objective:
@@ -141,10 +141,10 @@ def check_settings(cfg: RunConfig) -> Objective:
     return build_objective(cfg)
 
 
-def check_data(cfg: RunConfig, objective: Objective, start: Start, pairs: Pairs, fleet: Fleet) -> None:
+def check_data(cfg: RunConfig, objective: Objective, start: Start, pairs: Pairs, cluster: Cluster) -> None:
     """What the objective and the batch ask of the data."""
     check_bos(pairs, start.tokenizer)
-    check_batch(cfg, len(pairs.train), fleet.world)
+    check_batch(cfg, len(pairs.train), cluster.world)
     for name, split in (("training", pairs.train), ("held-out", pairs.held_out)):
         sides = zip(split["chosen_win_prob"], split["rejected_win_prob"], strict=True)
         without = sum(math.isnan(chosen) or math.isnan(rejected) for chosen, rejected in sides)
@@ -156,18 +156,18 @@ def check_data(cfg: RunConfig, objective: Objective, start: Start, pairs: Pairs,
             )
 
 
-def check_sentinel(cfg: RunConfig, fleet: Fleet) -> None:
+def check_sentinel(cfg: RunConfig, cluster: Cluster) -> None:
     """Raise where nobody could sample the policy in training."""
-    if cfg.sentinel.sample_every_steps is not None and fleet.strategy in (Strategy.fsdp, Strategy.zero3):
+    if cfg.sentinel.sample_every_steps is not None and cluster.strategy in (Strategy.fsdp, Strategy.zero3):
         raise UserError(
             f"sentinel.sample_every_steps={cfg.sentinel.sample_every_steps} samples with one process, and cluster.strategy="
-            f"{fleet.strategy.value} divides the weights among all: set it to null, or use ddp or zero2"
+            f"{cluster.strategy.value} divides the weights among all: set it to null, or use ddp or zero2"
         )
 
 
-def prepare_answers(cfg: RunConfig) -> tuple[Start, Prompts, Fleet]:
+def prepare_answers(cfg: RunConfig) -> tuple[Start, Prompts, Cluster]:
     """What sampling alone needs: who answers, what is asked, and the processes."""
-    fleet = answering_fleet(cfg)
+    cluster = answering_fleet(cfg)
     cache = Path(cfg.cache_dir).expanduser()
     start = start_model(cfg, cache)
-    return start, load_prompts(cfg, start, cache), fleet
+    return start, load_prompts(cfg, start, cache), cluster

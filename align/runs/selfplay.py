@@ -34,7 +34,7 @@ from align.evaluation import card, judging
 from align.files import fingerprint, write_json
 from align.launch import slurm, strategy
 from align.launch.local import in_each_process
-from align.launch.rank import Place, apart, free, inside
+from align.launch.rank import Rank, alone, free, inside
 from align.model.chat import prompt_ids
 from align.model.policy import Policy, trained_from
 from align.onpolicy import figures
@@ -82,7 +82,7 @@ def prepare(cfg: RunConfig) -> Play:
     objective = check_settings(cfg)
     _check_selection(cfg)
     scorer = who_scores(cfg, registry.scorer_of(cfg))
-    start, prompts, fleet = prepare_answers(cfg)
+    start, prompts, cluster = prepare_answers(cfg)
     asked_last = prompts_of(cfg, prompts, cfg.iterations)  # the last share is the smallest
     of_iteration = len(asked_last) - len(prompts.held_out)
     if of_iteration < cfg.train.pairs_per_step:
@@ -94,22 +94,24 @@ def prepare(cfg: RunConfig) -> Play:
             f"{len(prompts.held_out)} are held out (dataset.eval_fraction); train.pairs_per_step="
             f"{cfg.train.pairs_per_step} needs that many pairs: give more prompts, or a smaller step"
         )
-    check_batch(cfg, of_iteration, fleet.world)
+    check_batch(cfg, of_iteration, cluster.world)
     longest = max(prompts.tokens.values()) + 2 * min(cfg.sampling.max_new_tokens, cfg.train.max_length)
-    fleet = settle_strategy(cfg, start, fleet, longest)
-    check_sentinel(cfg, fleet)
-    if warning := too_large(cfg, start, fleet, longest):
+    cluster = settle_strategy(cfg, start, cluster, longest)
+    check_sentinel(cfg, cluster)
+    if warning := too_large(cfg, start, cluster, longest):
         warnings.warn(warning, UserWarning, stacklevel=2)
     if not cfg.plan:
-        strategy.check(fleet)
+        strategy.check(cluster)
         if cfg.cluster.launcher is Launcher.slurm and not inside():
             slurm.check()
-    identity = _identity(cfg, scorer, identify(config.plain(cfg), objective, start, prompts.fingerprint, fleet))
+    identity = _identity(cfg, scorer, identify(config.plain(cfg), objective, start, prompts.fingerprint, cluster))
     names = f"{cfg.model.name}-{cfg.dataset.name}-{cfg.objective['name']}-selfplay"
     folder = Path(cfg.run_dir or f"runs/{names}-{fingerprint(identity)[:6]}").expanduser()
-    text = plan.describe_selfplay(cfg, start, prompts, of_iteration, scorer, objective, fleet, longest)
+    text = plan.describe_selfplay(cfg, start, prompts, of_iteration, scorer, objective, cluster, longest)
     # Absolute, as the trainings of the iterations remember where their policies and pairs are.
-    play = Play(cfg=cfg, start=start, prompts=prompts, fleet=fleet, identity=identity, dir=folder.resolve(), plan=text)
+    play = Play(
+        cfg=cfg, start=start, prompts=prompts, cluster=cluster, identity=identity, dir=folder.resolve(), plan=text
+    )
     recognise(play)
     return play
 
@@ -142,7 +144,7 @@ def begin(play: Play) -> None:
     with own_folder(play.dir) if is_first() else contextlib.nullcontext():
         if is_first():
             open_folder(play)
-        in_each_process(play.fleet, play.dir / "logs", work, play)
+        in_each_process(play.cluster, play.dir / "logs", work, play)
 
 
 # Each process --------------------------------------------------------------------------------------------------------
@@ -151,16 +153,16 @@ def begin(play: Play) -> None:
 def work(play: Play) -> None:
     """What each process does."""
     quieten()
-    where = apart(play.fleet)
-    tracker = trackers.start(play.cfg, play.dir, config.plain(play.cfg), where.rank)
+    rank = alone(play.cluster)
+    tracker = trackers.start(play.cfg, play.dir, config.plain(play.cfg), rank.number)
     made: list[dict[str, Any]] = []
     failed = True
     try:
         first = last = Policy(iteration=0, cfg=play.cfg.model, start=play.start)
-        if where.rank == 0:
-            _try_scorer(play, where)
+        if rank.is_first:
+            _try_scorer(play, rank)
         for number in range(1, play.cfg.iterations + 1):
-            iteration = _Iteration(play, number, first, last, where)
+            iteration = _Iteration(play, number, first, last, rank)
             made.append(iteration.run(tracker, steps_before=sum(of_one["steps"] for of_one in made)))
             last = iteration.next_policy
         failed = False
@@ -170,15 +172,15 @@ def work(play: Play) -> None:
     except CollapsedError as end:  # of the training, whose folder is not the one that people look at
         number, steps = len(made) + 1, sum(of_one["steps"] for of_one in made)
         of_play = CollapsedError(steps + end.step, f"iteration {number}: {end.why}")
-        if where.rank == 0:
+        if rank.is_first:
             (play.folder(number) / sentinel.FILE).unlink(missing_ok=True)
             sentinel.mark(play.dir, of_play)
         raise sentinel.with_remedy(of_play, play.dir) from end
     finally:
         trained = {name: value for name, value in made[-1].items() if isinstance(value, float)} if made else {}
-        results = {"trained": trained, "cost": _cost(play, len(made)) if where.rank == 0 else {}}
+        results = {"trained": trained, "cost": _cost(play, len(made)) if rank.is_first else {}}
         tracker.finish(card.summary(results), failed)
-    if where.rank == 0:
+    if rank.is_first:
         write_json(play.results, {"start": made[0]["start"], **results, "iterations": made})
 
 
@@ -188,20 +190,20 @@ def _cost(play: Play, iterations: int) -> dict[str, Any]:
     return asdict(together(Cost(**of_one.get("cost", {})) for of_one in of_each))
 
 
-def _try_scorer(play: Play, where: Place) -> None:
+def _try_scorer(play: Play, rank: Rank) -> None:
     """Score two answers, before hours of sampling: weights that are not there, or a server that is not, show now."""
     if (play.folder(1) / "scores").exists():
         return
     prompt = play.prompts.held_out[0]
-    registry.build(registry.scorer_of(play.cfg), where)([Item(prompt=prompt.text, responses=["yes", "no"])])
+    registry.build(registry.scorer_of(play.cfg), rank)([Item(prompt=prompt.text, responses=["yes", "no"])])
     free()
 
 
 class _Iteration:
     """One iteration, as each process does it. What is made already is found and kept."""
 
-    def __init__(self, play: Play, number: int, first: Policy, before: Policy, where: Place) -> None:
-        self.play, self.cfg, self.number, self.where = play, play.cfg, number, where
+    def __init__(self, play: Play, number: int, first: Policy, before: Policy, rank: Rank) -> None:
+        self.play, self.cfg, self.number, self.rank = play, play.cfg, number, rank
         self.first, self.before, self.folder = first, before, play.folder(number)
 
     def run(self, tracker: Tracker, steps_before: int) -> dict[str, Any]:
@@ -217,13 +219,13 @@ class _Iteration:
         chosen = self._pairs()
         job = self._training()
         if not job.is_done:
-            if self.where.rank == 0:  # of a policy that was killed before its results, and may differ in a bit
+            if self.rank.is_first:  # of a policy that was killed before its results, and may differ in a bit
                 for made_of_it in ("merged", "evaluation"):
                     shutil.rmtree(self.folder / made_of_it, ignore_errors=True)
             spine.begin(job, Stretch(tracker, steps_before))
         free()
         scored = self._compare()
-        if self.where.rank > 0:
+        if not self.rank.is_first:
             return {"steps": job.steps}
         made = {"iteration": self.number, "steps": job.steps, "data": chosen, **scored}
         trained = json.loads(job.results.read_text())["trained"]
@@ -242,7 +244,7 @@ class _Iteration:
         responses, scores, pairs = (self.folder / name for name in ("responses", "scores", "pairs"))
         prompts = prompts_of(self.cfg, self.play.prompts, self.number)
         self._sample(self.before, prompts, self.cfg.sampling, responses, self.number, "responses")
-        score_responses(read_samples(responses), self.cfg, scores, self.where)
+        score_responses(read_samples(responses), self.cfg, scores, self.rank)
         made = write_pairs(responses, scores, self.cfg.selection, pairs, seed=self.cfg.seed + self.number)
         self._say(describe_counts(made))
         for split, least in (("train", self.cfg.train.pairs_per_step), ("held_out", 1)):
@@ -256,15 +258,15 @@ class _Iteration:
 
     def _weigh(self, policy: Policy, answers: Sequence[ResponseRow]) -> list[judging.Weight]:
         """What a policy makes of answers to held-out prompts."""
-        loaded = policy.load(self.where)
+        loaded = policy.load(self.rank)
         tokenizer = policy.start.tokenizer
         groups = [
             (prompt_ids(row.prompt, tokenizer)[-32:], [list(row.response_ids[:n]) for n in (32, 24)])
             for row in answers[:2]
         ]
-        with self.where.autocast():
+        with self.rank.autocast():
             layout, _, _ = engine.settle(loaded, groups, self.cfg.engine.layout, self.cfg.model.attn_implementation)
-        weights = judging.weigh(loaded, tokenizer, answers, self.where, layout=layout, budget=CPU_TOKENS)
+        weights = judging.weigh(loaded, tokenizer, answers, self.rank, layout=layout, budget=CPU_TOKENS)
         del loaded
         free()
         return weights
@@ -281,7 +283,7 @@ class _Iteration:
                 eval_path=str(pairs / "held_out.jsonl"),
                 eval_limit=None,
             ),
-            cluster=replace(self.cfg.cluster, strategy=self.play.fleet.strategy),
+            cluster=replace(self.cfg.cluster, strategy=self.play.cluster.strategy),
             source=PairSourceConfig(),
             scorer=ScorerConfig(),  # the iteration compares by itself
             iterations=1,
@@ -308,8 +310,8 @@ class _Iteration:
             answers[policy.name] = read_samples(folder)
         rows = figures.side_by_side(answers, self.number)
         scores = self.folder / "evaluation" / "scores"
-        score_responses(rows, self.cfg, scores, self.where)
-        if self.where.rank > 0:
+        score_responses(rows, self.cfg, scores, self.rank)
+        if not self.rank.is_first:
             return {}
         scored = list(scored_prompts(rows, read_scores(scores)))
         ours, before, first = (policy.name for policy in (self.next_policy, self.before, self.first))
@@ -345,13 +347,13 @@ class _Iteration:
         iteration: int,
         what: str,
     ) -> None:
-        sample_from(policy, prompts, self.cfg, settings, folder, iteration, what, self.where)
+        sample_from(policy, prompts, self.cfg, settings, folder, iteration, what, self.rank)
 
     def _tidy(self) -> None:
         """What is trained needs no checkpoints, which are several times its size."""
-        if self.where.rank == 0:
+        if self.rank.is_first:
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
     def _say(self, text: str) -> None:
-        if self.where.rank == 0:
+        if self.rank.is_first:
             print(text, flush=True)

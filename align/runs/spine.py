@@ -54,9 +54,9 @@ def carry_out(made: T, command: Callable[[RunConfig], object], start: Callable[[
             )
             slurm.enqueue(
                 command,
-                replace(given, cluster=as_resolved(cfg.cluster, made.fleet)),
-                made.fleet.per_node,
-                made.fleet.device == "cuda",
+                replace(given, cluster=as_resolved(cfg.cluster, made.cluster)),
+                made.cluster.per_node,
+                made.cluster.device == "cuda",
             )
             return None
         with in_its_group(made):
@@ -89,10 +89,10 @@ def begin(job: Job, tracker: Tracker | None = None) -> None:
             check_checkpoint(job)
             open_folder(job, show_pair(job.pairs.train[0], job.start.tokenizer))
 
-        if inside() or job.fleet.strategy is Strategy.single:
-            place = join(job.fleet)
-            place.from_first(open_)
-            train_in_process(job, place, tracker)
+        if inside() or job.cluster.strategy is Strategy.single:
+            rank = join(job.cluster)
+            rank.from_first(open_)
+            train_in_process(job, rank, tracker)
         else:
             open_()
-            start_processes(job.fleet, job.dir / "logs", train_in_process, job)
+            start_processes(job.cluster, job.dir / "logs", train_in_process, job)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from align.choices import Layout
 from align.engine import Group, collate, response_statistics
 from align.engine.batching import CPU_TOKENS
-from align.launch.rank import Place
+from align.launch.rank import Rank
 from align.say import UserError
 from align.train.memory import MOST_TOKENS, USABLE
 
@@ -24,7 +24,7 @@ def token_budget(
     groups: Sequence[Group],
     layout: Layout,
     statistics: Sequence[str],
-    where: Place,
+    rank: Rank,
     later: int,
 ) -> int:
     """Tokens of a micro-batch for a policy that is `attach`ed in `layout` and on its device.
@@ -37,7 +37,7 @@ def token_budget(
     Raises:
         UserError: the longest group does not fit.
     """
-    device = where.device
+    device = rank.device
     if device.type != "cuda":
         return CPU_TOKENS
     policy.train()
@@ -49,7 +49,7 @@ def token_budget(
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         try:
-            with where.autocast():
+            with rank.autocast():
                 batch = collate(some, layout, pad_token_id=0).to(device)
                 response_statistics(policy, batch, statistics)["logp"].sum().backward()
         except torch.cuda.OutOfMemoryError as error:

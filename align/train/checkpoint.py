@@ -30,15 +30,15 @@ def check_checkpoint(job: Job) -> None:
         raise UserError(
             f"{checkpoint / MADE_BY} is damaged: delete {checkpoint}, and the run goes on from the one before"
         ) from error
-    before, now = Strategy(made["strategy"]), job.fleet.strategy
+    before, now = Strategy(made["strategy"]), job.cluster.strategy
     whole = {Strategy.single, Strategy.ddp}  # both write weights and optimizer in one piece
     same = before is now or {before, now} <= whole
     by_rank = before in (Strategy.zero2, Strategy.zero3)  # DeepSpeed's shards are those of its ranks
-    if not same or (by_rank and made["processes"] != job.fleet.world):
+    if not same or (by_rank and made["processes"] != job.cluster.world):
         other = f"cluster.strategy={before.value}" + (f" cluster.processes={made['processes']}" if by_rank else "")
         raise UserError(
             f"{checkpoint} was written by {before.value} on {made['processes']} process(es), and this is {now.value} on "
-            f"{job.fleet.world}: go on with {other}, or begin anew with another run_dir="
+            f"{job.cluster.world}: go on with {other}, or begin anew with another run_dir="
         )
 
 

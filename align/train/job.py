@@ -8,7 +8,7 @@ import objectives
 from align.config import RunConfig
 from align.data.pairs import Pairs
 from align.engine.batching import steps_per_epoch
-from align.launch.rank import Fleet
+from align.launch.rank import Cluster
 from align.model.load import Start
 from align.say import UserError
 from objectives import Objective
@@ -40,7 +40,7 @@ class Job:
     cfg: RunConfig
     start: Start
     pairs: Pairs
-    fleet: Fleet
+    cluster: Cluster
     identity: dict[str, Any]
     dir: Path
     policy: Path  # the folder of the trained policy

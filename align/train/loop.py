@@ -27,7 +27,7 @@ from align.engine import COMPUTED, collate, evaluating, response_statistics, to_
 from align.engine.batching import FORWARD_ONLY, MicroBatch, StepSampler, deal, plan_micro_batches
 from align.files import write_json
 from align.launch import strategy
-from align.launch.rank import Place
+from align.launch.rank import Rank
 from align.say import UserError
 from align.train.checkpoint import COST, MADE_BY, saying_what_to_do, step_of
 from align.train.cost import Cost, forget_peak, peak_memory
@@ -106,7 +106,7 @@ class PairTrainer(Trainer):
         train_pairs: PairData,
         held_out: PairData,
         tokenizer: PreTrainedTokenizerBase,
-        where: Place,
+        rank: Rank,
         *,
         pairs_per_step: int,
         micro_batch_tokens: int,
@@ -117,8 +117,8 @@ class PairTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(_Hooks(self))
-        strategy.check_built(self, where)
-        self.objective, self.where = objective, where
+        strategy.check_built(self, rank)
+        self.objective, self.rank = objective, rank
         self.on_metrics: Callable[[int, dict[str, float]], None] | None = None
         self.on_ready: Callable[[], None] = lambda: None
         self.stop: Callable[[], bool] = lambda: False
@@ -139,8 +139,8 @@ class PairTrainer(Trainer):
             self.train_dataset.lengths,
             self.train_dataset.layout,
             pairs_per_step=self.pairs_per_step,
-            world=self.where.world,
-            rank=self.where.rank,
+            world=self.rank.world,
+            rank=self.rank.number,
             budget=self.micro_batch_tokens,
             seed=self.args.seed,
         )
@@ -168,14 +168,14 @@ class PairTrainer(Trainer):
         """
         model.train()
         self._losses = []
-        total = torch.zeros((), device=self.where.device)
-        can_wait = self.where.strategy is Strategy.ddp  # the others would keep whole gradients
+        total = torch.zeros((), device=self.rank.device)
+        can_wait = self.rank.strategy is Strategy.ddp  # the others would keep whole gradients
         for i, batch in enumerate([self._on_device(batch) for batch in inputs]):
             last = i == len(inputs) - 1
             self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed steps in the backward that syncs
             with self.accelerator.no_sync(model=model) if can_wait and not last else contextlib.nullcontext():
                 result, metrics = self._pair_loss(model, batch)
-                loss = (result.loss * batch["counted"]).sum() * (self.where.world / batch["pairs_in_step"])
+                loss = (result.loss * batch["counted"]).sum() * (self.rank.world / batch["pairs_in_step"])
                 self.accelerator.backward(loss)
             self._add(metrics, batch)
             self._losses.append((batch["pair"], result.loss.detach()))
@@ -185,13 +185,13 @@ class PairTrainer(Trainer):
         return total
 
     def _on_device(self, batch: PairBatch) -> PairBatch:
-        responses = batch["responses"].to(self.where.device)
-        columns = {n: to_device(v, self.where.device) for n, v in batch.items() if n != "responses"}
+        responses = batch["responses"].to(self.rank.device)
+        columns = {n: to_device(v, self.rank.device) for n, v in batch.items() if n != "responses"}
         return {"responses": responses, **columns}
 
     def _pair_loss(self, model: nn.Module, batch: PairBatch) -> tuple[PairLoss, dict[str, Tensor]]:
         """The objective's verdict on a micro-batch, and the metrics of each of its pairs, `[b]` and detached."""
-        with self.where.autocast():
+        with self.rank.autocast():
             statistics = response_statistics(
                 model, batch["responses"], (self.objective.needs & COMPUTED) - {"logp", "length"} | {"entropy"}
             )
@@ -226,7 +226,7 @@ class PairTrainer(Trainer):
 
     def steps_begin(self) -> None:
         """From here on time and memory count."""
-        forget_peak(self.where.device)
+        forget_peak(self.rank.device)
         self._window_began = time.perf_counter()
 
     # Gates ---------------------------------------------------------------------------------------------------------
@@ -244,10 +244,10 @@ class PairTrainer(Trainer):
         some = plan_micro_batches(data.lengths[:32], data.layout, self.micro_batch_tokens)[0][:8]
         batch = self._on_device(data[MicroBatch(tuple(some), (True,) * len(some), len(some))])
         self.model_wrapped.train()
-        with torch.no_grad(), self.where.autocast():
+        with torch.no_grad(), self.rank.autocast():
             statistics = response_statistics(self.model_wrapped, batch["responses"], ())
         worst = ((statistics["logp"] - batch["ref_logp"].flatten()).abs() / statistics["length"]).mean().item()
-        tolerance = _STEP_ZERO_TOLERANCE["bf16" if self.where.bf16 else "fp32"]
+        tolerance = _STEP_ZERO_TOLERANCE["bf16" if self.rank.bf16 else "fp32"]
         if not worst < tolerance:
             raise UserError(
                 f"before step 1 the policy is {worst:.2g} nats per token from its reference, more than {tolerance:g}: "
@@ -266,11 +266,11 @@ class PairTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm)
         losses = torch.cat([losses for _, losses in self._losses])
         finite = losses.isfinite().all() & torch.as_tensor(norm, device=losses.device).isfinite()
-        if not self.where.least(int(finite)):
+        if not self.rank.least(int(finite)):
             data = self.train_dataset
             assert isinstance(data, PairData)
             bad = [data.pairs[i]["row_id"] for pairs, loss in self._losses for i in pairs[~loss.isfinite()].tolist()]
-            bad = list(dict.fromkeys(self.where.gathered(bad)))
+            bad = list(dict.fromkeys(self.rank.gathered(bad)))
             what = f"the loss is not finite for pairs {', '.join(bad[:8])}" if bad else "the gradient is not finite"
             raise CollapsedError(
                 self.state.global_step + 1,
@@ -289,16 +289,16 @@ class PairTrainer(Trainer):
         """Write beside its place, and rename once every process has written its part; only then may older ones go."""
         folder, unfinished = Path(str(self.args.output_dir)), Path(self._get_output_dir(trial))
         with saying_what_to_do(folder):
-            if self.where.rank == 0:
+            if self.rank.is_first:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 unfinished.mkdir(parents=True)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             cost = self.cost()
-            if self.where.rank == 0:
+            if self.rank.is_first:
                 whole = unfinished / f"checkpoint-{self.state.global_step}"
-                made_by = {"strategy": self.where.strategy.value, "processes": self.where.world}
+                made_by = {"strategy": self.rank.strategy.value, "processes": self.rank.world}
                 cost.write(whole / COST)
                 write_json(whole / MADE_BY, made_by)
                 if not (folder / whole.name).exists():  # a save that repeats one is the same
@@ -316,7 +316,7 @@ class PairTrainer(Trainer):
         """Write the policy as a Hugging Face model that one process can load, in float32. Every process calls it."""
         if not self.is_deepspeed_enabled:
             state = self.accelerator.get_state_dict(self.model_wrapped)
-        if self.where.rank == 0:
+        if self.rank.is_first:
             with saying_what_to_do(folder.parent):
                 if self.is_deepspeed_enabled:  # the last step's checkpoint is there
                     last = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
@@ -348,13 +348,13 @@ class PairTrainer(Trainer):
 
     def cost(self) -> Cost:
         """What the steps so far have cost, of all processes. Every process calls it."""
-        tokens = self._sums.get("tokens", torch.zeros((), device=self.where.device, dtype=torch.double))
-        peak = max(self.where.gathered([peak_memory(self.where.device)])) / 2**30
+        tokens = self._sums.get("tokens", torch.zeros((), device=self.rank.device, dtype=torch.double))
+        peak = max(self.rank.gathered([peak_memory(self.rank.device)])) / 2**30
         return Cost(
             seconds=self.spent.seconds + time.perf_counter() - self._window_began,
             tokens=self.spent.tokens + int(self.accelerator.reduce(tokens, "sum").item()),
             peak_memory_gib=max(peak, self.spent.peak_memory_gib),
-            processes=self.where.world,
+            processes=self.rank.world,
         )
 
     def evaluate(
@@ -374,14 +374,14 @@ class PairTrainer(Trainer):
         self._sums = {}
         budget = FORWARD_ONLY * self.micro_batch_tokens
         with evaluating(self.model_wrapped):
-            for some in deal(range(len(data)), data.lengths, self.where.world, data.layout, budget)[self.where.rank]:
+            for some in deal(range(len(data)), data.lengths, self.rank.world, data.layout, budget)[self.rank.number]:
                 batch = self._on_device(data[some])
                 _, metrics = self._pair_loss(self.model_wrapped, batch)
                 of_pairs = torch.stack([metrics[name] for name in names], 1).tolist()
                 kept |= {i: own for i, counts, own in zip(some.pairs, some.counted, of_pairs, strict=True) if counts}
                 self._add(metrics, batch)
-        by_pair = torch.zeros(len(data), len(names), device=self.where.device, dtype=torch.double)
-        values = torch.tensor(list(kept.values()), device=self.where.device, dtype=torch.double)
+        by_pair = torch.zeros(len(data), len(names), device=self.rank.device, dtype=torch.double)
+        values = torch.tensor(list(kept.values()), device=self.rank.device, dtype=torch.double)
         by_pair[list(kept)] = values.view(-1, len(names))  # of a rank that has none but fillers, too
         by_pair = self.accelerator.reduce(by_pair, "sum")
         self.held_out = {name: by_pair[:, at].tolist() for at, name in enumerate(names)}
@@ -411,7 +411,7 @@ class _Hooks(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """All processes stop, or none: after the same step, with a checkpoint."""
-        if not self._trainer.where.least(int(not self._trainer.stop())):
+        if not self._trainer.rank.least(int(not self._trainer.stop())):
             control.should_log = control.should_save = control.should_training_stop = True
         if state.global_step >= state.max_steps:
             control.should_evaluate = False  # the run evaluates at its end, and would do it twice

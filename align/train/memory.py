@@ -26,7 +26,7 @@ from align.choices import Strategy
 from align.config import ModelConfig, RunConfig
 from align.data.pairs import Pairs, pair_lengths
 from align.engine.batching import CPU_TOKENS, fed_tokens
-from align.launch.rank import Fleet
+from align.launch.rank import Cluster
 from align.model.load import Start
 from align.say import UserError
 
@@ -274,48 +274,48 @@ def _state_bytes(setup: Setup) -> int:
     return moments * (4 * (trained - in_8_bit) + in_8_bit)
 
 
-def setup(cfg: RunConfig, start: Start, fleet: Fleet) -> Setup:
+def setup(cfg: RunConfig, start: Start, cluster: Cluster) -> Setup:
     """What of a run decides its memory."""
     of_model = shape(cfg.model, start)
     return Setup(
         shape=of_model,
         trained=of_model.parameters // (100 if cfg.model.lora else 1),  # an adapter is about a hundredth
         optimizer=str(cfg.optimizer.get("optim", "adamw_torch")),
-        bf16=fleet.bf16,
+        bf16=cluster.bf16,
         checkpointing=cfg.engine.gradient_checkpointing,
-        on_gpu=fleet.device == "cuda",
-        world=fleet.world,
-        offload=fleet.offload,
+        on_gpu=cluster.device == "cuda",
+        world=cluster.world,
+        offload=cluster.offload,
     )
 
 
-def settle_strategy(cfg: RunConfig, start: Start, fleet: Fleet, longest: int) -> Fleet:
+def settle_strategy(cfg: RunConfig, start: Start, cluster: Cluster, longest: int) -> Cluster:
     """The fleet with its strategy chosen where that is left to us; `longest` is the tokens of the longest pair."""
-    if fleet.strategy is not Strategy.auto:
-        return fleet
-    chosen = choose(setup(cfg, start, fleet), fleet.memory, longest)
-    return replace(fleet, strategy=chosen)
+    if cluster.strategy is not Strategy.auto:
+        return cluster
+    chosen = choose(setup(cfg, start, cluster), cluster.memory, longest)
+    return replace(cluster, strategy=chosen)
 
 
-def too_large(cfg: RunConfig, start: Start, fleet: Fleet, longest: int) -> str | None:
+def too_large(cfg: RunConfig, start: Start, cluster: Cluster, longest: int) -> str | None:
     """A warning, if the GPUs will probably not hold the run; `longest` is the tokens of the longest pair."""
-    made = setup(cfg, start, fleet)
-    if fleet.memory is None or fits(made, fleet.strategy, fleet.memory, longest):
+    made = setup(cfg, start, cluster)
+    if cluster.memory is None or fits(made, cluster.strategy, cluster.memory, longest):
         return None
-    needed = need(made, fleet.strategy, longest).total / GIB
-    others = [name.value for name in which_fit(made, fleet.memory, longest)]
+    needed = need(made, cluster.strategy, longest).total / GIB
+    others = [name.value for name in which_fit(made, cluster.memory, longest)]
     remedy = f"cluster.strategy={others[0]} would" if others else "try cluster.offload=true, more GPUs, or model.lora"
     return (
-        f"a GPU would need {needed:.0f} GiB by cluster.strategy={fleet.strategy.value} and has {fleet.memory / GIB:.0f}: "
+        f"a GPU would need {needed:.0f} GiB by cluster.strategy={cluster.strategy.value} and has {cluster.memory / GIB:.0f}: "
         f"this run will probably not fit; {remedy}"
     )
 
 
-def micro_batch_that_fits(cfg: RunConfig, start: Start, pairs: Pairs, fleet: Fleet) -> int:
+def micro_batch_that_fits(cfg: RunConfig, start: Start, pairs: Pairs, cluster: Cluster) -> int:
     """Tokens of a micro-batch that a process of the fleet holds, by arithmetic; on a CPU a fixed number."""
-    if fleet.memory is None:
+    if cluster.memory is None:
         return CPU_TOKENS
-    fitting = tokens_that_fit(setup(cfg, start, fleet), fleet.strategy, fleet.memory)
+    fitting = tokens_that_fit(setup(cfg, start, cluster), cluster.strategy, cluster.memory)
     return max(longest_pair(cfg, pairs), min(ENOUGH_TOKENS, fitting))
 
 

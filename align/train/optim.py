@@ -16,7 +16,7 @@ from transformers.training_args import OptimizerNames
 from align.choices import Strategy
 from align.config import RunConfig
 from align.launch import strategy
-from align.launch.rank import Place
+from align.launch.rank import Rank
 from align.say import UserError
 
 #: Fields of TrainingArguments that align decides -> where they are decided.
@@ -102,11 +102,11 @@ def high_learning_rate(optimizer: dict[str, Any], parameters: int) -> str | None
     )
 
 
-def training_arguments(cfg: RunConfig, checkpoints: Path, where: Place) -> TrainingArguments:
+def training_arguments(cfg: RunConfig, checkpoints: Path, rank: Rank) -> TrainingArguments:
     """The Trainer's arguments. One batch of its loader is one rank's share of a step, so accumulation is always 1."""
     train = cfg.train
     every = train.eval_every_steps
-    strategy.prepare(where)
+    strategy.prepare(rank)
     try:
         arguments = TrainingArguments(
             **cfg.optimizer,
@@ -115,8 +115,8 @@ def training_arguments(cfg: RunConfig, checkpoints: Path, where: Place) -> Train
             data_seed=cfg.seed,
             per_device_train_batch_size=1,
             gradient_accumulation_steps=1,
-            bf16=where.bf16,
-            **strategy.arguments(where, float(cfg.optimizer.get("max_grad_norm", 1.0))),
+            bf16=rank.bf16,
+            **strategy.arguments(rank, float(cfg.optimizer.get("max_grad_norm", 1.0))),
             activation_checkpointing=cfg.engine.gradient_checkpointing,
             activation_checkpointing_kwargs={"use_reentrant": False} if cfg.engine.gradient_checkpointing else None,
             logging_steps=train.log_every_steps,
@@ -128,7 +128,7 @@ def training_arguments(cfg: RunConfig, checkpoints: Path, where: Place) -> Train
             disable_tqdm=True,
             logging_nan_inf_filter=False,  # the default hides NaN, and syncs every micro-batch
             remove_unused_columns=False,
-            ddp_backend="gloo" if where.device.type == "cpu" and where.world > 1 else None,
+            ddp_backend="gloo" if rank.device.type == "cpu" and rank.world > 1 else None,
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"optimizer: {error}") from error
@@ -137,8 +137,8 @@ def training_arguments(cfg: RunConfig, checkpoints: Path, where: Place) -> Train
         made([torch.nn.Parameter(torch.zeros(1))], **options)
     except (ImportError, TypeError, ValueError) as error:
         raise UserError(f"optimizer.optim={arguments.optim.value}: {' '.join(str(error).split())}") from error
-    if where.strategy is Strategy.fsdp:
-        arguments.fsdp_plugin_args["mixed_precision_policy"] = strategy.precision_of_fsdp(where)
+    if rank.strategy is Strategy.fsdp:
+        arguments.fsdp_plugin_args["mixed_precision_policy"] = strategy.precision_of_fsdp(rank)
     _ = arguments.device  # counts the GPUs, which the next line overrules: one process drives one
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments

@@ -29,7 +29,7 @@ from align.data.pairs import as_group
 from align.engine import collate, evaluating, response_statistics
 from align.engine.batching import FORWARD_ONLY, Lengths, deal, fed_tokens
 from align.files import fingerprint, say_made, writing
-from align.launch.rank import Place
+from align.launch.rank import Rank
 from align.say import UserError
 
 _SHARD_PAIRS = 256  # what a killed pass loses at most
@@ -47,7 +47,7 @@ def reference_logps(
     pairs: datasets.Dataset,
     pairs_fingerprint: str,
     lengths: Sequence[Lengths],
-    where: Place,
+    rank: Rank,
     *,
     layout: Layout,
     budget: int,
@@ -67,7 +67,7 @@ def reference_logps(
     Raises:
         UserError: the cache cannot be written.
     """
-    key = fingerprint(_VERSION, _SHARD_PAIRS, weights, pairs_fingerprint, name, where.numerics, layout.name)
+    key = fingerprint(_VERSION, _SHARD_PAIRS, weights, pairs_fingerprint, name, rank.numerics, layout.name)
     folder = cache / "reference" / key
     by_length = sorted(range(len(pairs)), key=lambda i: (-fed_tokens([lengths[i]], Layout.shared), i))
     shards = [by_length[at : at + _SHARD_PAIRS] for at in range(0, len(pairs), _SHARD_PAIRS)]
@@ -75,16 +75,16 @@ def reference_logps(
 
     def compute(shard: list[int]) -> Tensor:
         """`[len(shard), 2]`, by all processes in step."""
-        logps = torch.zeros(len(shard), 2, device=where.device)
+        logps = torch.zeros(len(shard), 2, device=rank.device)
         row = {pair: at for at, pair in enumerate(shard)}
-        with evaluating(policy), where.autocast():
-            for some in deal(shard, lengths, where.world, layout, FORWARD_ONLY * budget)[where.rank]:
+        with evaluating(policy), rank.autocast():
+            for some in deal(shard, lengths, rank.world, layout, FORWARD_ONLY * budget)[rank.number]:
                 groups = [as_group(pair) for pair in pairs.select(list(some.pairs)).to_list()]
-                batch = collate(groups, layout, pad_token_id).to(where.device)
+                batch = collate(groups, layout, pad_token_id).to(rank.device)
                 values = response_statistics(policy, batch, ())["logp"].view(-1, 2)
                 counted = [at for at, counts in enumerate(some.counted) if counts]
                 logps[[row[some.pairs[at]] for at in counted]] = values[counted]
-        if where.world > 1:
+        if rank.world > 1:
             torch.distributed.all_reduce(logps)
         return logps.cpu()
 
@@ -93,28 +93,28 @@ def reference_logps(
             folder.mkdir(parents=True, exist_ok=True)
         return [number for number, file in enumerate(files) if not file.exists()]
 
-    to_do = where.from_first(missing)
-    silent = where.rank > 0 or len(to_do) < _BAR_SHARDS
+    to_do = rank.from_first(missing)
+    silent = not rank.is_first or len(to_do) < _BAR_SHARDS
     began, made = time.perf_counter(), 0
     with tqdm(total=len(to_do), desc=f"reference log-probabilities, {name}", unit="shard", disable=silent) as bar:
         for wait in (False, True):  # first what no one is about, then what others have not finished
-            for number in to_do if not wait else where.from_first(missing):
+            for number in to_do if not wait else rank.from_first(missing):
                 between()
-                with _claimed(files[number], wait, where) as ours:
+                with _claimed(files[number], wait, rank) as ours:
                     if ours:
                         made += len(shards[number])
                         logps = compute(shards[number])
-                        if where.rank == 0:
+                        if rank.is_first:
                             _write(files[number], logps)
                 bar.update(sum(files[i].exists() for i in to_do) - bar.n)
-    if made and where.rank == 0:
+    if made and rank.is_first:
         say_made(f"reference log-probabilities of {made:,} {name} pairs", began, folder)
-    column: Tensor = where.from_first(lambda: _read(files, shards))
+    column: Tensor = rank.from_first(lambda: _read(files, shards))
     return column
 
 
 @contextlib.contextmanager
-def _claimed(file: Path, wait: bool, where: Place) -> Iterator[bool]:
+def _claimed(file: Path, wait: bool, rank: Rank) -> Iterator[bool]:
     """Whether this run is to compute a shard: it is missing, and rank 0 holds its lock."""
     lock = FileLock(f"{file}.lock", timeout=-1 if wait else 0)
 
@@ -127,7 +127,7 @@ def _claimed(file: Path, wait: bool, where: Place) -> Iterator[bool]:
         return not file.exists()
 
     try:
-        yield where.from_first(claim)
+        yield rank.from_first(claim)
     finally:
         lock.release()
 

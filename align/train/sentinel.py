@@ -14,7 +14,7 @@ from statistics import fmean
 
 from align.config import SentinelConfig
 from align.files import write_json
-from align.launch.rank import Place
+from align.launch.rank import Rank
 from align.onpolicy.figures import repetition
 from align.say import UserError
 
@@ -51,7 +51,7 @@ class Sentinel:
     """
 
     cfg: SentinelConfig
-    where: Place
+    rank: Rank
     start_mean_logp: float
     sample: Callable[[], Sequence[Sequence[int]]]
 
@@ -60,7 +60,7 @@ class Sentinel:
         every = self.cfg.sample_every_steps
         if every is None or step % every:
             return {}
-        share: float = self.where.from_first(lambda: fmean(map(repetition, self.sample())))
+        share: float = self.rank.from_first(lambda: fmean(map(repetition, self.sample())))
         return {REPETITION: share}
 
     def check(self, step: int, metrics: Mapping[str, float]) -> None:

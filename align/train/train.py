@@ -24,7 +24,7 @@ from align.engine.batching import CPU_TOKENS
 from align.evaluation import card, judging
 from align.files import write_json, write_text
 from align.launch import strategy
-from align.launch.rank import Place, free, heeding_signals, join, leave
+from align.launch.rank import Rank, free, heeding_signals, join, leave
 from align.model.chat import prompt_ids
 from align.model.load import load_policy, load_trained, policy_fingerprint
 from align.onpolicy.sample import ResponseRow
@@ -45,11 +45,11 @@ from align.train.optim import training_arguments
 from align.train.sentinel import CollapsedError, Sentinel
 
 
-def train_in_process(job: Job, place: Place | None = None, tracker: Tracker | None = None) -> None:
+def train_in_process(job: Job, rank: Rank | None = None, tracker: Tracker | None = None) -> None:
     """What each process does, at the place that it has taken or takes now; the tracker is the run's own by default."""
     quieten()
     try:
-        _Training(job, place or join(job.fleet), tracker).run()
+        _Training(job, rank or join(job.cluster), tracker).run()
     finally:
         leave()
 
@@ -57,27 +57,27 @@ def train_in_process(job: Job, place: Place | None = None, tracker: Tracker | No
 class _Training:
     """One process's part of a run: reference, training, evaluation, saving."""
 
-    def __init__(self, job: Job, place: Place, tracker: Tracker | None) -> None:
-        self.job, self.cfg, self.where, self.tracker = job, job.cfg, place, tracker
+    def __init__(self, job: Job, rank: Rank, tracker: Tracker | None) -> None:
+        self.job, self.cfg, self.rank, self.tracker = job, job.cfg, rank, tracker
         self.objective = build_objective(job.cfg)
         self.cache = Path(job.cfg.cache_dir).expanduser()
-        self.checkpoint: Path | None = place.from_first(lambda: last_checkpoint(job.dir / "checkpoints"))
+        self.checkpoint: Path | None = rank.from_first(lambda: last_checkpoint(job.dir / "checkpoints"))
         known = self.checkpoint or job.dir
-        if not place.least(int(known.exists())):
+        if not rank.least(int(known.exists())):
             raise UserError(f"run_dir: some processes do not see {known}; all nodes must share the folder of the run")
         self.at_start: dict[str, float] = {}
 
     def run(self) -> None:
         """Train and evaluate with all processes; then the first one alone asks the judge, where there is one."""
-        job, cfg, where = self.job, self.cfg, self.where
+        job, cfg, rank = self.job, self.cfg, self.rank
         policy, layout, attention = self._policy()
         self.layout, self.attention = layout, attention
         self.budget = self._tokens_per_micro_batch(policy)
         trainer = self._trainer(policy)
         del policy
-        tracker = self.tracker or trackers.start(cfg, job.dir, config.plain(cfg), where.rank)
+        tracker = self.tracker or trackers.start(cfg, job.dir, config.plain(cfg), rank.number)
         report: Report | None = None
-        if where.rank == 0:
+        if rank.is_first:
             every = cfg.train.eval_every_steps
             report = Report(job.metrics, tracker, job.steps, step_of(self.checkpoint), every)
         trainer.on_metrics = report
@@ -95,14 +95,14 @@ class _Training:
             del trainer, self.made
             strategy.forget()
             leave()
-            if where.rank == 0:
+            if rank.is_first:
                 self._finish(results)
             failed = False
         except Stopped:
             failed = False
             raise
         except CollapsedError as end:
-            where.from_first(functools.partial(sentinel.mark, job.dir, end))
+            rank.from_first(functools.partial(sentinel.mark, job.dir, end))
             raise sentinel.with_remedy(end, job.dir) from end
         finally:
             if report is not None:
@@ -121,7 +121,7 @@ class _Training:
 
     def _stop_before_step_one(self) -> None:
         """All processes stop, or none."""
-        if not self.where.least(int(not self.request.came)):
+        if not self.rank.least(int(not self.request.came)):
             raise Stopped("before the first step", self.request.time_is_up)
 
     def _at_step_zero(self, trainer: PairTrainer) -> None:
@@ -144,7 +144,7 @@ class _Training:
             splits[name].ref_logp = column
         trainer.check_step_zero()
         self.at_start = trainer.evaluate()
-        if self.where.rank == 0:
+        if self.rank.is_first:
             save_file(made, str(columns.with_suffix(".unfinished")))
             columns.with_suffix(".unfinished").replace(columns)
             write_json(figures, self.at_start)
@@ -164,8 +164,8 @@ class _Training:
 
         def sample() -> list[list[int]]:
             policy = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-            devices = [self.where.device] if self.where.device.type == "cuda" else []
-            with torch.random.fork_rng(devices), self.where.autocast():  # training goes on as if nobody had looked
+            devices = [self.rank.device] if self.rank.device.type == "cuda" else []
+            with torch.random.fork_rng(devices), self.rank.autocast():  # training goes on as if nobody had looked
                 drawn = hf_sampler(policy, tokenizer, cfg.sampling.tokens_per_batch)(
                     prompts,
                     temperature=cfg.evaluation.temperature,
@@ -175,7 +175,7 @@ class _Training:
             return [answer.response_ids for of_prompt in drawn for answer in of_prompt]
 
         start = self.at_start["eval/mean_logp/chosen"]
-        return Sentinel(cfg=cfg.sentinel, where=self.where, start_mean_logp=start, sample=sample)
+        return Sentinel(cfg=cfg.sentinel, rank=self.rank, start_mean_logp=start, sample=sample)
 
     def _reference(self, trainer: PairTrainer, split: PairData, name: str) -> Tensor:
         return reference.reference_logps(
@@ -184,7 +184,7 @@ class _Training:
             split.pairs,
             self.job.pairs.fingerprint,
             split.lengths,
-            self.where,
+            self.rank,
             layout=self.layout,
             budget=self.budget,
             pad_token_id=split.pad_token_id,
@@ -194,7 +194,7 @@ class _Training:
         )
 
     def _say(self, text: str) -> None:
-        if self.where.rank == 0:
+        if self.rank.is_first:
             print(text, flush=True)
 
     # The policy ----------------------------------------------------------------------------------------------------
@@ -204,17 +204,17 @@ class _Training:
 
         Where weights are divided, the first process checks a whole copy before any is divided.
         """
-        where = self.where
-        if where.sharded:
-            layout, attention, why = where.from_first(self._settled_whole)
-            self.made = training_arguments(self.cfg, self.job.dir / "checkpoints", where)
+        rank = self.rank
+        if rank.sharded:
+            layout, attention, why = rank.from_first(self._settled_whole)
+            self.made = training_arguments(self.cfg, self.job.dir / "checkpoints", rank)
             policy = load_policy(self.cfg.model, self.job.start, self.cfg.seed)
         else:
-            self.made = training_arguments(self.cfg, self.job.dir / "checkpoints", where)
-            policy = self._whole_policy(where.device)
+            self.made = training_arguments(self.cfg, self.job.dir / "checkpoints", rank)
+            policy = self._whole_policy(rank.device)
             layout, attention, why = self._settled(policy)
             layouts = list(Layout)  # the plan of a step must be the same for all
-            layout = layouts[-where.least(-layouts.index(layout))]
+            layout = layouts[-rank.least(-layouts.index(layout))]
         engine.attach(policy, layout, attention)
         if why:
             self._say(why)
@@ -224,7 +224,7 @@ class _Training:
 
     def _settled_whole(self) -> tuple[Layout, str, str | None]:
         """By a whole copy, on the GPU if it has room for one, and gone again."""
-        policy, device = self._whole_policy(torch.device("cpu")), self.where.device
+        policy, device = self._whole_policy(torch.device("cpu")), self.rank.device
         if device.type == "cpu" or torch.cuda.mem_get_info(device)[0] > 2 * policy.get_memory_footprint():
             layout, attention, why = self._settled(policy.to(device))
         else:
@@ -238,7 +238,7 @@ class _Training:
         pairs = self.job.pairs.train
         some = [as_group(pair) for pair in pairs.select(range(min(2, len(pairs))))]
         groups = [(prompt[-32:], [chosen[:32], rejected[:24]]) for prompt, (chosen, rejected) in some]
-        with self.where.autocast():
+        with self.rank.autocast():
             return engine.settle(policy, groups, self.cfg.engine.layout, self.cfg.model.attn_implementation)
 
     def _whole_policy(self, device: torch.device) -> PreTrainedModel:
@@ -250,19 +250,19 @@ class _Training:
         wanted = self.cfg.engine.tokens_per_micro_batch
         if isinstance(wanted, int):
             return wanted
-        if self.where.device.type == "cpu":
+        if self.rank.device.type == "cpu":
             return CPU_TOKENS
-        if self.where.sharded or self.where.strategy is Strategy.zero2:
-            fits = micro_batch_that_fits(self.cfg, self.job.start, self.job.pairs, self.job.fleet)
+        if self.rank.sharded or self.rank.strategy is Strategy.zero2:
+            fits = micro_batch_that_fits(self.cfg, self.job.start, self.job.pairs, self.job.cluster)
         else:
             lengths = pair_lengths(self.job.pairs.train)
             longest = sorted(range(len(lengths)), key=lambda i: -sum(lengths[i]))[:8]
             groups = [as_group(self.job.pairs.train[i]) for i in longest]
             needs = sorted(self.objective.needs & engine.COMPUTED - {"logp", "length"})
-            need = memory.need(memory.setup(self.cfg, self.job.start, self.job.fleet), self.where.strategy, 1)
+            need = memory.need(memory.setup(self.cfg, self.job.start, self.job.cluster), self.rank.strategy, 1)
             later = need.optimizer + need.buckets
-            fits = token_budget(policy, groups, self.layout, needs, self.where, later)
-        fits = self.where.least(fits)
+            fits = token_budget(policy, groups, self.layout, needs, self.rank, later)
+        fits = self.rank.least(fits)
         self._say(f"engine.tokens_per_micro_batch={fits}, by free memory")
         return fits
 
@@ -276,7 +276,7 @@ class _Training:
             PairData(self.job.pairs.train, None, self.layout, pad),
             PairData(self.job.pairs.held_out, None, self.layout, pad),
             tokenizer,
-            self.where,
+            self.rank,
             pairs_per_step=self.cfg.train.pairs_per_step,
             micro_batch_tokens=self.budget,
         )
@@ -286,10 +286,10 @@ class _Training:
     def _save(self, trainer: PairTrainer) -> None:
         folder = self.job.policy
         unfinished = folder.with_name(f"{folder.name}.unfinished")
-        if self.where.rank == 0:
+        if self.rank.is_first:
             shutil.rmtree(unfinished, ignore_errors=True)
         trainer.save_policy(unfinished)
-        if self.where.rank == 0:
+        if self.rank.is_first:
             self.job.start.tokenizer.save_pretrained(unfinished)
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before its results
             unfinished.replace(folder)
@@ -311,7 +311,7 @@ class _Training:
 
     def _judged(self, folder: Path) -> tuple[dict[str, float], dict[str, float]]:
         """Metrics of answers, of the start policy and of the trained one as it was saved. One model at a time is loaded."""
-        cfg, alone = self.cfg, replace(self.where, rank=0, world=1, strategy=Strategy.single)
+        cfg, alone = self.cfg, replace(self.rank, number=0, world=1, strategy=Strategy.single)
         asked = list(dict.fromkeys(self.job.pairs.held_out["conversation"]))[: cfg.evaluation.prompts]
         conversations = [json.loads(conversation) for conversation in asked]
         judge = registry.build(registry.scorer_of(cfg), alone)

@@ -281,7 +281,7 @@ def test_under_bf16_autocast_the_engine_is_as_near_to_float32_as_the_models_own_
     groups = [group(11 + i, 9, 14, 7) for i in range(7)]
     length = torch.tensor([float(len(response)) for _, responses in groups for response in responses])
 
-    def apart(a, b):
+    def alone(a, b):
         return ((a - b) / length).square().mean().sqrt().item()
 
     with torch.no_grad():
@@ -294,8 +294,8 @@ def test_under_bf16_autocast_the_engine_is_as_near_to_float32_as_the_models_own_
                 ours = engine.response_statistics(attached(tiny(kind), layout), batch, EXTRAS)
             for name in STATISTICS:
                 assert ours[name].dtype == torch.float32
-                assert 0 < apart(ours[name], exact[name]) <= 1.5 * apart(theirs[name], exact[name]), (layout, name)
-                assert apart(ours[name], theirs[name]) <= 0.005, (layout, name)
+                assert 0 < alone(ours[name], exact[name]) <= 1.5 * alone(theirs[name], exact[name]), (layout, name)
+                assert alone(ours[name], theirs[name]) <= 0.005, (layout, name)
 
 
 @layouts

@@ -11,7 +11,7 @@ from torch import Tensor
 from align import engine
 from align.choices import Layout
 from align.engine.batching import CPU_TOKENS, fed_tokens
-from align.launch.rank import Place
+from align.launch.rank import Rank
 from align.say import UserError
 from align.train.budget import fitting_tokens, token_budget
 
@@ -208,5 +208,5 @@ def test_the_tokens_that_fit_lie_on_a_line_through_the_probes(peaks, free, token
 
 
 def test_a_cpu_has_a_fixed_budget_and_runs_no_probe():
-    where = Place(device=torch.device("cpu"), bf16=False, rank=0, world=1)
-    assert token_budget(None, [], Layout.shared, (), where, later=0) == CPU_TOKENS
+    rank = Rank(device=torch.device("cpu"), bf16=False, number=0, world=1)
+    assert token_budget(None, [], Layout.shared, (), rank, later=0) == CPU_TOKENS

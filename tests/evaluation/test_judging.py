@@ -244,21 +244,21 @@ def test_answers_are_weighed_in_their_order_and_each_alone(tiny_llama):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from align.choices import Layout
-    from align.launch.rank import Place
+    from align.launch.rank import Rank
 
     policy, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
     tokenizer.pad_token_id = tokenizer.pad_token_id or 0
-    where = Place(device=torch.device("cpu"), bf16=False, rank=0, world=1)
+    rank = Rank(device=torch.device("cpu"), bf16=False, number=0, world=1)
     engine.attach(policy, Layout.shared)
     asked = [("b", [7, 8, 9]), ("a", [11]), ("b", [4]), ("a", [12, 13])]  # by prompt: how they are fed
     rows = [
         ResponseRow(iteration=0, prompt_id=name, k=k, prompt=f"say {name}", response="", response_ids=ids)
         for k, (name, ids) in enumerate(asked)
     ]
-    together = judging.weigh(policy, tokenizer, rows, where, layout=Layout.shared, budget=1000)
+    together = judging.weigh(policy, tokenizer, rows, rank, layout=Layout.shared, budget=1000)
     assert [weight.length for weight in together] == [3, 1, 1, 2]
     for row, weight in zip(rows, together, strict=True):
-        (alone,) = judging.weigh(policy, tokenizer, [row], where, layout=Layout.shared, budget=1000)
+        (alone,) = judging.weigh(policy, tokenizer, [row], rank, layout=Layout.shared, budget=1000)
         assert (weight.logp, weight.entropy) == pytest.approx((alone.logp, alone.entropy), rel=1e-5)
     # A random model with small weights is nearly uniform.
     assert together[1].entropy == pytest.approx(torch.tensor(float(len(tokenizer))).log().item(), rel=0.02)

@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 
 from align.choices import Device, Precision, Strategy
 from align.config import ClusterConfig
-from align.launch.cluster import fleet_of
+from align.launch.cluster import cluster_of
 from align.launch.local import start_processes
-from align.launch.rank import Fleet, Place, apart, join, leave
+from align.launch.rank import Cluster, Rank, alone, join, leave
 from align.model.load import load_policy
 from align.say import Stopped, UserError
 from align.train.train import train_in_process
@@ -48,8 +48,8 @@ def in_torchrun(outside, monkeypatch):
         monkeypatch.setenv(name, str(value))
 
 
-def on_cpu(**fields) -> Fleet:
-    return fleet_of(ClusterConfig(device=Device.cpu, **fields))
+def on_cpu(**fields) -> Cluster:
+    return cluster_of(ClusterConfig(device=Device.cpu, **fields))
 
 
 @pytest.mark.parametrize(
@@ -65,8 +65,8 @@ def on_cpu(**fields) -> Fleet:
     ],
 )
 def test_one_process_needs_no_strategy_and_several_keep_theirs(outside, processes, asked, comes_to):
-    fleet = on_cpu(processes=processes, strategy=Strategy(asked))
-    assert (fleet.strategy.value, fleet.world) == (comes_to, processes or 1)
+    cluster = on_cpu(processes=processes, strategy=Strategy(asked))
+    assert (cluster.strategy.value, cluster.world) == (comes_to, processes or 1)
 
 
 def test_several_processes_cannot_be_single(outside):
@@ -76,17 +76,17 @@ def test_several_processes_cannot_be_single(outside):
 
 def test_more_gpus_than_the_machine_has_are_refused_with_the_number_that_works(outside, monkeypatch):
     with pytest.raises(UserError, match="this machine has 0 of the 1 GPUs that are asked for: try cluster=auto"):
-        fleet_of(ClusterConfig(device=Device.gpu))
+        cluster_of(ClusterConfig(device=Device.gpu))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(
         UserError, match=r"this machine has 2 of the 4 GPUs that are asked for: set cluster.processes=2"
     ):
-        fleet_of(ClusterConfig(device=Device.auto, processes=4))
+        cluster_of(ClusterConfig(device=Device.auto, processes=4))
 
 
 def test_a_plan_may_describe_gpus_that_are_not_here(outside):
-    fleet = fleet_of(ClusterConfig(device=Device.gpu, processes=8, gpu_memory_gib=80), plan=True)
-    assert (fleet.world, fleet.device, fleet.bf16, fleet.memory) == (8, "cuda", True, 80 * 2**30)
+    cluster = cluster_of(ClusterConfig(device=Device.gpu, processes=8, gpu_memory_gib=80), plan=True)
+    assert (cluster.world, cluster.device, cluster.bf16, cluster.memory) == (8, "cuda", True, 80 * 2**30)
 
 
 def test_several_machines_need_somebody_who_starts_on_each(outside):
@@ -101,8 +101,8 @@ def test_bf16_on_a_cpu_is_refused(outside):
 
 def test_inside_torchrun_the_processes_are_those_that_it_started(in_torchrun):
     for fields in ({}, {"nodes": 2, "processes": 2}):
-        fleet = on_cpu(**fields)
-        assert (fleet.nodes, fleet.per_node, fleet.world) == (2, 2, 4)
+        cluster = on_cpu(**fields)
+        assert (cluster.nodes, cluster.per_node, cluster.world) == (2, 2, 4)
 
 
 @pytest.mark.parametrize("fields", [{"processes": 2}, {"processes": 3}, {"nodes": 4, "processes": 2}])
@@ -123,7 +123,7 @@ def test_inside_torchrun_other_numbers_are_refused_with_those_that_agree(in_torc
 )
 def test_reference_columns_are_shared_by_strategies_that_round_alike(strategy, rounds_as):
     def place(bf16):
-        return Place(device=torch.device("cpu"), bf16=bf16, rank=0, world=2, strategy=Strategy(strategy))
+        return Rank(device=torch.device("cpu"), bf16=bf16, number=0, world=2, strategy=Strategy(strategy))
 
     assert place(bf16=True).numerics == rounds_as
     assert place(bf16=False).numerics == "fp32"  # where all strategies compute the same
@@ -132,8 +132,8 @@ def test_reference_columns_are_shared_by_strategies_that_round_alike(strategy, r
 def test_apart_a_process_keeps_its_rank_and_its_cores_and_waits_for_nobody(in_torchrun, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    place = apart(on_cpu(strategy=Strategy.fsdp, cpu_threads=1))
-    assert (place.rank, place.world, place.sharded, place.device.type) == (3, 1, False, "cpu")
+    place = alone(on_cpu(strategy=Strategy.fsdp, cpu_threads=1))
+    assert (place.number, place.world, place.sharded, place.device.type) == (3, 1, False, "cpu")
     assert (place.least(7), place.gathered([7]), place.from_first(lambda: 7)) == (7, [7], 7)
     assert not torch.distributed.is_initialized()
     assert (torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]) == (1, "1")
@@ -143,14 +143,14 @@ def test_apart_a_process_keeps_its_rank_and_its_cores_and_waits_for_nobody(in_to
 def test_apart_the_only_process_of_torchrun_is_alone_as_it_is_in_training(in_torchrun, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    fleet = on_cpu(strategy=Strategy.ddp)
-    assert apart(fleet) == join(fleet)
+    cluster = on_cpu(strategy=Strategy.ddp)
+    assert alone(cluster) == join(cluster)
     assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} & os.environ.keys()
 
 
 # Starting -----------------------------------------------------------------------------------------------------------
 
-TWO = Fleet(device="cpu", per_node=2, strategy=Strategy.ddp, cpu_threads=1)
+TWO = Cluster(device="cpu", per_node=2, strategy=Strategy.ddp, cpu_threads=1)
 FOREVER = 600.0  # seconds, beyond the patience of every test
 
 
@@ -161,19 +161,19 @@ def rank() -> int:
 def add_rank(number: int) -> int:
     """Also connects, so that both processes must be there."""
     place = join(TWO)
-    total = place.least(-place.rank)  # -1 once both have spoken
+    total = place.least(-place.number)  # -1 once both have spoken
     leave()
-    return number + place.rank + total
+    return number + place.number + total
 
 
 def meet_three_times() -> list[list[int]]:
     """What both processes gather each time. Neither waits for the other in between, and either may be the later."""
     met = []
     for turn in range(3):
-        assert apart(TWO).least(rank()) == rank()
+        assert alone(TWO).least(rank()) == rank()
         time.sleep(0.5 * (turn % 2 == rank()))
         place = join(TWO)
-        met.append(place.gathered([10 * turn + place.rank]))
+        met.append(place.gathered([10 * turn + place.number]))
         leave()
     return met
 
@@ -184,7 +184,7 @@ def train_twice(jobs: list[Any]) -> list[int]:
 
     sizes = []
     for job in jobs:
-        apart(job.fleet)
+        alone(job.cluster)
         policy = load_policy(job.cfg.model, job.start, job.cfg.seed)
         sizes.append(sum(weight.numel() for weight in policy.parameters()))
         train_in_process(job)
@@ -280,7 +280,7 @@ def test_a_second_training_in_the_same_processes_is_as_the_first(
     for name in ("first", "second"):
         align(*two_steps(tmp_path / name, tiny_llama, pairs_file, "cluster=cpu_2", f"cluster.strategy={how}"))
         jobs[-1].dir.mkdir()
-    sizes = start_processes(jobs[0].fleet, tmp_path / "logs", train_twice, jobs)
+    sizes = start_processes(jobs[0].cluster, tmp_path / "logs", train_twice, jobs)
     assert sizes[0] == sizes[1] > 0
     first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -10,12 +10,12 @@ from torch.distributed.fsdp import fully_shard
 from align import engine
 from align.choices import Layout, Strategy
 from align.launch import strategy
-from align.launch.rank import Fleet, Place
+from align.launch.rank import Cluster, Rank
 from align.say import UserError
 
 
-def place(which: Strategy, bf16: bool = True, **more) -> Place:
-    return Place(device=torch.device("cpu"), bf16=bf16, rank=0, world=1, strategy=which, **more)
+def place(which: Strategy, bf16: bool = True, **more) -> Rank:
+    return Rank(device=torch.device("cpu"), bf16=bf16, number=0, world=1, strategy=which, **more)
 
 
 @pytest.fixture
@@ -61,8 +61,8 @@ def test_deepspeed_sums_micro_batches_in_float32_and_clips_as_the_others_do():
 def test_an_absent_deepspeed_is_named_with_the_remedy(monkeypatch):
     monkeypatch.setattr(strategy.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"zero2 needs deepspeed: pip install deepspeed, or use cluster.strategy=fsdp"):
-        strategy.check(Fleet(device="cuda", per_node=2, strategy=Strategy.zero2))
-    strategy.check(Fleet(device="cuda", per_node=2, strategy=Strategy.fsdp))
+        strategy.check(Cluster(device="cuda", per_node=2, strategy=Strategy.zero2))
+    strategy.check(Cluster(device="cuda", per_node=2, strategy=Strategy.fsdp))
 
 
 def test_what_decides_rounding_is_part_of_the_references_key():

@@ -18,7 +18,7 @@ from judge_server import KEY, Server
 
 from align.config import JudgeConfig, ScorerConfig
 from align.files import fingerprint
-from align.launch.rank import Place
+from align.launch.rank import Rank
 from align.onpolicy import score
 from align.onpolicy.score import annotate, counts, read_scores
 from align.onpolicy.scorers import registry
@@ -28,7 +28,7 @@ from align.playground import task
 from align.say import UserError
 
 PROMPTS, K, OF_A_SHARD = 22, 3, 4  # six shards, the last of two prompts
-WHERE = Place(device=torch.device("cpu"), bf16=False, rank=0, world=1)
+RANK = Rank(device=torch.device("cpu"), bf16=False, number=0, world=1)
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def test_a_pairwise_scorers_rows_hold_their_row_of_the_matrix(tmp_path):
 def test_the_built_in_judge_scores_every_response(tmp_path):
     prompts = task.prompts("test")[:6]
     rows = [Row(2, p, k, [{"role": "user", "content": p}], r) for p in prompts for k, r in enumerate(["cat", "thing"])]
-    scorer = registry.build(ScorerConfig(name="program", path="align.playground.task:judge"), WHERE)
+    scorer = registry.build(ScorerConfig(name="program", path="align.playground.task:judge"), RANK)
     assert annotate(rows, scorer, tmp_path) == Counter()
     assert [row["score"] for row in read_scores(tmp_path)] == [
         task.judge(p, r) for p in prompts for r in ("cat", "thing")
@@ -293,7 +293,7 @@ def work(folder: str, log: str, url: str) -> None:
     scorer = Length(Path(log), pause=0.1)
     if url:
         judge = JudgeConfig(urls=[url], served_model="judge", patience=60.0)
-        scorer = registry.build(ScorerConfig(name="llm_judge", judge=judge), WHERE)
+        scorer = registry.build(ScorerConfig(name="llm_judge", judge=judge), RANK)
     annotate(ROWS, scorer, Path(folder))
 
 

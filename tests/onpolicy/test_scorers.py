@@ -31,7 +31,7 @@ from transformers import (
 from align.choices import SystemMessage
 from align.config import JudgeConfig, ScorerConfig
 from align.files import file_fingerprint
-from align.launch.rank import Place
+from align.launch.rank import Rank
 from align.onpolicy.scorers import llm_judge, models, pairrm, registry
 from align.onpolicy.scorers.armorm import ArmoRM
 from align.onpolicy.scorers.base import Identity, Item, Kind, Scores
@@ -41,7 +41,7 @@ from align.onpolicy.select import win_probs
 from align.playground import task
 from align.say import UserError
 
-WHERE = Place(device=torch.device("cpu"), bf16=False, rank=0, world=1)
+RANK = Rank(device=torch.device("cpu"), bf16=False, number=0, world=1)
 ITEMS = [
     Item(prompt="name 3 animals", responses=["cat, dog, cow", "cat", "thing thing thing thing thing thing"]),
     Item(
@@ -154,7 +154,7 @@ def messages_of(item: Item) -> list[dict]:
 # By name --------------------------------------------------------------------------------------------------------------
 
 
-def make_one(cfg, where):
+def make_one(cfg, rank):
     """A third party's scorer: the length, over its setting."""
 
     class Length:
@@ -177,14 +177,14 @@ def test_a_package_registers_a_scorer_by_entry_point(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
     assert registry.available() == ["armorm", "length", "llm_judge", "pairrm", "program", "reward_model"]
-    made = registry.build(ScorerConfig(name="length", path="2"), WHERE)
+    made = registry.build(ScorerConfig(name="length", path="2"), RANK)
     assert flat(made([Item(prompt="", responses=["four", "a"])])) == [2.0, 0.5]
     with pytest.raises(UserError, match=r"scorer.name=lenght is unknown \(did you mean length\?\); there are armorm, "):
-        registry.build(ScorerConfig(name="lenght"), WHERE)
+        registry.build(ScorerConfig(name="lenght"), RANK)
 
 
 def test_a_function_of_ones_own_makes_a_scorer():
-    made = registry.build(ScorerConfig(name="test_scorers:make_one", path="4"), WHERE)
+    made = registry.build(ScorerConfig(name="test_scorers:make_one", path="4"), RANK)
     assert made.identity.name == "length:4" and flat(made(ITEMS[2:])) == [0.25]
 
 
@@ -217,7 +217,7 @@ def test_a_function_of_ones_own_makes_a_scorer():
 )  # fmt: skip
 def test_what_cannot_be_is_said_in_one_line(fields, message):
     with pytest.raises(UserError, match=message) as caught:
-        registry.build(ScorerConfig(**fields), WHERE)
+        registry.build(ScorerConfig(**fields), RANK)
     assert "\n" not in str(caught.value)
 
 
@@ -232,7 +232,7 @@ def test_looking_a_scorer_up_does_not_import_torch():
 def test_a_program_scores_the_last_user_turn_as_the_built_in_judge_does():
     asked = task.prompts("test")[:3]
     items = [Item(prompt=[{"role": "user", "content": a}], responses=["cat, dog", "thing", ""]) for a in asked]
-    scorer = registry.build(ScorerConfig(name="program", path="align.playground.task:judge"), WHERE)
+    scorer = registry.build(ScorerConfig(name="program", path="align.playground.task:judge"), RANK)
     assert [s.values for s in scorer(items)] == [[task.judge(a, r) for r in items[0].responses] for a in asked]
     assert scorer.identity == Identity(
         kind=Kind.pointwise,
@@ -247,7 +247,7 @@ def say_nothing(prompt, response):
 
 
 def test_a_program_that_returns_no_number_is_said():
-    scorer = registry.build(ScorerConfig(name="program", path="test_scorers:say_nothing"), WHERE)
+    scorer = registry.build(ScorerConfig(name="program", path="test_scorers:say_nothing"), RANK)
     with pytest.raises(UserError, match="program:test_scorers:say_nothing returned None and not a number"):
         scorer(ITEMS)
 
@@ -262,8 +262,8 @@ def reward_folder(tmp_path_factory) -> str:
 
 
 def reward_scorer(folder: str, **fields):
-    where = fields.pop("where", WHERE)
-    return registry.build(ScorerConfig(name="reward_model", path=folder, **fields), where)
+    rank = fields.pop("rank", RANK)
+    return registry.build(ScorerConfig(name="reward_model", path=folder, **fields), rank)
 
 
 def last_logit(folder: str, item: Item) -> float:
@@ -339,7 +339,7 @@ def test_a_text_that_is_too_long_loses_its_beginning_but_the_bos_and_it_is_count
 
 def test_weights_in_bfloat16_give_scores_that_are_not_rounded_to_it(reward_folder):
     """The head computes in float32: else many answers of a good policy would tie."""
-    scorer = reward_scorer(reward_folder, where=Place(device=torch.device("cpu"), bf16=True, rank=0, world=1))
+    scorer = reward_scorer(reward_folder, rank=Rank(device=torch.device("cpu"), bf16=True, number=0, world=1))
     scores = torch.tensor(flat(scorer(ITEMS)))
     assert scorer._model.base_model.dtype == torch.bfloat16
     assert not torch.equal(scores, scores.bfloat16().float())
@@ -439,7 +439,7 @@ def armorm_folder(tmp_path_factory) -> str:
 
 
 def armorm_scorer(folder: str, **fields):
-    return registry.build(ScorerConfig(name="armorm", path=folder, **fields), WHERE)
+    return registry.build(ScorerConfig(name="armorm", path=folder, **fields), RANK)
 
 
 def armorm_by_hand(folder: str, item: Item) -> float:
@@ -540,7 +540,7 @@ def pairrm_folder(tmp_path_factory) -> str:
 
 
 def pairrm_scorer(folder: str, **fields):
-    return registry.build(ScorerConfig(name="pairrm", path=folder, **fields), WHERE)
+    return registry.build(ScorerConfig(name="pairrm", path=folder, **fields), RANK)
 
 
 def pairrm_logit(folder: str, source: str, first: str, second: str) -> float:
@@ -723,7 +723,7 @@ def serve(tmp_path, monkeypatch):
 
 def judge(*servers: Server, template=None, **fields):
     cfg = JudgeConfig(urls=[server.url for server in servers], served_model="judge", **{"patience": 60.0, **fields})
-    return registry.build(ScorerConfig(name="llm_judge", template=template, judge=cfg), WHERE)
+    return registry.build(ScorerConfig(name="llm_judge", template=template, judge=cfg), RANK)
 
 
 def by_hand(p=judge_server.first_wins, responses=RESPONSES) -> list[list[float]]:
@@ -852,7 +852,7 @@ def test_the_key_is_sent_to_the_server_and_said_nowhere_else(serve, capfd):
 def test_an_address_with_a_key_in_it_is_refused_without_repeating_it():
     cfg = JudgeConfig(urls=[f"http://user:{KEY}@host/v1"], served_model="judge")
     with pytest.raises(UserError) as caught:
-        registry.build(ScorerConfig(name="llm_judge", judge=cfg), WHERE)
+        registry.build(ScorerConfig(name="llm_judge", judge=cfg), RANK)
     assert KEY not in str(caught.value) and "OPENAI_API_KEY" in str(caught.value)
 
 

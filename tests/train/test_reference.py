@@ -20,7 +20,7 @@ from align import engine
 from align.choices import Layout, Strategy
 from align.data.pairs import as_group, pair_lengths
 from align.engine.batching import fed_tokens
-from align.launch.rank import Place
+from align.launch.rank import Rank
 from align.say import UserError
 from align.train import reference
 
@@ -43,7 +43,7 @@ def made_pairs():
     )
 
 
-def logps(cache: Path, *, policy=None, layout=Layout.shared, rank=0, world=1, **more):
+def logps(cache: Path, *, policy=None, layout=Layout.shared, number=0, world=1, **more):
     """The column, by a policy of one's own."""
     if policy is None:
         policy = tiny("llama")
@@ -55,7 +55,7 @@ def logps(cache: Path, *, policy=None, layout=Layout.shared, rank=0, world=1, **
         "pairs": pairs,
         "pairs_fingerprint": "of-the-pairs",
         "lengths": pair_lengths(pairs),
-        "where": Place(device=torch.device("cpu"), bf16=False, rank=rank, world=world),
+        "rank": Rank(device=torch.device("cpu"), bf16=False, number=number, world=world),
         "layout": layout,
         "budget": 30,  # times four: some pairs in a forward, seldom all of a shard
         "pad_token_id": 0,
@@ -122,7 +122,7 @@ def test_a_second_call_reads_what_the_first_computed_and_runs_no_forward(tmp_pat
         {"weights": "others"},
         {"pairs_fingerprint": "others"},
         {"name": "held_out"},
-        {"where": Place(device=torch.device("cpu"), bf16=True, rank=0, world=1)},
+        {"rank": Rank(device=torch.device("cpu"), bf16=True, number=0, world=1)},
     ],
     ids=lambda other: next(iter(other)),
 )
@@ -143,8 +143,8 @@ def test_what_decides_the_numbers_is_in_the_key(other, tmp_path, seen):
 def test_strategies_share_a_column_where_their_forwards_round_alike(bf16, alike, tmp_path, seen):
     for number, strategies in enumerate(alike, start=1):
         for strategy in strategies:
-            where = Place(device=torch.device("cpu"), bf16=bf16, rank=0, world=1, strategy=strategy)
-            logps(tmp_path, where=where)
+            own_rank = Rank(device=torch.device("cpu"), bf16=bf16, number=0, world=1, strategy=strategy)
+            logps(tmp_path, rank=own_rank)
             assert len(shards(tmp_path)) == 6 * number and responses(seen) == 2 * PAIRS * number
 
 
@@ -339,7 +339,7 @@ def take_part(rank: int, world: int, store: str, folder: str) -> None:
 
     engine.response_statistics, reference._write = count, count_files
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    torch.save(logps(out / "cache", rank=rank, world=world), out / f"{rank}.pt")
+    torch.save(logps(out / "cache", number=rank, world=world), out / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 

@@ -11,7 +11,7 @@ from conftest import quick
 from safetensors.torch import load_file
 
 from align.config import SentinelConfig
-from align.launch.rank import Place
+from align.launch.rank import Rank
 from align.say import UserError
 from align.train import sentinel, train
 from align.train.sentinel import REPETITION, CollapsedError, Sentinel, verdict
@@ -59,10 +59,10 @@ def test_answers_are_sampled_every_so_many_steps_and_their_repetition_is_a_mean(
         asked.append(True)
         return [[1] * 5, [1, 2, 3, 4, 5], [7]]  # 1/2, 0 and 0
 
-    where = Place(device=torch.device("cpu"), bf16=False, rank=0, world=1)
-    watch = Sentinel(cfg=SentinelConfig(sample_every_steps=3), where=where, start_mean_logp=-1.0, sample=sample)
+    rank = Rank(device=torch.device("cpu"), bf16=False, number=0, world=1)
+    watch = Sentinel(cfg=SentinelConfig(sample_every_steps=3), rank=rank, start_mean_logp=-1.0, sample=sample)
     assert [watch.sampled(step) for step in (1, 2, 3, 4)] == [{}, {}, {REPETITION: pytest.approx(1 / 6)}, {}]
-    never = Sentinel(cfg=SentinelConfig(), where=where, start_mean_logp=-1.0, sample=sample)
+    never = Sentinel(cfg=SentinelConfig(), rank=rank, start_mean_logp=-1.0, sample=sample)
     assert never.sampled(3) == {} and len(asked) == 1
 
 

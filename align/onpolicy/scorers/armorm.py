@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel, PreTrainedModel
 
 from align.config import ScorerConfig
-from align.launch.rank import Place
+from align.launch.rank import Rank
 from align.onpolicy.scorers import models
 from align.onpolicy.scorers.base import Item, Scores
 from align.say import UserError
@@ -84,19 +84,19 @@ class ArmoRM(LlamaPreTrainedModel):
 class ArmoRMScorer:
     """ArmoRM over the conversation and each response."""
 
-    def __init__(self, cfg: ScorerConfig, where: Place) -> None:
-        self._cfg, self._where = cfg, where
+    def __init__(self, cfg: ScorerConfig, rank: Rank) -> None:
+        self._cfg, self._rank = cfg, rank
         self._config = models.load_config(cfg)
         if self._config.model_type != "llama":
             raise UserError(f"scorer.path={cfg.path} is a {self._config.model_type} and not the Llama that ArmoRM is")
         self._tokenizer = models.load_tokenizer(cfg)
         self._boundary: list[int] = self._tokenizer(_BOUNDARY, add_special_tokens=False).input_ids
         self._max_length = models.max_length(cfg, self._config, self._tokenizer)
-        self.identity = models.identity(cfg, self._config, self._tokenizer, self._max_length, where)
+        self.identity = models.identity(cfg, self._config, self._tokenizer, self._max_length, rank)
 
     @cached_property
     def _model(self) -> PreTrainedModel:
-        return models.load_weights(ArmoRM, self._cfg, self._config, self._where)
+        return models.load_weights(ArmoRM, self._cfg, self._config, self._rank)
 
     @torch.inference_mode()
     def __call__(self, items: Sequence[Item]) -> list[Scores]:
@@ -108,9 +108,9 @@ class ArmoRMScorer:
         usable = [i for i, at in enumerate(boundaries) if at is not None]
         for some in models.batches([len(rows[i][0]) for i in usable], self._cfg.tokens_per_batch):
             chosen = [usable[at] for at in some]
-            ids, mask = models.pad([rows[i][0] for i in chosen], 0, self._where.device)
+            ids, mask = models.pad([rows[i][0] for i in chosen], 0, self._rank.device)
             last, boundary = (
-                torch.tensor(at, device=self._where.device)
+                torch.tensor(at, device=self._rank.device)
                 for at in ([len(rows[i][0]) - 1 for i in chosen], [boundaries[i] for i in chosen])
             )
             for i, value in zip(chosen, self._model(ids, mask, last, boundary).float().tolist(), strict=True):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config import JudgeConfig, ScorerConfig
-from align.launch.rank import Place
+from align.launch.rank import Rank
 from align.onpolicy.samplers.servers import Servers
 from align.onpolicy.scorers.base import Identity, Item, Kind, Scores, as_text
 from align.say import UserError
@@ -59,7 +59,7 @@ class Verdict:
 class JudgeScorer:
     """P(a beats b) by a model behind `judge.urls`. `counts` are per response that stood first; see `dollars`."""
 
-    def __init__(self, cfg: ScorerConfig, where: Place) -> None:
+    def __init__(self, cfg: ScorerConfig, rank: Rank) -> None:
         if cfg.judge.served_model is None:
             raise UserError(
                 "scorer.name=llm_judge needs scorer.judge.served_model, the name that its server knows it by"

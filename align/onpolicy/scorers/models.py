@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from align.config import ScorerConfig
-from align.launch.rank import Place
+from align.launch.rank import Rank
 from align.model.chat import merge_system_message
 from align.model.load import NotHereError, is_local
 from align.onpolicy.scorers.base import Identity, Item, Kind, as_messages
@@ -56,7 +56,7 @@ def load_tokenizer(cfg: ScorerConfig) -> PreTrainedTokenizerBase:
         raise UserError(_cannot_load(cfg, error)) from error
 
 
-def load_weights(kind: Any, cfg: ScorerConfig, config: PretrainedConfig, where: Place) -> PreTrainedModel:
+def load_weights(kind: Any, cfg: ScorerConfig, config: PretrainedConfig, rank: Rank) -> PreTrainedModel:
     """The model on its device, ready to score: `kind.from_pretrained` with every weight accounted for.
 
     Raises:
@@ -67,7 +67,7 @@ def load_weights(kind: Any, cfg: ScorerConfig, config: PretrainedConfig, where: 
             _path(cfg),
             revision=cfg.revision,
             config=config,
-            dtype=torch.bfloat16 if where.bf16 else torch.float32,
+            dtype=torch.bfloat16 if rank.bf16 else torch.float32,
             use_safetensors=True,
             output_loading_info=True,
         )
@@ -85,7 +85,7 @@ def load_weights(kind: Any, cfg: ScorerConfig, config: PretrainedConfig, where: 
             "its scores would come from random weights"
         )
     _head_in_float32(model)
-    return model.to(where.device).eval()
+    return model.to(rank.device).eval()
 
 
 def revision(cfg: ScorerConfig, config: PretrainedConfig) -> str:
@@ -109,7 +109,7 @@ def name(cfg: ScorerConfig) -> str:
 
 
 def identity(
-    cfg: ScorerConfig, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, where: Place
+    cfg: ScorerConfig, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, rank: Rank
 ) -> Identity:
     """Who scores, for a model that gives a number to a conversation."""
     return Identity(
@@ -117,7 +117,7 @@ def identity(
         name=name(cfg),
         revision=revision(cfg, config),
         template=str(tokenizer.chat_template),
-        settings={"max_length": max_length, "system_message": cfg.system_message.name, "bf16": where.bf16},
+        settings={"max_length": max_length, "system_message": cfg.system_message.name, "bf16": rank.bf16},
     )
 
 
@@ -204,5 +204,5 @@ def _some(keys: Any) -> str:
 
 def _cannot_load(cfg: ScorerConfig, error: Exception) -> str:
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    where = "as a folder with config.json, safetensors and a tokenizer, or from the hub (network, access, HF_TOKEN?)"
-    return f"scorer.path={cfg.path} cannot be loaded {where}: {reason}"
+    rank = "as a folder with config.json, safetensors and a tokenizer, or from the hub (network, access, HF_TOKEN?)"
+    return f"scorer.path={cfg.path} cannot be loaded {rank}: {reason}"

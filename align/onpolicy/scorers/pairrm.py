@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from transformers import DebertaV2Config, DebertaV2Model, DebertaV2PreTrainedModel, PreTrainedModel
 
 from align.config import ScorerConfig
-from align.launch.rank import Place
+from align.launch.rank import Rank
 from align.onpolicy.scorers import models
 from align.onpolicy.scorers.base import Identity, Item, Kind, Scores, as_text
 from align.say import UserError
@@ -77,8 +77,8 @@ class PairRM(DebertaV2PreTrainedModel):
 class PairRMScorer:
     """P(a beats b) of every pair, from the comparisons of all different responses in both orders."""
 
-    def __init__(self, cfg: ScorerConfig, where: Place) -> None:
-        self._cfg, self._where = cfg, where
+    def __init__(self, cfg: ScorerConfig, rank: Rank) -> None:
+        self._cfg, self._rank = cfg, rank
         self._config = models.load_config(cfg)
         if self._config.model_type != "deberta-v2":
             raise UserError(
@@ -100,13 +100,13 @@ class PairRMScorer:
                 "wins": "sigmoid(score_i - score_j), score_i = mean_j(logit_ij - logit_ji)",
                 "max_source": MAX_SOURCE,
                 "max_tokens": MAX_TOKENS,
-                "bf16": where.bf16,
+                "bf16": rank.bf16,
             },
         )
 
     @cached_property
     def _model(self) -> PreTrainedModel:
-        return models.load_weights(PairRM, self._cfg, self._config, self._where)
+        return models.load_weights(PairRM, self._cfg, self._config, self._rank)
 
     @torch.inference_mode()
     def __call__(self, items: Sequence[Item]) -> list[Scores]:
@@ -147,8 +147,8 @@ class PairRMScorer:
     def _logits(self, rows: list[list[int]], markers: list[list[int]]) -> list[float]:
         logits = [0.0] * len(rows)
         for some in models.batches([len(row) for row in rows], self._cfg.tokens_per_batch):
-            ids, mask = models.pad([rows[i] for i in some], self._config.pad_token_id or 0, self._where.device)
-            at = torch.tensor([markers[i] for i in some], device=self._where.device)
+            ids, mask = models.pad([rows[i] for i in some], self._config.pad_token_id or 0, self._rank.device)
+            at = torch.tensor([markers[i] for i in some], device=self._rank.device)
             for i, value in zip(some, self._model(ids, mask, at).float().tolist(), strict=True):
                 logits[i] = value
         return logits

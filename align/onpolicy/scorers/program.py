@@ -10,7 +10,7 @@ from pathlib import Path
 
 from align.config import ScorerConfig
 from align.files import file_fingerprint
-from align.launch.rank import Place
+from align.launch.rank import Rank
 from align.onpolicy.scorers.base import Identity, Item, Kind, Scores, last_turn
 from align.say import UserError, resolve
 
@@ -18,7 +18,7 @@ from align.say import UserError, resolve
 class ProgramScorer:
     """Calls the function on every response. Its revision is the fingerprint of the file that holds it."""
 
-    def __init__(self, cfg: ScorerConfig, where: Place) -> None:
+    def __init__(self, cfg: ScorerConfig, rank: Rank) -> None:
         if cfg.path is None:
             raise UserError("scorer.name=program needs scorer.path=module:function, e.g. align.playground.task:judge")
         self._judge = resolve(cfg.path, "scorer.path")

@@ -16,7 +16,7 @@ from align.onpolicy.scorers.base import Identity, Kind, Scorer
 from align.say import UserError, closest, resolve
 
 if TYPE_CHECKING:  # torch: not needed to look a name up
-    from align.launch.rank import Place
+    from align.launch.rank import Rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ def scorer_of(cfg: RunConfig) -> ScorerConfig:
     return replace(cfg.scorer, name="program", path=cfg.dataset.judge)
 
 
-def build(cfg: ScorerConfig, where: "Place") -> Scorer:
+def build(cfg: ScorerConfig, rank: "Rank") -> Scorer:
     """The scorer that the configuration describes; models run on `where.device`.
 
     Raises:
@@ -83,7 +83,7 @@ def build(cfg: ScorerConfig, where: "Place") -> Scorer:
         make = resolve(_BUILT_IN[cfg.name].make, "scorer.name")
     else:
         make = _of_a_package(cfg.name)
-    scorer = make(cfg, where)
+    scorer = make(cfg, rank)
     if not callable(scorer) or not isinstance(getattr(scorer, "identity", None), Identity):
         raise UserError(
             f"scorer.name={cfg.name} made a {type(scorer).__name__}, which is no scorer: {_HERE}.base says what one is"

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from align.config import ScorerConfig
-from align.launch.rank import Place
+from align.launch.rank import Rank
 from align.onpolicy.scorers import models
 from align.onpolicy.scorers.base import Item, Scores
 from align.say import UserError
@@ -25,8 +25,8 @@ from align.say import UserError
 class RewardModelScorer:
     """`AutoModelForSequenceClassification` with one label."""
 
-    def __init__(self, cfg: ScorerConfig, where: Place) -> None:
-        self._cfg, self._where = cfg, where
+    def __init__(self, cfg: ScorerConfig, rank: Rank) -> None:
+        self._cfg, self._rank = cfg, rank
         self._config = models.load_config(cfg)
         if self._config.num_labels != 1:
             raise UserError(
@@ -36,11 +36,11 @@ class RewardModelScorer:
         self._tokenizer = models.load_tokenizer(cfg)
         _set_template(self._tokenizer, cfg)
         self._max_length = models.max_length(cfg, self._config, self._tokenizer)
-        self.identity = models.identity(cfg, self._config, self._tokenizer, self._max_length, where)
+        self.identity = models.identity(cfg, self._config, self._tokenizer, self._max_length, rank)
 
     @cached_property
     def _model(self) -> PreTrainedModel:
-        return models.load_weights(AutoModelForSequenceClassification, self._cfg, self._config, self._where)
+        return models.load_weights(AutoModelForSequenceClassification, self._cfg, self._config, self._rank)
 
     @torch.inference_mode()
     def __call__(self, items: Sequence[Item]) -> list[Scores]:
@@ -51,7 +51,7 @@ class RewardModelScorer:
         can_pad = pad_token is not None and pad_token >= 0
         logits = [0.0] * len(rows)
         for some in models.batches([len(row) for row in rows], self._cfg.tokens_per_batch, equal=not can_pad):
-            ids, mask = models.pad([rows[i] for i in some], pad_token if can_pad else 0, self._where.device)
+            ids, mask = models.pad([rows[i] for i in some], pad_token if can_pad else 0, self._rank.device)
             values = self._model(input_ids=ids, attention_mask=mask).logits  # [b, 1]
             for i, value in zip(some, values[:, 0].float().tolist(), strict=True):
                 logits[i] = value
