@@ -112,8 +112,6 @@ class SamplingConfig:
     urls: list[str] = field(default_factory=list)  # backend openai, and so are all below: e.g. http://localhost:8000
     served_model: str | None = None  # the policy's name there; null: the first that a server lists
     requests_at_once: int = 64  # over all servers
-    timeout: float = 600.0  # seconds without an answer after which a request is tried again
-    patience: float = 600.0  # seconds without any server after which sampling fails
 
 
 @dataclass
@@ -123,11 +121,7 @@ class JudgeConfig:
     urls: list[str] = field(default_factory=list)  # http://localhost:8000; several share the requests
     served_model: str | None = None  # the judge's name there
     requests_at_once: int = 16  # over all servers
-    timeout: float = 120.0  # seconds without an answer after which a request is tried again
-    patience: float = 900.0  # seconds without any server after which scoring fails; a server may be started again
     request: dict[str, Any] = field(default_factory=dict)  # further fields of a request; null takes one of ours out
-    dollars_per_million_prompt_tokens: float = 0.0
-    dollars_per_million_completion_tokens: float = 0.0
 
 
 @dataclass
@@ -163,12 +157,9 @@ class SlurmConfig:
 
     partition: str | None = None
     account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
     minutes: int = 24 * 60  # at its end a run checkpoints and is queued again
     cpus_per_process: int | None = None
-    memory_gib: int | None = None  # of a node
-    options: dict[str, Any] = field(default_factory=dict)  # any other of sbatch, without the dashes: {exclude: node7}
+    options: dict[str, Any] = field(default_factory=dict)  # any other of sbatch, no dashes: {mem: 200G, qos: long}
     setup: list[str] = field(default_factory=list)  # shell lines before the run: module load, source ...
     at_once: int = 256  # jobs of a sweep that run at the same time, at most
 
@@ -297,7 +288,6 @@ def check(cfg: RunConfig) -> None:
         "cluster.cpu_threads": cfg.cluster.cpu_threads,
         "cluster.slurm.minutes": cfg.cluster.slurm.minutes,
         "cluster.slurm.cpus_per_process": cfg.cluster.slurm.cpus_per_process,
-        "cluster.slurm.memory_gib": cfg.cluster.slurm.memory_gib,
         "cluster.slurm.at_once": cfg.cluster.slurm.at_once,
         "evaluation.prompts": cfg.evaluation.prompts,
         "evaluation.samples_per_prompt": cfg.evaluation.samples_per_prompt,

@@ -22,9 +22,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
@@ -41,9 +40,10 @@ from align import engine
 from align.choices import Layout
 from align.data.pairs import pair_lengths
 from align.launch.rank import Rank
-from align.train.loop import PairData, PairTrainer
-from align.train.reference import reference_logps
 from objectives import build
+
+if TYPE_CHECKING:
+    from align.train.loop import PairTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -173,8 +173,13 @@ def pair_trainer(
     pairs_per_step: int,
     budget: int,
     arguments: dict[str, Any] | None = None,
-) -> PairTrainer:
+) -> "PairTrainer":
     """align's trainer of a policy on these pairs, the reference column computed where the objective needs it."""
+    import datasets  # here: gpu.py does without, and takes the rest of this file
+
+    from align.train.loop import PairData, PairTrainer
+    from align.train.reference import reference_logps
+
     made = build(objective)
     rest = {"cut_tokens": 0, "cut_prompt_tokens": 0, "group": "", "row_id": ""}
     rest |= {"chosen_win_prob": 1.0, "rejected_win_prob": 0.0}

@@ -23,6 +23,12 @@ def test_a_step_stays_within_the_bounds_of_the_counters():
     assert done.stdout.count("of the floor") == 2, done.stdout  # a Llama and a Gemma-2 shape
 
 
+def test_the_script_for_a_gpu_can_be_imported_without_one():
+    done = run("benchmarks/gpu.py", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--peak-tflops" in done.stdout
+
+
 @pytest.mark.matrix
 def test_trl_and_align_agree_on_the_losses_that_the_benchmark_compares():
     done = run("benchmarks/compare_trl.py", "--quick")

@@ -97,14 +97,10 @@ def submit() -> None:
 def _parameters(cluster: ClusterConfig, per_node: int, on_gpu: bool) -> dict[str, Any]:
     """Of submitit's SlurmExecutor."""
     wanted = cluster.slurm
-    memory = None if wanted.memory_gib is None else f"{wanted.memory_gib}G"
     given = {
         "partition": wanted.partition,
         "account": wanted.account,
-        "qos": wanted.qos,
-        "constraint": wanted.constraint,
         "cpus_per_task": wanted.cpus_per_process,
-        "mem": memory,
         "gpus_per_node": per_node if on_gpu else None,
     }
     return {

@@ -58,9 +58,13 @@ class ResponseRow:
 def check_sampling(settings: SamplingConfig) -> None:
     """Raise UserError for values that cannot be."""
     for name in (
-        "samples", "temperature", "max_new_tokens", "prompts_per_shard", "tokens_per_batch", "requests_at_once",
-        "timeout", "patience",
-    ):  # fmt: skip
+        "samples",
+        "temperature",
+        "max_new_tokens",
+        "prompts_per_shard",
+        "tokens_per_batch",
+        "requests_at_once",
+    ):
         if not getattr(settings, name) > 0:
             raise UserError(f"sampling.{name} must be above 0, not {getattr(settings, name)}")
     if not 0 < settings.top_p <= 1:
@@ -109,8 +113,6 @@ def open_sampler(
             served=served,
             path=path,
             requests_at_once=settings.requests_at_once,
-            timeout=settings.timeout,
-            patience=settings.patience,
         )
     else:
         yield hf_sampler(load(), tokenizer, settings.tokens_per_batch)

@@ -10,9 +10,9 @@ from align.report import figures
 from align.report.methods import Method
 
 
-def table(heads: Iterable[str], rows: Iterable[tuple[list[str], str]], kind: str = "", escaped: bool = False) -> str:
+def table(heads: Iterable[str], rows: Iterable[tuple[list[str], str]], kind: str = "") -> str:
     """`rows` are cells of HTML and a class."""
-    head = "".join(f'<th scope="col">{name if escaped else text_of(name)}</th>' for name in heads)
+    head = "".join(f'<th scope="col">{text_of(name)}</th>' for name in heads)
     body = "".join(
         f"<tr{f' class={of}' if of else ''}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>\n"
         for cells, of in rows

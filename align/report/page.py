@@ -102,7 +102,7 @@ def _differences(study: Study) -> str:
         return ""
     best = study.methods[0]
     parts = [
-        f'<p class="note">{text_of(text.about_comparisons(study, study.main))}</p>',
+        f'<p class="note">{text_of(text.about_comparisons(study.main))}</p>',
         f'<div class="choose">{select("method-a", "method", [m.label for m in study.methods], 0)}'
         f"{select('method-b', 'against', [m.label for m in study.methods], 1)}</div>"
         '<div class="said" id="said" aria-live="polite"></div>',

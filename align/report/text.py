@@ -160,7 +160,7 @@ def markdown(study: Study, made: str) -> str:
         if comparisons and comparisons.made:
             parts += [
                 f"## Differences of {comparisons.quantity}",
-                about_comparisons(study, comparisons),
+                about_comparisons(comparisons),
                 "\n".join(f"- {one.sentence}" for one in told(study, comparisons)),
             ]
     if unfinished := unfinished_rows(study):
@@ -182,7 +182,7 @@ def told(study: Study, comparisons: Comparisons) -> list[Comparison]:
     return comparisons.made if few else [one for one in comparisons.made if one.a is study.methods[0]]
 
 
-def about_comparisons(study: Study, comparisons: Comparisons) -> str:
+def about_comparisons(comparisons: Comparisons) -> str:
     """What the words rest on."""
     items = comparisons.items
     number_of = span(sorted({one.made.prompts for one in comparisons.made}))

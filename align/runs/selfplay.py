@@ -131,7 +131,7 @@ def _identity(cfg: RunConfig, scorer: Identity, identity: dict[str, Any]) -> dic
     Iterations are left out where they share the prompts: more of them go on from those that are done.
     """
     all_of = config.plain(cfg)
-    fast = {"tokens_per_batch", "urls", "served_model", "requests_at_once", "timeout", "patience"}
+    fast = {"tokens_per_batch", "urls", "served_model", "requests_at_once"}
     kept: dict[str, Any] = {name: all_of[name] for name in ("source", "selection")}
     kept["sampling"] = {key: value for key, value in all_of["sampling"].items() if key not in fast}
     if cfg.source.split_prompts:

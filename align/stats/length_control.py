@@ -20,8 +20,7 @@ seems to give their rows the difficulties of other instructions.
 
 What is approximate without a network: alpaca_eval reads the difficulties and the gamed rows from files of the dataset
 tatsu-lab/alpaca_eval (instruction_difficulty.csv, df_gamed.csv). Without difficulties the GLM has two terms
-(alpaca_eval's `length_controlled_minimal`) and its result is no leaderboard figure. From published weights, `predict` needs
-only the distribution of the difficulties.
+(alpaca_eval's `length_controlled_minimal`) and its result is no leaderboard figure.
 """
 
 from collections.abc import Sequence
@@ -56,7 +55,6 @@ class LengthControlled:
 
     rate: float
     standard_error: float
-    prediction_error: float  # the leaderboard's lc_standard_error: as if the weights were known; too small
     glm: Glm
 
 
@@ -104,25 +102,12 @@ def length_controlled_win_rate(
     return LengthControlled(
         rate=float(predicted.mean()),
         standard_error=_standard_error(moved),
-        prediction_error=_standard_error(predicted),
         glm=Glm(
             bias=float(weights[0]),
             length=float(weights[1]),
             difficulty=float(weights[2]) if difficulties is not None else 0.0,
         ),
     )
-
-
-def predict(glm: Glm, difficulties: ArrayLike, shares: ArrayLike | None = None) -> float:
-    """The length-controlled win rate in [0, 1] that known weights mean: no annotations are needed.
-
-    Args:
-        difficulties: [N] of the instructions; or [M] values that stand for all, with
-        shares: [M] of the instructions that have each of these difficulties.
-    """
-    at = np.asarray(difficulties, dtype=np.float64)
-    of = None if shares is None else np.asarray(shares, dtype=np.float64)
-    return float(np.average(_sigmoid(glm.bias + glm.difficulty * at), weights=of))
 
 
 def outcomes(annotated: Sequence[float]) -> Floats:

@@ -27,7 +27,7 @@ from align.config import SamplingConfig
 from align.data.prompts import Candidate, PromptRow
 from align.model.chat import prompt_ids, stop_token_ids
 from align.onpolicy.sample import check_sampling, open_sampler, read_samples, sample_prompts
-from align.onpolicy.samplers import Prompt, Sample, hf_sampler, openai_sampler, seeds, vllm_sampler
+from align.onpolicy.samplers import Prompt, Sample, hf_sampler, openai_sampler, seeds, servers, vllm_sampler
 from align.onpolicy.samplers.hf import _choose, _least_kept
 from align.say import UserError
 
@@ -317,11 +317,12 @@ def test_a_prompt_is_computed_once_for_all_its_responses(llama, tokenizer):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode, timeout", [("errors", 60.0), ("slow", 3.0)])
-def test_errors_and_silence_are_tried_again(mode, timeout, server, llama, tokenizer):
+def test_errors_and_silence_are_tried_again(mode, timeout, server, llama, tokenizer, monkeypatch):
+    monkeypatch.setattr(servers, "TIMEOUT", timeout)
     some = asked(tokenizer, TEXTS[:2], samples=3)
     expected = hf_sampler(load(llama), tokenizer)(some, **OPTIONS)
     server.behave(mode=mode)
-    sampler = openai_sampler(tokenizer, [server.url], requests_at_once=4, timeout=timeout)
+    sampler = openai_sampler(tokenizer, [server.url], requests_at_once=4)
     assert sampler(some, **OPTIONS) == expected
 
 
@@ -331,7 +332,7 @@ def test_a_server_that_is_killed_and_started_again_loses_nothing(llama, tokenize
     many = asked(tokenizer, samples=40)
     expected = hf_sampler(load(llama), tokenizer)(many, **OPTIONS)
     drawn = []
-    sampler = openai_sampler(tokenizer, [server.url], requests_at_once=4, timeout=30.0)
+    sampler = openai_sampler(tokenizer, [server.url], requests_at_once=4)
     thread = threading.Thread(target=lambda: drawn.append(sampler(many, **OPTIONS)), daemon=True)
     try:
         thread.start()
@@ -347,14 +348,15 @@ def test_a_server_that_is_killed_and_started_again_loses_nothing(llama, tokenize
 
 
 @pytest.mark.slow
-def test_servers_that_do_not_answer_are_left_alone(server, tokenizer):
+def test_servers_that_do_not_answer_are_left_alone(server, tokenizer, monkeypatch):
     dead = "http://127.0.0.1:9"
     sampler = openai_sampler(tokenizer, [dead, server.url], requests_at_once=4)
     started = time.monotonic()
     assert len(flat(sampler(asked(tokenizer), **OPTIONS))) == 20
     assert time.monotonic() - started < 20
+    monkeypatch.setattr(servers, "PATIENCE", 0.1)
     with pytest.raises(UserError, match=r"no answer from sampling.urls in 5 tries.*refused.*type the command again"):
-        openai_sampler(tokenizer, [dead], patience=0.1)(asked(tokenizer), **OPTIONS)
+        openai_sampler(tokenizer, [dead])(asked(tokenizer), **OPTIONS)
 
 
 def test_a_server_that_decodes_greedily_is_refused(server, tokenizer):
@@ -500,7 +502,7 @@ def test_other_inputs_are_not_mixed_with_old_shards(what, change, llama, tokeniz
 
 def test_knobs_of_speed_may_change_between_runs(llama, tokenizer, tmp_path):
     job(llama, tmp_path / "responses", 0.0)
-    faster = replace(SETTINGS, tokens_per_batch=64, requests_at_once=2, timeout=1.0)
+    faster = replace(SETTINGS, tokens_per_batch=64, requests_at_once=2)
     sample_prompts(PROMPTS, nullcontext(None), faster, tmp_path / "responses", tokenizer=tokenizer, **INPUTS)
 
 

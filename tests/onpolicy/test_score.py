@@ -23,7 +23,6 @@ from align.onpolicy import score
 from align.onpolicy.score import annotate, counts, read_scores
 from align.onpolicy.scorers import registry
 from align.onpolicy.scorers.base import Identity, Kind, Scores
-from align.onpolicy.scorers.llm_judge import dollars
 from align.playground import task
 from align.say import UserError
 
@@ -292,7 +291,7 @@ def work(folder: str, log: str, url: str) -> None:
     score._SHARD_PROMPTS = OF_A_SHARD
     scorer = Length(Path(log), pause=0.1)
     if url:
-        judge = JudgeConfig(urls=[url], served_model="judge", patience=60.0)
+        judge = JudgeConfig(urls=[url], served_model="judge")
         scorer = registry.build(ScorerConfig(name="llm_judge", judge=judge), RANK)
     annotate(ROWS, scorer, Path(folder))
 
@@ -398,6 +397,5 @@ def test_a_judged_run_survives_its_own_death_and_the_servers_and_the_key_is_in_n
         assert rows[i]["wins"][row.k] == 0.5 and sum(rows[i]["wins"]) == pytest.approx(0.5 + row.k, abs=1.0)
     total = counts(rows)
     assert total == Counter(prompt_tokens=11 * 22 * 6, completion_tokens=2 * 22 * 6, unreadable_verdicts=0)
-    assert dollars(total, JudgeConfig(dollars_per_million_prompt_tokens=1e6)) == 11 * 22 * 6
     for file in [file for file in folder.rglob("*") if file.is_file()]:
         assert KEY not in file.read_text()

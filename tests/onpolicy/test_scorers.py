@@ -32,10 +32,10 @@ from align.choices import SystemMessage
 from align.config import JudgeConfig, ScorerConfig
 from align.files import file_fingerprint
 from align.launch.rank import Rank
+from align.onpolicy.samplers import servers
 from align.onpolicy.scorers import llm_judge, models, pairrm, registry
 from align.onpolicy.scorers.armorm import ArmoRM
 from align.onpolicy.scorers.base import Identity, Item, Kind, Scores
-from align.onpolicy.scorers.llm_judge import dollars
 from align.onpolicy.scorers.pairrm import MARKERS, MAX_SOURCE, MAX_TOKENS, PairRM
 from align.onpolicy.select import win_probs
 from align.playground import task
@@ -204,7 +204,7 @@ def test_a_function_of_ones_own_makes_a_scorer():
         ({"name": "reward_model", "path": "x", "tokens_per_batch": 0}, "scorer.tokens_per_batch must be above 0, not 0"),
         ({"name": "llm_judge"}, "needs scorer.judge.served_model"),
         ({"name": "llm_judge", "judge": JudgeConfig(served_model="x")}, "scorer.judge.urls is empty"),
-        ({"name": "llm_judge", "judge": JudgeConfig(timeout=0)}, "scorer.judge.timeout must be above 0"),
+        ({"name": "llm_judge", "judge": JudgeConfig(requests_at_once=0)}, "scorer.judge.requests_at_once must be above 0"),
         (
             {"name": "llm_judge", "template": "{prompt} {first}", "judge": JudgeConfig(["http://a"], "x")},
             "scorer.template lacks {second}; it must ask for m",
@@ -721,8 +721,8 @@ def serve(tmp_path, monkeypatch):
             server.kill()
 
 
-def judge(*servers: Server, template=None, **fields):
-    cfg = JudgeConfig(urls=[server.url for server in servers], served_model="judge", **{"patience": 60.0, **fields})
+def judge(*asked: Server, template=None, **fields):
+    cfg = JudgeConfig(urls=[server.url for server in asked], served_model="judge", **fields)
     return registry.build(ScorerConfig(name="llm_judge", template=template, judge=cfg), RANK)
 
 
@@ -776,15 +776,14 @@ def test_every_token_is_counted_where_the_response_stood_first(serve):
     scores = judge(serve())([QUESTION])[0]
     assert [count["prompt_tokens"] for count in scores.counts] == [22, 33, 33, 22]
     assert [count["completion_tokens"] for count in scores.counts] == [4, 6, 6, 4]
-    prices = JudgeConfig(dollars_per_million_prompt_tokens=2.5, dollars_per_million_completion_tokens=10.0)
-    assert dollars({"prompt_tokens": 2_000_000, "completion_tokens": 500_000}, prices) == 10.0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["flaky", "hangs"])
-def test_a_server_that_fails_or_hangs_is_asked_again(serve, mode):
+def test_a_server_that_fails_or_hangs_is_asked_again(serve, mode, monkeypatch):
+    monkeypatch.setattr(servers, "TIMEOUT", 2.0)
     server = serve(mode)
-    assert_wins(judge(server, timeout=2.0)([QUESTION])[0], by_hand())
+    assert_wins(judge(server)([QUESTION])[0], by_hand())
     assert {(first, second) for _, _, first, second in server.answered()} == {
         (a, b) for a in RESPONSES for b in RESPONSES if a != b
     }
@@ -826,11 +825,12 @@ def test_several_servers_share_the_requests_and_one_that_is_gone_costs_nothing(s
 
 
 @pytest.mark.slow
-def test_a_judge_that_is_not_there_is_said_when_patience_ends(serve):
+def test_a_judge_that_is_not_there_is_said_when_patience_ends(serve, monkeypatch):
+    monkeypatch.setattr(servers, "PATIENCE", 0.1)
     server = serve()
     server.kill()
     with pytest.raises(UserError, match=r"scorer.judge.urls"):
-        judge(server, patience=0.1)([QUESTION])
+        judge(server)([QUESTION])
 
 
 def test_a_server_that_is_no_judge_is_said(serve):

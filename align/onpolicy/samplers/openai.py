@@ -37,8 +37,6 @@ def openai_sampler(
     served: str | None = None,
     path: str = "",
     requests_at_once: int = 64,
-    timeout: float = 600.0,
-    patience: float = 600.0,
 ) -> Sampler:
     """A sampler of the model that the servers serve, whose tokenizer this is.
 
@@ -47,7 +45,6 @@ def openai_sampler(
         served: what that name must end with, where servers may still hold the policy before; None: any will do.
         path: of the policy, for the error that says so.
         requests_at_once: over all servers.
-        timeout, patience: seconds, see `Servers`.
 
     Raises:
         UserError: here for bad URLs; when sampling, for a server that refuses or is greedy, or if none answers.
@@ -66,7 +63,7 @@ def openai_sampler(
             "whatever it is asked; serve the policy with vLLM or SGLang"
         )
 
-    servers = Servers(urls, setting="sampling.urls", timeout=timeout, patience=patience, check=check)
+    servers = Servers(urls, setting="sampling.urls", check=check)
 
     def sample(
         prompts: Sequence[Prompt], *, temperature: float, top_p: float, max_new_tokens: int

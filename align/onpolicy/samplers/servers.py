@@ -1,7 +1,7 @@
 """Requests to several equal HTTP servers: whichever answers gets the next one, and one that does not is left alone.
 
-A server error, a time-out or a refused connection is tried again, at another server or later, for as long as the
-caller is patient: servers may be killed, and started again at the same address. What a server refuses (a wrong key,
+A server error, a time-out or a refused connection is tried again, at another server or later, for `PATIENCE` seconds:
+servers may be killed, and started again at the same address. What a server refuses (a wrong key,
 a bad request) is final. The key, from OPENAI_API_KEY, is sent to these addresses and to no other (redirects are not
 followed), and stands in no message. Left out: streaming, and connections that stay open between requests.
 """
@@ -27,13 +27,19 @@ from align.say import UserError
 Send = Callable[[str, dict[str, Any] | None], Any]
 
 
+TIMEOUT = 600.0  # seconds of silence after which a request is tried again: a model may think for long
+
+
+PATIENCE = 900.0  # seconds after which a request that no server answers is an error: one may be started again
+
+
 _PAUSES = (0.25, 30.0)  # seconds for which a server is left alone: after its first failure in a row, and at most
 
 
 _WORTH_A_LINE = 2  # failures in a row after which one more is said: a server that is busy now and then is no news
 
 
-_TRIES = 5  # of a request at least, where servers take longer to fail than the caller is patient
+_TRIES = 5  # of a request at least, where servers take longer to fail than that
 
 
 _TRY_LATER = (408, 425, 429)  # statuses below 500 that say nothing about the request
@@ -56,8 +62,6 @@ class Servers:
         urls: Sequence[str],
         *,
         setting: str,
-        timeout: float,
-        patience: float,
         check: Callable[[str, Send, dict[str, Any]], None] = lambda url, send, body: None,
     ) -> None:
         """Nothing is sent yet.
@@ -65,8 +69,6 @@ class Servers:
         Args:
             urls: e.g. http://localhost:8000; /v1 is added where there is no path.
             setting: the knob that holds the URLs, for messages.
-            timeout: seconds of silence after which a request is given up.
-            patience: seconds after which a request that no server answers is an error.
             check: called with each server and its first POST, before that is sent, and again after it was away;
                 raises UserError for one that cannot be used.
 
@@ -76,7 +78,7 @@ class Servers:
         if not urls:
             raise UserError(f"{setting} is empty: give the servers, e.g. '{setting}=[http://localhost:8000]'")
         self._urls = [_base(url, setting) for url in urls]
-        self._setting, self._timeout, self._patience, self._check = setting, timeout, patience, check
+        self._setting, self._check = setting, check
         self._lock = threading.Lock()
         self._turns = itertools.count()
         self._failures = dict.fromkeys(self._urls, 0)  # in a row
@@ -93,7 +95,7 @@ class Servers:
             over: the caller's word that nobody waits for the answer any more.
 
         Raises:
-            UserError: a server refuses the request, or none has answered for as long as we are patient.
+            UserError: a server refuses the request, or none has answered for `PATIENCE` seconds.
         """
         over = over or threading.Event()
         started, tries = time.monotonic(), 0
@@ -108,9 +110,9 @@ class Servers:
             except _Silent as error:
                 self._rest(url, str(error))
                 tries += 1
-                if tries >= _TRIES and time.monotonic() - started > self._patience:
+                if tries >= _TRIES and time.monotonic() - started > PATIENCE:
                     raise UserError(
-                        f"no answer from {self._setting} in {tries} tries and {self._patience:.0f} s; last, {url}: "
+                        f"no answer from {self._setting} in {tries} tries and {PATIENCE:.0f} s; last, {url}: "
                         f"{error}. Start the servers, then type the command again: what is finished is kept"
                     ) from error
             else:
@@ -132,7 +134,7 @@ class Servers:
             if self._rests_until[url] > time.monotonic():
                 return
             if self._failures[url] == _WORTH_A_LINE:
-                tqdm.write(f"align: {url}: {reason}; trying again for {self._patience:.0f} seconds", file=sys.stderr)
+                tqdm.write(f"align: {url}: {reason}; trying again for {PATIENCE:.0f} seconds", file=sys.stderr)
             self._rests_until[url] = time.monotonic() + min(most, first * 2 ** self._failures[url])
             self._failures[url] = min(self._failures[url] + 1, 16)
 
@@ -149,7 +151,7 @@ class Servers:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(url + path, data, headers)
         try:
-            with self._opener.open(request, timeout=self._timeout) as answer:
+            with self._opener.open(request, timeout=TIMEOUT) as answer:
                 return json.loads(answer.read())
         except urllib.error.HTTPError as error:
             text = _said(error).replace(key or "\0", "***")

@@ -14,13 +14,13 @@ charged for answers that never came.
 import math
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.config import JudgeConfig, ScorerConfig
+from align.config import ScorerConfig
 from align.launch.rank import Rank
 from align.onpolicy.samplers.servers import Servers
 from align.onpolicy.scorers.base import Identity, Item, Kind, Scores, as_text
@@ -57,7 +57,7 @@ class Verdict:
 
 
 class JudgeScorer:
-    """P(a beats b) by a model behind `judge.urls`. `counts` are per response that stood first; see `dollars`."""
+    """P(a beats b) by a model behind `judge.urls`. `counts` are per response that stood first."""
 
     def __init__(self, cfg: ScorerConfig, rank: Rank) -> None:
         if cfg.judge.served_model is None:
@@ -65,9 +65,7 @@ class JudgeScorer:
                 "scorer.name=llm_judge needs scorer.judge.served_model, the name that its server knows it by"
             )
         self._cfg = cfg.judge
-        self._servers = Servers(
-            cfg.judge.urls, setting="scorer.judge.urls", timeout=cfg.judge.timeout, patience=cfg.judge.patience
-        )
+        self._servers = Servers(cfg.judge.urls, setting="scorer.judge.urls")
         self._template = _template(cfg.template)
         self._request = {key: value for key, value in {**_ASK, **cfg.judge.request}.items() if value is not None}
         self._without_logprobs = False  # found out by asking
@@ -83,7 +81,7 @@ class JudgeScorer:
         """[K][K] P(i beats j) of each item.
 
         Raises:
-            UserError: the server refuses the request, or none has answered for `judge.patience` seconds.
+            UserError: the server refuses the request, or none has answered for `servers.PATIENCE` seconds.
         """
         asked = {
             (number, i, j): fill(self._template, as_text(item.prompt), first, second)
@@ -124,14 +122,6 @@ class JudgeScorer:
         for key in ("logprobs", "top_logprobs"):
             body.pop(key, None)
         return read_answer(self._servers.ask("/chat/completions", body, over))
-
-
-def dollars(counts: Mapping[str, int], cfg: JudgeConfig) -> float:
-    """What the tokens of these counts cost at the prices of the configuration."""
-    return (
-        counts.get("prompt_tokens", 0) * cfg.dollars_per_million_prompt_tokens
-        + counts.get("completion_tokens", 0) * cfg.dollars_per_million_completion_tokens
-    ) / 1e6
 
 
 def fill(template: str, prompt: str, first: str, second: str) -> str:

@@ -114,18 +114,10 @@ def _check(cfg: ScorerConfig) -> None:
         "max_length": cfg.max_length,
         "tokens_per_batch": cfg.tokens_per_batch,
         "judge.requests_at_once": cfg.judge.requests_at_once,
-        "judge.timeout": cfg.judge.timeout,
     }
     for key, value in above_0.items():
         if value is not None and value <= 0:
             raise UserError(f"scorer.{key} must be above 0, not {value}")
-    for key, value in {
-        "patience": cfg.judge.patience,
-        "dollars_per_million_prompt_tokens": cfg.judge.dollars_per_million_prompt_tokens,
-        "dollars_per_million_completion_tokens": cfg.judge.dollars_per_million_completion_tokens,
-    }.items():
-        if value < 0:
-            raise UserError(f"scorer.judge.{key} must be 0 or above, not {value}")
 
 
 def _check_unread(cfg: ScorerConfig, reads: tuple[str, ...]) -> None:
