@@ -1,41 +1,56 @@
-"""`align ...` and `python -m align ...`: a run, or a verb and its words. A newcomer starts reading here.
-
-align objective=wpo model=gemma2_9b        a run
-align report runs                          a verb; `align VERB --help` explains it
-"""
+"""`align ...` and `python -m align ...`: a run, or a verb and its words. A newcomer starts reading here."""
 
 import sys
 
 from align.cli.command import command
-from align.say import resolve
+from align.say import closest, resolve
 
-#: Verbs that have words of their own.
-_TOOLS = {"report": "align.report.command:main", "dashboard": "align.tracking.dashboard:main"}
+HELP = """align: train a policy on preference pairs, judge it, compare runs.
 
-#: Verbs whose words are Hydra's -> the function that does it, the YAML of conf/ that is composed, and its type.
-_STAGES = {
-    "evaluate": ("align.evaluation.evaluate:evaluate", "evaluate", "align.evaluation.settings:EvaluateConfig"),
-    "sample": ("align.cli.stages:sample", "config", "align.config:RunConfig"),
-    "annotate": ("align.cli.stages:annotate", "config", "align.config:RunConfig"),
-    "select": ("align.cli.stages:select", "config", "align.config:RunConfig"),
+  align                                        the built-in task: a few minutes on a CPU, no network, no account
+  align objective=wpo model=gemma2_9b          a run; plan=true prints what would run, --cfg job all its knobs
+  align -m objective=dpo,simpo,wpo seed=1,2,3  a sweep: a run for each combination
+  align VERB ...                               a verb; align VERB --help explains it
+"""
+
+#: Verb -> its purpose, and the function that reads its words itself.
+TOOLS = {
+    "report": ("compare finished runs on one page", "align.report.command:main"),
+    "dashboard": ("lay out a wandb project for comparing runs", "align.tracking.dashboard:main"),
+}
+
+#: Verb -> its purpose, the function that gets its composed configuration, the YAML of conf/, and the type of that.
+STAGES = {
+    "evaluate": (
+        "run=<folder> suite=<suite>: put a finished run through a suite",
+        "align.evaluation.evaluate:evaluate",
+        "evaluate",
+        "align.evaluation.settings:EvaluateConfig",
+    ),
+    "sample": ("run_dir=<folder>: answer the prompts of the dataset into that folder", "align.cli.stages:sample"),
+    "annotate": ("run_dir=<folder> scorer=<scorer>: score the answers there", "align.cli.stages:annotate"),
+    "select": ("run_dir=<folder>: choose the pairs to train on from the scores there", "align.cli.stages:select"),
 }
 
 
 def main() -> None:
     """Entry point of the console script and of `python -m align`."""
+    verbs = {**TOOLS, **STAGES}
     verb = sys.argv[1] if len(sys.argv) > 1 else ""
-    if verb in _TOOLS:
+    if verb in verbs:
         del sys.argv[1]
-        resolve(_TOOLS[verb], verb)()
-    elif verb in _STAGES:
-        del sys.argv[1]
-        command(*_STAGES[verb])
     elif verb and "=" not in verb and not verb.startswith("-"):
         sys.exit(
-            f"align: there is no verb {verb!r}: a run is typed in key=value words, a verb is one of {', '.join([*_TOOLS, *_STAGES])}"
+            f"align: there is no verb {verb!r}{closest(verb, list(verbs))}: the verbs are {', '.join(verbs)}; "
+            "the words of a run are key=value"
         )
+    if verb in TOOLS:
+        resolve(TOOLS[verb][1], verb)()
+    elif verb in STAGES:
+        purpose, *stage = STAGES[verb]
+        command(f"align {verb} {purpose}\n", *stage)
     else:
-        command()
+        command(HELP + "".join(f"\n  {name:<10} {purpose}" for name, (purpose, *_) in verbs.items()) + "\n")
 
 
 if __name__ == "__main__":

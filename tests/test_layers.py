@@ -20,7 +20,7 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 REPORT = {"say", "files", "stats"}  # it knows files, and nothing of the machine
-NOT_YET = {("train", "evaluation"), ("evaluation", "cli"), ("report", "onpolicy")}
+NOT_YET = {("train", "evaluation"), ("report", "onpolicy")}
 INSIDE = [
     {"layout"},
     {"attention", "head", "batching"},

@@ -68,12 +68,16 @@ def _as_ctrl_c(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def command(stage: str | None = None, root: str = "config", schema: str = "align.config:RunConfig") -> None:
-    """Type a command: of a run, or of the stage "module:function".
+def command(
+    help_text: str, stage: str | None = None, root: str = "config", schema: str = "align.config:RunConfig"
+) -> None:
+    """Carry out what was typed: a run, or the stage "module:function" of one.
 
-    `root` is the YAML of conf/ that is composed, and `schema` names its type; others than a run's have a stage.
+    Args:
+        help_text: the beginning of `--help`.
+        root: the YAML of conf/ that is composed.
+        schema: "module:class" of its type.
     """
-
     sweep = Sweep()
 
     @hydra.main(config_path=str(compose.CONF), config_name=root, version_base="1.3")
@@ -84,7 +88,7 @@ def command(stage: str | None = None, root: str = "config", schema: str = "align
     warnings.formatwarning = _warning_line
     signal.signal(signal.SIGTERM, _as_ctrl_c)
     shape: Any = resolve(schema, "schema")
-    compose.install(shape)
+    compose.install(shape, help_text)
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))  # wherever it was typed
     sys.path.insert(0, "")  # "module:function" of the working folder, for the console script as for python -m
     try:

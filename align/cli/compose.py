@@ -8,7 +8,7 @@ the same command is the same sweep. And an error is one line that names the key 
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,9 @@ def _default_choices(root: str) -> dict[str, str]:
 class Loader(ConfigLoaderImpl):
     """Hydra's loader, over `conf/` and `experiments/`, with the two words of a command turned into a recipe."""
 
+    help_text = ""
+    groups: Collection[str] | None = None  # of the command that was composed
+
     def __init__(self, config_search_path: ConfigSearchPath) -> None:
         config_search_path.prepend("experiments", f"file://{shipped('experiments')}")
         super().__init__(config_search_path)
@@ -85,7 +88,14 @@ class Loader(ConfigLoaderImpl):
         if config_name is not None:
             with flag_override(cfg, ["readonly", "struct"], False):  # as typed, for jobs and for people
                 cfg.hydra.overrides.task = [word for word in typed if not re.match(r"[+~]*hydra[./]", word)]
+                cfg.hydra.help.header = self.help_text
+            self.groups = choices.keys()
         return cfg
+
+    def list_groups(self, parent_name: str) -> list[str]:
+        """Name the groups of this command: conf/ holds those of other commands too."""
+        found = super().list_groups(parent_name)
+        return found if parent_name or self.groups is None else [group for group in found if group in self.groups]
 
     def get_group_options(
         self,
@@ -117,8 +127,9 @@ def sweep_name(words: Sequence[str]) -> str:
     return f"{brief or 'sweep'}_{fingerprint(sorted(kept))[:6]}"
 
 
-def install(schema: type = RunConfig) -> None:
-    """Make `hydra.main` use our loader and know the typed schema."""
+def install(schema: type = RunConfig, help_text: str = "") -> None:
+    """Make `hydra.main` use our loader, know the typed schema, and open `--help` with this text."""
+    Loader.help_text = help_text
     OmegaConf.register_new_resolver("sweep_name", lambda: sweep_name(sys.argv[1:]), replace=True)
     ConfigStore.instance().store(name="schema", node=schema)
     hydra_internals.ConfigLoaderImpl = Loader

@@ -20,7 +20,6 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from align.choices import Source
-from align.cli import compose
 from align.config import RunConfig, SamplingConfig, SourceConfig
 from align.data.prompts import PromptRow
 from align.data.rows import read_rows
@@ -106,9 +105,8 @@ def _config(key: str, folder: Path) -> RunConfig:
             OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(folder / "config.yaml"))
         )
     except (OmegaConfBaseException, OSError, ValueError) as error:
-        raise UserError(
-            f"{key}={folder}: its config.yaml is of another version of align, or damaged ({compose.one_line(error)})"
-        ) from None
+        why = str(error).partition("\n")[0]
+        raise UserError(f"{key}={folder}: its config.yaml is of another version of align, or damaged ({why})") from None
     made: RunConfig = cfg
     return made
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 import objectives
-from align.__main__ import main
+from align.__main__ import STAGES, TOOLS, main
 from align.choices import Source
 from align.cli.compose import CONF
 
@@ -249,6 +249,22 @@ def test_help_and_cfg_answer_at_once(words):
         if times[-1] < START_SECONDS:
             break
     assert min(times) < START_SECONDS, times
+
+
+def test_help_says_the_verbs_and_a_verb_explains_itself(align):
+    shown = align("--help", tracker="").out
+    assert all(f"\n  {verb} " in shown for verb in (*TOOLS, *STAGES))
+    assert "\nmodel: " in shown and "\nsuite: " not in shown  # which is a group of evaluate's
+    assert align("report", "--help", tracker="").out.startswith("`python -m align report [folder ...]")
+    shown = align("evaluate", "--help", tracker="").out
+    assert shown.startswith("align evaluate run=<folder>")
+    assert "\nsuite: " in shown and "\nmodel: " not in shown
+
+
+def test_a_misspelled_verb_is_one_line_that_says_the_verbs(align):
+    said = align("reprt", tracker="")
+    assert (said.status, said.err.count("\n")) == (1, 1)
+    assert said.err.startswith("align: there is no verb 'reprt' (did you mean report?): the verbs are report, ")
 
 
 def test_the_console_script_is_the_same_program():

@@ -571,4 +571,4 @@ def test_a_folder_of_another_version_is_refused(copy):
     file = copy / "runs/dpo/config.yaml"
     file.write_text(file.read_text() + "\nnew_knob: 3\n")
     said = in_one_line(typed(copy, "run=runs/dpo"))
-    assert "its config.yaml is of another version of align, or damaged (unknown key new_knob" in said
+    assert "its config.yaml is of another version of align, or damaged (Key 'new_knob' not in 'RunConfig')" in said
