@@ -14,7 +14,7 @@ test: $(VENV)/.installed-dev  ## every test, the slow ones too
 	$(BIN)/python -m pytest --durations 10 -m "slow and multiprocess and not matrix and not slurm"
 
 test-matrix: $(VENV)/.installed-dev  ## more of the slow ones: every strategy by every starter, thirty kills, self-play: an hour
-	$(BIN)/python -m pytest -m matrix tests/launch tests/runs tests/test_playground.py tests/test_benchmarks.py
+	$(BIN)/python -m pytest -m matrix tests/launch tests/runs tests/test_golden_runs.py tests/test_playground.py tests/test_benchmarks.py
 
 test-slurm: $(VENV)/.installed-dev  ## jobs on a real SLURM of one node, which it installs and starts: root on Debian or Ubuntu
 	timeout 30 sinfo >/dev/null 2>&1 || tests/launch/slurm_node.sh
