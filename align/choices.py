@@ -1,31 +1,34 @@
-"""The choices of knobs that take one of a few words, with what each word means."""
+"""Words that knobs take, and their meaning."""
 
 from enum import Enum
 
 
 class ResponseMask(Enum):
-    """Which tokens are scored as the response (FACTS: SimPO's code scores the header, TRL and most others do not)."""
+    """Tokens that are scored as the response. SimPO's code scores the header; TRL and most others do not."""
 
-    completion = "completion"  # what the model would generate: the content and the end-of-turn token
+    completion = "completion"  # those that the model would generate: the content and the end-of-turn token
     with_header = "with_header"  # also the header that opens the assistant's turn
 
 
 class Truncation(Enum):
-    """What becomes of a pair whose prompt and longer response exceed `max_length`."""
+    """Treatment of a pair whose prompt and longer response exceed `max_length`."""
 
     papers = "papers"  # trl 0.9.6: keep the prompt's last tokens, then cut both responses
     drop = "drop"  # leave the pair out, and count it
 
 
 class SystemMessage(Enum):
-    """How a system message reaches the chat template."""
+    """Place of a system message in the chat template."""
 
     template = "template"  # as a system turn; the template must know that role
     merge = "merge"  # in front of the first user turn, for templates without a system role (Gemma)
 
 
 class Layout(Enum):
-    """How prompts and responses are fed (align/engine/layout.py); each serves more models and feeds more than the one above."""
+    """Arrangement of prompts and responses in a batch (align/engine/layout.py).
+
+    Each serves more models than the one above it, and feeds more tokens.
+    """
 
     shared = "shared"  # one row without padding, a prompt once per pair
     packed = "packed"  # one row without padding, a prompt with each response
@@ -33,33 +36,33 @@ class Layout(Enum):
 
 
 class Device(Enum):
-    """What a process computes on."""
+    """Device of a process."""
 
-    auto = "auto"  # a GPU where there is one, else the CPU
+    auto = "auto"  # a GPU if there is one, else the CPU
     cpu = "cpu"
-    gpu = "gpu"  # refused where there is none
+    gpu = "gpu"  # an error if there is none
 
 
 class Strategy(Enum):
-    """What the processes of a run share out among them; the results differ by rounding only."""
+    """Division of a run among its processes; results differ by rounding only."""
 
-    auto = "auto"  # single for one process; ddp where a device can hold all of it, else fsdp
+    auto = "auto"  # single for one process; ddp if a device can hold everything, else fsdp
     single = "single"  # one process
-    ddp = "ddp"  # pairs: each process holds weights, gradients and optimizer
-    fsdp = "fsdp"  # pairs, weights, gradients and optimizer: torch's FSDP2
-    zero2 = "zero2"  # pairs, gradients and optimizer: DeepSpeed
-    zero3 = "zero3"  # pairs, weights, gradients and optimizer: DeepSpeed
+    ddp = "ddp"  # divides pairs: each process holds weights, gradients and optimizer
+    fsdp = "fsdp"  # divides pairs, weights, gradients and optimizer: torch's FSDP2
+    zero2 = "zero2"  # divides pairs, gradients and optimizer: DeepSpeed
+    zero3 = "zero3"  # divides pairs, weights, gradients and optimizer: DeepSpeed
 
 
 class Launcher(Enum):
-    """Who starts the processes. Inside torchrun, accelerate launch or srun nobody does: they are there."""
+    """Start of the processes. Inside torchrun, accelerate launch or srun they are running already."""
 
     local = "local"  # this machine, at once
     slurm = "slurm"  # the batch system: `python -m align` submits and returns
 
 
 class Precision(Enum):
-    """What forwards compute in; weights are float32."""
+    """Numbers that forwards compute in; weights are float32."""
 
     auto = "auto"  # bf16 on a GPU that has it, else fp32
     bf16 = "bf16"  # bf16 autocast over float32 master weights
@@ -67,14 +70,14 @@ class Precision(Enum):
 
 
 class Source(Enum):
-    """Where the pairs come from."""
+    """Origin of the pairs."""
 
-    dataset = "dataset"  # they are the dataset's own
+    dataset = "dataset"  # the dataset holds them
     selfplay = "selfplay"  # the policy answers the dataset's prompts, a scorer says which answers are better
 
 
 class Backend(Enum):
-    """Who draws the responses."""
+    """Program that samples the responses."""
 
     hf = "hf"  # the policy in this process, by transformers
     vllm = "vllm"  # vLLM in this process
@@ -82,21 +85,21 @@ class Backend(Enum):
 
 
 class Rejected(Enum):
-    """Which candidate is rejected."""
+    """Choice of the rejected candidate."""
 
-    worst = "worst"  # the lowest score
-    random = "random"  # any whose text is not the chosen one's
+    worst = "worst"  # the one with the lowest score
+    random = "random"  # any one whose text differs from the chosen
 
 
 class WinProb(Enum):
-    """What the win probability of a response is taken against."""
+    """Opponents in the win probability of a response."""
 
     all = "all"  # the policy's samples, itself included: SPPO's soft target
-    pair = "pair"  # the other of the pair
+    pair = "pair"  # the other response of the pair
 
 
 class TrackerName(Enum):
-    """Where metrics go besides metrics.jsonl."""
+    """Destination of metrics besides metrics.jsonl."""
 
     wandb = "wandb"
     trackio = "trackio"
@@ -105,7 +108,7 @@ class TrackerName(Enum):
 
 
 class TrackerMode(Enum):
-    """wandb only."""
+    """Mode of wandb."""
 
     auto = "auto"  # online with a key, else offline
     online = "online"

@@ -1,4 +1,4 @@
-"""The typed shape of a run: every knob with its default and unit, and nothing else.
+"""The typed settings of a run: every knob with its default and unit, and the checks that need nothing else.
 
 Hydra fills these dataclasses from `conf/`, `experiments/` and the command line, and refuses unknown keys and wrong
 types. No torch here: `--help`, `--cfg job` and tab completion must answer at once. Not frozen, because OmegaConf
@@ -12,48 +12,29 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from align.choices import (
-    Backend,
-    Device,
-    Launcher,
-    Layout,
-    Precision,
-    Rejected,
-    ResponseMask,
-    Source,
-    Strategy,
-    SystemMessage,
-    TrackerMode,
-    TrackerName,
-    Truncation,
-    WinProb,
-)
-from align.say import UserError, closest
+from align import choices
+from align.say import UserError, unknown_key
 
-MISSING: Any = "???"  # what OmegaConf takes for a value that must be given
-
-
-GROUPS = Path("runs") / "groups"  # a folder of links for each group of runs: what a report of one sweep reads
+MISSING: Any = "???"  # OmegaConf's mark for a value that must be given
+GROUPS = Path("runs") / "groups"  # for each group of runs a folder of links to them, which a report can be made of
 
 
 @dataclass
 class ModelConfig:
-    """The start model."""
+    """The start model, which is also the reference."""
 
     name: str = MISSING
     path: str | None = None  # hub name, or a folder with config.json and safetensors
     revision: str | None = None  # hub revision; null: the newest
     shape: dict[str, int] = field(default_factory=dict)  # parameters, layers, hidden, vocabulary: for plans offline
-    tokenizer: str | None = None  # hub name, folder, or "module:function" beside `init`; null: beside the model
+    tokenizer: str | None = None  # hub name, folder, or with `init` "module:function"; null: the model's own
     chat_template: str | None = None  # a Jinja template or the path of one; null: the tokenizer's own
-    system_message: SystemMessage = SystemMessage.template
-    attn_implementation: str | None = None  # transformers' name of an attention; null: its choice
+    system_message: choices.SystemMessage = choices.SystemMessage.template
+    attn_implementation: str | None = None  # a name of transformers; null: its default
     trust_remote_code: bool = False
     lora: dict[str, Any] = field(default_factory=dict)  # fields of peft.LoraConfig; empty: train every weight
-    init: dict[str, Any] = field(
-        default_factory=dict
-    )  # instead of path: transformers config fields of a randomly initialised model
-    init_seed: int = 0  # apart from `seed`, so that seeds of one study share their start model
+    init: dict[str, Any] = field(default_factory=dict)  # instead of path: transformers config of a random model
+    init_seed: int = 0  # not `seed`, so that the seeds of one study share their start model
     fit: str | None = None  # "module:function" that fits a freshly initialised model; the result is cached
 
 
@@ -67,7 +48,7 @@ class SourceConfig:
     split: str = "train"
     eval_path: str | None = None  # held-out pairs; null: from `path`
     eval_split: str | None = None  # null: `eval_fraction` of the training prompts is held out
-    rows: str | None = None  # instead of path: "module:function" that makes the rows
+    rows: str | None = None  # instead of path: "module:function" that returns the rows
     columns: dict[str, str] = field(default_factory=dict)  # our column name -> the source's
     wrap_plain: bool = False  # true: a plain prompt and response become one chat turn each
     weight: float = 1.0  # share of this source in a mix
@@ -75,7 +56,7 @@ class SourceConfig:
 
 @dataclass
 class DatasetConfig(SourceConfig):
-    """The preference pairs: one source, or a mix of several."""
+    """A data set of preference pairs: one source, or a mix of several."""
 
     name: str = MISSING
     mix: dict[str, SourceConfig] = field(default_factory=dict)  # several sources, instead of one
@@ -89,71 +70,68 @@ class DatasetConfig(SourceConfig):
 
 @dataclass
 class PairSourceConfig:
-    """Where the pairs come from. The knobs behind the first are those of self-play."""
+    """Choice between the dataset's pairs and self-play. Every field but `name` applies to self-play only."""
 
-    name: Source = Source.dataset
+    name: choices.Source = choices.Source.dataset
     split_prompts: bool = False  # true: each iteration has its own share of the prompts (SPPO's way); false: all
-    candidates: dict[str, str] = field(
-        default_factory=dict
-    )  # further answers, a name to each: a column of the prompts'
+    candidates: dict[str, str] = field(default_factory=dict)  # further answers: a name to each, and its column
 
 
 @dataclass
 class SamplingConfig:
-    """How responses are drawn. The knobs behind the first six do not change them, but for rounding."""
+    """Sampling of responses. Fields after `max_new_tokens` change speed and memory; results differ by rounding only."""
 
-    backend: Backend = Backend.hf
+    backend: choices.Backend = choices.Backend.hf
     samples: int = 5  # K, responses to a prompt
     temperature: float = 1.0
     top_p: float = 1.0
     max_new_tokens: int = 256  # of a response, its stop token included
-    prompts_per_shard: int = 64  # what a killed process loses at most, and what processes share the work by
-    tokens_per_batch: int = 32768  # backend hf: of prompts and responses that the cache holds at once
-    urls: list[str] = field(default_factory=list)  # backend openai, and so are all below: e.g. http://localhost:8000
-    served_model: str | None = None  # the policy's name there; null: the first that a server lists
-    requests_at_once: int = 64  # over all servers
+    prompts_per_shard: int = 64  # unit of work among processes; a killed process loses at most one shard
+    tokens_per_batch: int = 32768  # backend hf: prompt and response tokens in the cache at once
+    urls: list[str] = field(default_factory=list)  # backend openai: e.g. http://localhost:8000
+    served_model: str | None = None  # backend openai: the policy's name there; null: the first that a server lists
+    requests_at_once: int = 64  # backend openai: over all servers
 
 
 @dataclass
 class JudgeConfig:
-    """A language model behind an OpenAI-compatible endpoint; the key is OPENAI_API_KEY of the environment."""
+    """A language model behind an OpenAI-compatible endpoint; its key is the environment variable OPENAI_API_KEY."""
 
     urls: list[str] = field(default_factory=list)  # http://localhost:8000; several share the requests
     served_model: str | None = None  # the judge's name there
     requests_at_once: int = 16  # over all servers
-    request: dict[str, Any] = field(default_factory=dict)  # further fields of a request; null takes one of ours out
+    request: dict[str, Any] = field(default_factory=dict)  # further fields of a request; null removes one of ours
 
 
 @dataclass
 class ScorerConfig:
-    """Who scores."""
+    """The scorer of responses: a program, a reward model or a language model."""
 
-    name: str | None = (
-        None  # program, reward_model, armorm, pairrm, llm_judge, one of a package's, or "module:function"; null: the dataset's judge
-    )
+    #: program, reward_model, armorm, pairrm, llm_judge, one of a package's, "module:function"; null: the dataset's judge
+    name: str | None = None
     path: str | None = None  # program: "module:function"; models: a hub name, or a folder
-    revision: str | None = None  # hub revision; null: the newest. llm_judge: what you call the served version
-    template: str | None = None  # or its file; null: the tokenizer's chat template, or the judge's own text
-    system_message: SystemMessage = SystemMessage.template
-    max_length: int | None = None  # tokens of prompt and response; null: what the model can take
-    tokens_per_batch: int = 16384  # that go through the model at once, padding included; scores do not depend on it
+    revision: str | None = None  # hub revision; null: the newest. llm_judge: your name for the served version
+    template: str | None = None  # a template or its file; null: the tokenizer's chat template, or the judge's own text
+    system_message: choices.SystemMessage = choices.SystemMessage.template
+    max_length: int | None = None  # tokens of prompt and response; null: the model's limit
+    tokens_per_batch: int = 16384  # through the model at once, padding included; scores do not depend on it
     judge: JudgeConfig = field(default_factory=JudgeConfig)
 
 
 @dataclass
 class SelectionConfig:
-    """How candidates become pairs."""
+    """Choice of pairs from scored candidates."""
 
-    rejected: Rejected = Rejected.worst
-    win_prob: WinProb = WinProb.all
+    rejected: choices.Rejected = choices.Rejected.worst
+    win_prob: choices.WinProb = choices.WinProb.all
     temperature: float = 1.0  # P(i beats j) = sigmoid(score difference / temperature); 0: the higher score wins surely
-    min_gap: float = 0.0  # between the scores of a pair; of mean wins where the scorer only compares
-    drop_identical: bool = True  # prompts to which all samples of the policy are one text
+    min_gap: float = 0.0  # between the scores of a pair; between mean wins where the scorer only compares
+    drop_identical: bool = True  # true: drop prompts to which all samples of the policy are one text
 
 
 @dataclass
 class SlurmConfig:
-    """What a job asks of SLURM; null leaves it to the site's default."""
+    """Request of a job to SLURM; null leaves a value to the site's default."""
 
     partition: str | None = None
     account: str | None = None
@@ -166,50 +144,52 @@ class SlurmConfig:
 
 @dataclass
 class ClusterConfig:
-    """What a run runs on."""
+    """Processes, devices and precision of a run."""
 
-    device: Device = Device.auto
+    device: choices.Device = choices.Device.auto
     nodes: int = 1
     processes: int | None = None  # per node; null: one for each GPU, one on a CPU
-    strategy: Strategy = Strategy.auto
-    offload: bool = False  # true: optimizer state, and weights that are sharded, lie in host memory
-    precision: Precision = Precision.auto
-    gpu_memory_gib: float | None = None  # of one GPU, for plans made elsewhere; null: as this machine's
-    cpu_threads: int | None = None  # torch threads of a process; null: the cores, shared out
-    launcher: Launcher = Launcher.local
+    strategy: choices.Strategy = choices.Strategy.auto
+    offload: bool = False  # true: optimizer state and sharded weights stay in host memory
+    precision: choices.Precision = choices.Precision.auto
+    gpu_memory_gib: float | None = None  # of one GPU, for plans made on another machine; null: this machine's
+    cpu_threads: int | None = None  # torch threads of a process; null: an equal share of the cores
+    launcher: choices.Launcher = choices.Launcher.local
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 
 @dataclass
 class EngineConfig:
-    """How a policy is fed: decides speed and memory, and results only as far as rounding goes."""
+    """Forward and backward of the policy: speed and memory; results differ by rounding only."""
 
-    layout: Layout = Layout.shared  # a model that cannot run it takes the next, and says so
-    tokens_per_micro_batch: int | str = "auto"  # that a device holds at once; auto: by free memory, 4096 on a CPU
+    layout: choices.Layout = (
+        choices.Layout.shared
+    )  # for a model that cannot run it the next one is taken, with a message
+    tokens_per_micro_batch: int | str = "auto"  # on a device at once; auto: by free memory, 4096 on a CPU
     gradient_checkpointing: bool = False  # true: activations are computed twice and not kept
 
 
 @dataclass
 class TrackerConfig:
-    """Who is told."""
+    """Destination of metrics besides metrics.jsonl."""
 
-    name: TrackerName = TrackerName.none
-    mode: TrackerMode = TrackerMode.auto
+    name: choices.TrackerName = choices.TrackerName.none
+    mode: choices.TrackerMode = choices.TrackerMode.auto
     project: str = "align"
     entity: str | None = None  # wandb team or user
-    group: str | None = None  # runs to be compared; null: a sweep's own name, of a single run the model and dataset
-    tags: list[str] = field(default_factory=list)  # besides objective, model and dataset
+    group: str | None = None  # of runs to compare; null: a sweep's own name, for a single run model and dataset
+    tags: list[str] = field(default_factory=list)  # added to objective, model and dataset
 
 
 @dataclass
 class TrainConfig:
-    """How pairs become steps."""
+    """Steps: their size, their tokens, and how often to log, evaluate and save."""
 
     pairs_per_step: int = 128  # the global batch; micro-batches, accumulation and world size cannot change it
     max_length: int = 2048  # tokens of prompt and response
     max_prompt_length: int = 1800  # tokens
-    response_mask: ResponseMask = ResponseMask.completion
-    truncation: Truncation = Truncation.papers
+    response_mask: choices.ResponseMask = choices.ResponseMask.completion
+    truncation: choices.Truncation = choices.Truncation.papers
     log_every_steps: int = 1
     eval_every_steps: int | None = None  # null: only before the first step and after the last
     save_every_steps: int = 100
@@ -218,18 +198,16 @@ class TrainConfig:
 
 @dataclass
 class SentinelConfig:
-    """When a run is beyond hope: it ends then, and says so. A loss that is not finite ends every run."""
+    """Limits beyond which a run has collapsed and ends early. A loss that is not finite ends every run."""
 
-    mean_logp_drop: float | None = (
-        5.0  # nats per token that chosen responses may fall below the start model's; null: any
-    )
-    sample_every_steps: int | None = None  # a few held-out prompts are answered so often; null: never
-    repetition: float = 0.5  # share of an answer's 4-grams that may repeat an earlier one; more is a collapse
+    mean_logp_drop: float | None = 5.0  # nats per token of chosen responses below the start model; null: no limit
+    sample_every_steps: int | None = None  # interval at which a few held-out prompts are answered; null: never
+    repetition: float = 0.5  # share of an answer's 4-grams that may repeat an earlier one
 
 
 @dataclass
 class EvaluationConfig:
-    """Sampling for the win rate, where there is a judge: a scorer, or the dataset's own."""
+    """Sampling for the win rate, which is measured if there is a judge: a scorer, or the dataset's own."""
 
     prompts: int = 160  # held-out prompts, at most
     samples_per_prompt: int = 4
@@ -240,7 +218,7 @@ class EvaluationConfig:
 
 @dataclass
 class RunConfig:
-    """A whole run."""
+    """All settings of a run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
@@ -257,68 +235,36 @@ class RunConfig:
     optimizer: dict[str, Any] = field(default_factory=dict)  # fields of transformers.TrainingArguments, their names
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     sentinel: SentinelConfig = field(default_factory=SentinelConfig)
-    optimized_metric: str | None = (
-        None  # of the trained policy in results.json: what a search maximises; null: win_rate, else accuracy/mean_logp
-    )
+    optimized_metric: str | None = None  # of results.json, for a search; null: win_rate, else accuracy/mean_logp
     seed: int = 42
-    run_dir: str | None = None  # null: runs/<model>-<dataset>-<objective>-<fingerprint of what decides the result>
+    run_dir: str | None = None  # null: runs/<model>-<dataset>-<objective>-<fingerprint of all that decides the result>
     cache_dir: str = MISSING  # prepared data, start models, reference log-probabilities: shared by runs
     plan: bool = False  # true: print what would run, start nothing
-    command: str = ""  # what was typed, of a sweep what would be typed for this job alone: align fills it in
+    command: str = ""  # filled in by align: the command of this run, or of this job of a sweep alone
+
+
+#: Numbers that may be 0 or less, and numbers that may be 1 at most. All others are above 0.
+_UNBOUNDED = ("seed", "model.init_seed", "selection.temperature", "selection.min_gap")
+_SHARES = ("top_p", "repetition")
 
 
 def check(cfg: RunConfig) -> None:
-    """Raise `UserError` for what no type can refuse, before any data or model is touched."""
-    _check_no_extra(cfg, "")
-    train, dataset = cfg.train, cfg.dataset
-    positive = {
-        "train.pairs_per_step": train.pairs_per_step,
-        "train.max_length": train.max_length,
-        "train.max_prompt_length": train.max_prompt_length,
-        "train.log_every_steps": train.log_every_steps,
-        "train.eval_every_steps": train.eval_every_steps,
-        "train.save_every_steps": train.save_every_steps,
-        "train.keep_checkpoints": train.keep_checkpoints,
-        "dataset.limit": dataset.limit,
-        "dataset.eval_limit": dataset.eval_limit,
-        "dataset.weight": dataset.weight,
-        "cluster.nodes": cfg.cluster.nodes,
-        "cluster.processes": cfg.cluster.processes,
-        "cluster.gpu_memory_gib": cfg.cluster.gpu_memory_gib,
-        "cluster.cpu_threads": cfg.cluster.cpu_threads,
-        "cluster.slurm.minutes": cfg.cluster.slurm.minutes,
-        "cluster.slurm.cpus_per_process": cfg.cluster.slurm.cpus_per_process,
-        "cluster.slurm.at_once": cfg.cluster.slurm.at_once,
-        "evaluation.prompts": cfg.evaluation.prompts,
-        "evaluation.samples_per_prompt": cfg.evaluation.samples_per_prompt,
-        "evaluation.temperature": cfg.evaluation.temperature,
-        "evaluation.max_new_tokens": cfg.evaluation.max_new_tokens,
-        "sentinel.mean_logp_drop": cfg.sentinel.mean_logp_drop,
-        "sentinel.sample_every_steps": cfg.sentinel.sample_every_steps,
-    }
-    if isinstance(budget := cfg.engine.tokens_per_micro_batch, int):
-        positive["engine.tokens_per_micro_batch"] = budget
-    elif budget != "auto":
+    """Raise `UserError` for settings that no type can refuse, before any data or model is touched."""
+    sources = {"dataset": cfg.dataset, **{f"dataset.mix.{name}": source for name, source in cfg.dataset.mix.items()}}
+    for key, node in {"": cfg, **sources}.items():
+        check_node(node, key and f"{key}.")
+    train, every, budget = cfg.train, cfg.sentinel.sample_every_steps, cfg.engine.tokens_per_micro_batch
+    if isinstance(budget, str) and budget != "auto":
         raise UserError(f"engine.tokens_per_micro_batch must be a whole number of tokens or auto, not {budget!r}")
-    positive |= {f"dataset.mix.{name}.weight": source.weight for name, source in dataset.mix.items()}
-    for key, value in positive.items():
-        if value is not None and value <= 0:
-            raise UserError(f"{key} must be above 0, not {value}")
-    if not 0 < cfg.evaluation.top_p <= 1:
-        raise UserError(f"evaluation.top_p must lie in (0, 1], not {cfg.evaluation.top_p}")
-    if not 0 < cfg.sentinel.repetition <= 1:
-        raise UserError(f"sentinel.repetition must lie in (0, 1], not {cfg.sentinel.repetition}")
-    if (every := cfg.sentinel.sample_every_steps) is not None and every % train.log_every_steps:
+    if cfg.dataset.eval_fraction >= 1:
+        raise UserError(f"dataset.eval_fraction must lie in (0, 1), not {cfg.dataset.eval_fraction}")
+    if every is not None and every % train.log_every_steps:
         raise UserError(
             f"sentinel.sample_every_steps ({every}) must be a multiple of train.log_every_steps "
             f"({train.log_every_steps}): what it finds is logged with a step's metrics"
         )
-    if cfg.iterations < 1:
-        raise UserError(f"iterations must be 1 or more, not {cfg.iterations}")
-    if cfg.iterations > 1 and cfg.source.name is not Source.selfplay:
+    if cfg.iterations > 1 and cfg.source.name is not choices.Source.selfplay:
         raise UserError(f"iterations={cfg.iterations} needs source=selfplay: pairs of a dataset are trained on once")
-    if not 0 < dataset.eval_fraction < 1:
-        raise UserError(f"dataset.eval_fraction must lie in (0, 1), not {dataset.eval_fraction}")
     if train.save_every_steps % train.log_every_steps:
         raise UserError(
             f"train.save_every_steps ({train.save_every_steps}) must be a multiple of train.log_every_steps "
@@ -334,40 +280,41 @@ def check(cfg: RunConfig) -> None:
             "give model.path (a hub name or a folder) or model.init (config fields), and not both; "
             "for a model of yours type model=local model.path=<folder or hub name>"
         )
-    for key, source in {"dataset": dataset, **{f"dataset.mix.{n}": s for n, s in dataset.mix.items()}}.items():
-        given = [n for n in ("path", "rows") if getattr(source, n)] + (
-            ["mix"] if source is dataset and dataset.mix else []
-        )
-        if len(given) != 1:
-            example = f"{'dataset=local ' if source is dataset else ''}{key}.path=pairs.jsonl"
+    for key, source in sources.items():
+        origins = [name for name in ("path", "rows", "mix") if getattr(source, name, None)]
+        if len(origins) != 1:
+            example = f"{'dataset=local ' if key == 'dataset' else ''}{key}.path=pairs.jsonl"
             raise UserError(
-                f"{key} needs one of path, rows or mix, and has {' and '.join(given) or 'none'}: e.g. {example}"
+                f"{key} needs one of path, rows or mix, and has {' and '.join(origins) or 'none'}: e.g. {example}"
             )
 
 
-def _check_no_extra(node: Any, prefix: str) -> None:
-    """Refuse keys that a `+` smuggled past the types: nothing would read them."""
+def check_node(node: Any, prefix: str) -> None:
+    """Raise `UserError` for a number out of range, and for a key that a `+` smuggled past the types."""
     known = [field.name for field in fields(node)]
     for name, value in vars(node).items():
+        key = f"{prefix}{name}"
         if name not in known:
-            raise UserError(
-                f"unknown key {prefix}{name}{closest(name, known, prefix)}; {prefix.rstrip('.') or 'the top level'} has {', '.join(known)}"
-            )
+            raise UserError(unknown_key(key, known))
         if is_dataclass(value):
-            _check_no_extra(value, f"{prefix}{name}.")
+            check_node(value, f"{key}.")
+        elif name in _SHARES and not 0 < value <= 1:
+            raise UserError(f"{key} must lie in (0, 1], not {value}")
+        elif type(value) in (int, float) and key not in _UNBOUNDED and not value > 0:
+            raise UserError(f"{key} must be above 0, not {value}")
 
 
 def is_group(name: str) -> bool:
-    """Whether a folder in `GROUPS` can be called so."""
+    """Tell whether a folder in `GROUPS` can have this name."""
     return Path(name).name == name and name not in ("", "..")
 
 
-#: In a line of the shell, `export OPENAI_API_KEY=...`, and in an address, `https://user:password@host`.
+#: A secret in a line of shell, `export OPENAI_API_KEY=...`, or in an address, `https://user:password@host`.
 _SECRET = r"((?:\b[A-Z0-9_]*(?:KEY|TOKEN|SECRET|PASSWORD)[A-Z0-9_]*=)|(?<=://))(?:(?<==)\S+|[^\s/@]+:[^\s/@]+(?=@))"
 
 
 def plain(cfg: RunConfig) -> dict[str, Any]:
-    """The resolved configuration as plain values, for YAML, JSON and trackers. What looks like a secret is left out."""
+    """Return the configuration as plain values, for YAML, JSON and trackers. Text that looks like a secret is hidden."""
 
     def value(node: Any) -> Any:
         if isinstance(node, Enum):
@@ -378,5 +325,5 @@ def plain(cfg: RunConfig) -> dict[str, Any]:
             return re.sub(_SECRET, r"\1***", node)
         return [value(inner) for inner in node] if isinstance(node, list) else node
 
-    made: dict[str, Any] = value(asdict(cfg))
-    return made
+    values: dict[str, Any] = value(asdict(cfg))
+    return values

@@ -1,4 +1,4 @@
-"""Lines for people: what is printed, once per run, and errors that the user can put right."""
+"""Lines for people: those that are printed, once per run, and errors that the user can correct."""
 
 import difflib
 import importlib
@@ -10,30 +10,37 @@ FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 def is_first() -> bool:
-    """Of several processes that were started from outside, the one that writes and prints."""
+    """Return True on rank 0, or when not distributed."""
     return os.environ.get("RANK", "0") == "0"
 
 
 class UserError(ValueError):
-    """Something the user can put right. Shown as one line; the message says what to type."""
+    """An error that the user can correct. Shown as one line; the message says what to type."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A run was asked to stop (Ctrl-C, SIGTERM) and has written a checkpoint; a sweep stops with it. Shown as one line."""
+    """The end of a run that was asked to stop (Ctrl-C, SIGTERM); a sweep stops with it. Shown as one line."""
 
     def __init__(self, text: str, time_is_up: bool = False) -> None:
         super().__init__(text)
-        self.time_is_up = time_is_up  # SLURM's warning: the job is to be queued again
+        self.time_is_up = time_is_up  # SLURM's warning: the job must be queued again
 
 
 def closest(word: str, names: list[str], prefix: str = "") -> str:
-    """ " (did you mean ...?)", where one of the names is close to the word."""
+    """Return " (did you mean ...?)" with the name that is close to the word, or nothing if none is."""
     close = difflib.get_close_matches(word, names, n=1)
     return f" (did you mean {prefix}{close[0]}?)" if close else ""
 
 
+def unknown_key(key: str, names: list[str]) -> str:
+    """Say that a node has no such key, and which keys it has; `names` is empty where these are not known."""
+    node, dot, last = key.rpartition(".")
+    allowed = f"; {node or 'the top level'} has {', '.join(names)}" if names else ""
+    return f"unknown key {key}{closest(last, names, node + dot)}{allowed}"
+
+
 def resolve(reference: str, key: str) -> Callable[..., Any]:
-    """The function that "module:function" names; `key` is the knob it came from, for the error."""
+    """Import the function that "module:function" names. `key` is the knob that holds the name, for the error."""
     module, _, name = reference.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
@@ -44,13 +51,13 @@ def resolve(reference: str, key: str) -> Callable[..., Any]:
 
 
 def say(text: str) -> None:
-    """Print, once per run."""
+    """Print on rank 0 only."""
     if is_first():
         print(text)
 
 
 def quieten() -> None:
-    """No progress bars and notes of libraries: ours say what matters."""
+    """Turn off progress bars and notes of libraries."""
     import datasets
     import transformers
 

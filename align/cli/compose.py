@@ -24,7 +24,7 @@ from omegaconf.errors import MissingMandatoryValue
 
 from align.config import RunConfig, is_group
 from align.files import fingerprint
-from align.say import UserError, closest
+from align.say import UserError, closest, unknown_key
 
 _ALIGN = Path(__file__).resolve().parent.parent
 
@@ -145,8 +145,7 @@ def one_line(error: BaseException) -> str:
     key, parent = getattr(cause, "full_key", None), getattr(cause, "object_type", None)
     message = str(cause).splitlines()[0]
     if key and re.match(r"Key '.*' (is )?not in", message):
-        names = list(getattr(parent, "__dataclass_fields__", {}))
-        return _unknown_key(key, names)
+        return unknown_key(key, list(getattr(parent, "__dataclass_fields__", {})))
     if key and isinstance(cause, MissingMandatoryValue):
         return f"{key} has no value yet: type {key}=..."
     if key and "is not a ListConfig" in message:
@@ -170,10 +169,3 @@ def one_line(error: BaseException) -> str:
             names = options.group(1).split()
             return f"there is no {group}={choice}{closest(choice, names)}; {group} is one of {', '.join(names)}"
     return " ".join(str(error).split())
-
-
-def _unknown_key(key: str, names: list[str]) -> str:
-    prefix, _, last = key.rpartition(".")
-    prefix = f"{prefix}." if prefix else ""
-    allowed = f"; {prefix.rstrip('.') or 'the top level'} has {', '.join(names)}" if names else ""
-    return f"unknown key {key}{closest(last, names, prefix)}{allowed}"

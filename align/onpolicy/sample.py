@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from align.choices import Backend
-from align.config import RunConfig, SamplingConfig
+from align.config import RunConfig, SamplingConfig, check_node
 from align.data.prompts import POLICY, Conversation, PromptRow
 from align.files import Claim, claimed, fingerprint, lock_of, write_text, writing
 from align.launch.cluster import cluster_of
@@ -57,18 +57,7 @@ class ResponseRow:
 
 def check_sampling(settings: SamplingConfig) -> None:
     """Raise UserError for values that cannot be."""
-    for name in (
-        "samples",
-        "temperature",
-        "max_new_tokens",
-        "prompts_per_shard",
-        "tokens_per_batch",
-        "requests_at_once",
-    ):
-        if not getattr(settings, name) > 0:
-            raise UserError(f"sampling.{name} must be above 0, not {getattr(settings, name)}")
-    if not 0 < settings.top_p <= 1:
-        raise UserError(f"sampling.top_p must lie in (0, 1], not {settings.top_p}")
+    check_node(settings, "sampling.")
     if settings.backend is Backend.vllm and importlib.util.find_spec("vllm") is None:
         raise UserError(
             "sampling.backend=vllm needs vllm in this environment; or start `vllm serve` in one of its own, and use "

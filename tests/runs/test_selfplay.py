@@ -580,7 +580,7 @@ CASES = [
         says=("scorer.path=./nothing",),
     ),
     bad("iterations of a dataset", "source=dataset", "iterations=2", says=("iterations=2 needs source=selfplay",)),
-    bad("no iterations", "iterations=0", says=("iterations must be 1 or more, not 0",)),
+    bad("no iterations", "iterations=0", says=("iterations must be above 0, not 0",)),
     bad(
         "candidates of no column",
         "source.candidates.gpt4=answer",

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from align.config import RunConfig, ScorerConfig
+from align.config import RunConfig, ScorerConfig, check_node
 from align.onpolicy.scorers.base import Identity, Kind, Scorer
 from align.say import UserError, closest, resolve
 
@@ -71,7 +71,7 @@ def build(cfg: ScorerConfig, rank: "Rank") -> Scorer:
     Raises:
         UserError: an unknown name, a setting that it does not read or that is out of range, a model that is not there.
     """
-    _check(cfg)
+    check_node(cfg, "scorer.")
     if cfg.name is None:
         raise UserError(
             f"nobody scores the answers: give scorer=<{', '.join(available())}>, or scorer.name=module:function of yours"
@@ -106,18 +106,6 @@ def _of_a_package(name: str) -> Callable[..., Any]:
         )
     make: Callable[..., Any] = entries[0].load()
     return make
-
-
-def _check(cfg: ScorerConfig) -> None:
-    """Raise for values that no scorer can use."""
-    above_0 = {
-        "max_length": cfg.max_length,
-        "tokens_per_batch": cfg.tokens_per_batch,
-        "judge.requests_at_once": cfg.judge.requests_at_once,
-    }
-    for key, value in above_0.items():
-        if value is not None and value <= 0:
-            raise UserError(f"scorer.{key} must be above 0, not {value}")
 
 
 def _check_unread(cfg: ScorerConfig, reads: tuple[str, ...]) -> None:
