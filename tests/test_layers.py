@@ -6,7 +6,7 @@ from conftest import ROOT
 
 LAYERS = [
     {"say"},
-    {"choices", "files", "stats"},
+    {"choices", "files", "metrics", "stats"},
     {"config"},
     {"engine", "launch"},
     {"model"},
@@ -19,7 +19,7 @@ LAYERS = [
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-REPORT = {"say", "files", "stats"}  # it knows files, and nothing of the machine
+REPORT = {"say", "files", "metrics", "stats"}  # it knows files, and nothing of the machine
 NOT_YET = {("train", "evaluation"), ("report", "onpolicy")}
 INSIDE = [
     {"layout"},

@@ -1,4 +1,4 @@
-"""The model card: made from the resolved configuration and the results, nothing typed by hand."""
+"""The model card and the table of results, made from the resolved configuration and results.json."""
 
 import json
 from collections.abc import Mapping
@@ -11,46 +11,25 @@ import transformers
 import align
 from align.config import RunConfig
 from align.data.pairs import Pairs
+from align.metrics import Where, among
 from align.model.load import Start
 
-LABELS = {
-    "rewards/accuracies": "held-out accuracy, the objective's reward",
-    "accuracy/mean_logp": "held-out accuracy by mean_logp",
-    "accuracy/log_ratio": "held-out accuracy by log_ratio",
-    "mean_logp/chosen": "mean_logp of chosen, nats per token",
-    "mean_logp/rejected": "mean_logp of rejected, nats per token",
-    "win_rate": "win rate against the start model",
-    "ties": "ties among the answers compared",
-    "judge_score": "judge's score",
-    "sample_length": "length of an answer, tokens",
-    "kl_policy_start": "KL(policy, start), nats per answer",
-    "repetition": "repeated 4-grams of an answer",
-    "sample_entropy": "entropy of an answer, nats per token",
-    "distinct": "different answers to a prompt",
-    "unfinished": "answers cut at the longest length",
-}
 
-
-_CARD_ONLY = ("ties", "sample_entropy", "distinct", "unfinished")  # the terminal shows what one looks at first
-
-
-def table(before: Mapping[str, float], after: Mapping[str, float]) -> list[tuple[str, str, str]]:
-    """(what, at the start, after training) for every result there is; groups follow."""
-    groups = [name for name in after if name.startswith("accuracy/") and name not in LABELS]
-    labels = {**LABELS, **{name: f"held-out accuracy, {name.removeprefix('accuracy/')}" for name in groups}}
-    return [(label, f"{before[n]:.3f}", f"{after[n]:.3f}") for n, label in labels.items() if n in before and n in after]
+def table(before: Mapping[str, float], after: Mapping[str, float], where: Where) -> list[tuple[str, str, str]]:
+    """Return (metric, at the start, after training) for what is shown in a place: held-out pairs, then answers."""
+    rows = sorted(among(before.keys() & after.keys(), where), key=lambda metric: metric.of != "pairs")
+    return [(metric.label(), f"{before[metric.name]:.3f}", f"{after[metric.name]:.3f}") for metric in rows]
 
 
 def text_table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    """The table as the terminal shows it."""
-    shown = {name: value for name, value in after.items() if name not in _CARD_ONLY}
-    rows = [("", "start", "trained"), *table(before, shown)]
+    """Return the table as the terminal shows it: what one looks at first."""
+    rows = [("", "start", "trained"), *table(before, after, "terminal")]
     width = max(len(row[0]) for row in rows)
     return "\n".join(f"{what:<{width}}  {before:>8}  {after:>8}" for what, before, after in rows)
 
 
 def cost_line(cost: Mapping[str, float]) -> str:
-    """What training took, as people read it."""
+    """Say what a training has taken: time, tokens, memory."""
     seconds = round(cost["seconds"])
     hours, minutes = divmod(seconds // 60, 60)
     time = f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds % 60} s" if minutes else f"{seconds} s"
@@ -61,7 +40,7 @@ def cost_line(cost: Mapping[str, float]) -> str:
 
 
 def summary(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Of a run, for trackers: the trained policy's results, and what they have cost."""
+    """Return what a tracker's summary holds: the trained policy's results and what they have cost, behind result/."""
     cost = {f"cost/{name}": value for name, value in results.get("cost", {}).items()}
     return {f"result/{name}": value for name, value in {**results.get("trained", {}), **cost}.items()}
 
@@ -73,8 +52,13 @@ def model_card(
     pairs: Pairs,
     measured: Mapping[str, Mapping[str, float]],
 ) -> str:
-    """README.md of the trained model. `config` is the resolved configuration, `measured` what becomes results.json."""
-    rows = table(measured["start"], measured["trained"])
+    """Return README.md of the trained model.
+
+    Args:
+        config: the resolved configuration, nested.
+        measured: what becomes results.json.
+    """
+    rows = table(measured["start"], measured["trained"], "card")
     base = start.path if not cfg.model.init else "built in, see `model.init` below"
     header = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     if not cfg.model.init:

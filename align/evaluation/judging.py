@@ -41,20 +41,6 @@ from align.say import UserError
 START, POLICY = "start", "policy"  # whose answers they are, in samples.jsonl too
 
 
-METRICS = {  # what a judged run has in its results besides
-    "win_rate",
-    "ties",
-    "judge_score",
-    "score_spread",
-    "sample_length",
-    "kl_policy_start",
-    "repetition",
-    "sample_entropy",
-    "distinct",
-    "unfinished",
-}
-
-
 OTHERS = 2  # what stands for other answers than these in the seeds of a run
 
 

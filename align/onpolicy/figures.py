@@ -10,6 +10,7 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
+from align.metrics import shown
 from align.onpolicy.sample import ResponseRow
 from align.onpolicy.select import Matrix, ScoredPrompt, preferences
 
@@ -95,17 +96,8 @@ def chances(prompt: ScoredPrompt, ours: str, theirs: str) -> list[list[float]]:
 
 
 def line(made: Mapping[str, Any]) -> str:
-    """An iteration's figures as the terminal shows them."""
-    shown = {
-        "win rate against the start": "win_rate",
-        "against the one before": "win_rate/previous",
-        "score": "judge_score",
-        "spread": "score_spread",
-        "tokens an answer": "sample_length",
-        "held-out accuracy": "accuracy/mean_logp",
-    }
-    figures_ = [f"{label} {made[name]:.3g}" for label, name in shown.items() if name in made]
-    return ", ".join([*figures_, f"{made['distinct']:.0%} of the answers distinct"])
+    """Return an iteration's figures as the terminal shows them."""
+    return ", ".join(f"{metric.words} {made[metric.name]:.3g}" for metric in shown("line") if metric.name in made)
 
 
 def usable(scored: Sequence[ScoredPrompt]) -> list[ScoredPrompt]:

@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
+from align.metrics import Metric, row, shown
 from align.report import figures
-from align.report.columns import CURVES, OF_ANSWERS, OF_PAIRS, Column
 from align.report.figures import Series
 from align.report.html import figure_of, named, text_of
 from align.report.methods import Comparisons, Method, Study, Sweep
@@ -15,24 +15,7 @@ from align.stats.intervals import Estimate, Over
 _ROWS = 8  # methods in the first figures, at most
 
 
-_GLANCE = {
-    "win_rate": "win rate against the start model",
-    "accuracy/mean_logp": "accuracy by mean_logp",
-    "sample_length": "length of an answer, tokens",
-    "entropy": "entropy, nats per token of held-out pairs",
-}
-
-
 _POINTS = 150  # of a curve, at most
-
-
-_SWEPT = {
-    *("win_rate", "lc_win_rate", "judge_score", "accuracy/mean_logp"),
-    *("sample_length", "kl_policy_start", "repetition"),
-}
-
-
-_HIGHER_IS_BETTER = {"win_rate", "lc_win_rate", "judge_score", "accuracy/mean_logp"}
 
 
 def at_a_glance(study: Study) -> str:
@@ -53,11 +36,12 @@ def at_a_glance(study: Study) -> str:
 def _of_methods(study: Study, methods: Sequence[Method], name: str) -> str:
     values = [(method, method.figure(name)) for method in methods]
     rows = [(method.number, method.label, value) for method, value in values if value]
-    if not rows:
+    metric = row(name)
+    if not rows or metric is None:
         return ""
     items = study.main.items if name == study.main.name else "prompts"
     told = _interval({value.over for *_, value in rows}, items)
-    return figure_of(_GLANCE[name], figures.whiskers(rows, _GLANCE[name], study.start(name)), told)
+    return figure_of(metric.label(), figures.whiskers(rows, metric.label(), study.start(name)), told)
 
 
 def _from_the_highest(main: Comparisons, methods: Sequence[Method]) -> str:
@@ -93,7 +77,7 @@ def _interval(over: set[Over], items: str) -> str:
 
 def sweeps(study: Study) -> str:
     """The main quantity of every sweep; the others beside it, or where there are several sweeps behind a click."""
-    columns = [column for column in study.columns((*OF_ANSWERS, *OF_PAIRS)) if column.name in _SWEPT]
+    columns = study.columns(shown("sweep"))
     columns.sort(key=lambda column: column.name != study.main.name)
     drawn = [[_of_sweep(study, sweep, column) for column in columns] for sweep in study.sweeps]
     if not any(map(any, drawn)):
@@ -107,18 +91,18 @@ def sweeps(study: Study) -> str:
     return f'<p class="note">{note}</p><div class="maps">{"".join(first)}</div>{also}'
 
 
-def _of_sweep(study: Study, sweep: Sweep, column: Column) -> str:
+def _of_sweep(study: Study, sweep: Sweep, column: Metric) -> str:
     svg = _map(study, sweep, column) if sweep.y else _line(study, sweep, column)
     return figure_of(f"{sweep.title}: {column.heading}", svg) if svg else ""
 
 
-def _map(study: Study, sweep: Sweep, column: Column) -> str:
+def _map(study: Study, sweep: Sweep, column: Metric) -> str:
     assert sweep.y is not None
     at = {(method.settings[sweep.x], method.settings[sweep.y]): method for method in sweep.methods}
     cells = {cell: value.mean for cell, method in at.items() if (value := method.figure(column.name))}
     if not cells:
         return ""
-    best = max(cells, key=lambda cell: cells[cell]) if column.name in _HIGHER_IS_BETTER else None
+    best = max(cells, key=lambda cell: cells[cell]) if column.goal == "maximize" else None
     alike = set()
     if best and column.name == study.main.name:
         against = {cell: study.main.between(at[best], method) for cell, method in at.items()}
@@ -127,7 +111,7 @@ def _map(study: Study, sweep: Sweep, column: Column) -> str:
     return figures.heat_map(column.heading, x, y, cells, column.digits, best, alike)
 
 
-def _line(study: Study, sweep: Sweep, column: Column) -> str:
+def _line(study: Study, sweep: Sweep, column: Metric) -> str:
     points = [(m.settings[sweep.x], value) for m in sweep.methods if (value := m.figure(column.name))]
     lines = [method for one in study.sweeps if not one.y for method in one.methods]  # on one scale, to be compared
     values = [value for method in lines if (value := method.figure(column.name))]
@@ -141,7 +125,8 @@ def curves(study: Study) -> str:
     """What is comparable of each step."""
     drawn = []
     methods = study.methods[: figures.SERIES]
-    for name, title in CURVES.items():
+    for metric in shown("curve"):
+        name, title = metric.name, metric.title
         split = _split(methods, name)
         series = [one for method in methods for one in [_series(method, f"{split}/{name}")] if one]
         if series:
@@ -197,13 +182,8 @@ def iterations(study: Study) -> str:
     """What self-play came to after each iteration."""
     drawn = []
     methods = [method for method in study.methods if len(method.runs[0].iterations) > 1][: figures.SERIES]
-    for name, title in {
-        "win_rate": "win rate against the start model",
-        "win_rate/previous": "win rate against the policy before",
-        "judge_score": "judge's score",
-        "sample_length": "length of an answer, tokens",
-        "distinct": "share of different answers",
-    }.items():
+    for metric in shown("iteration"):
+        name, title = metric.name, metric.title
         series = []
         for method in methods:
             runs = [[made.get(name, math.nan) for made in run.iterations] for run in method.runs]

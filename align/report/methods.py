@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from align.report.columns import CURVES, OF_ANSWERS, OF_PAIRS, OF_PAPERS, Column
+from align.metrics import Metric, row
 from align.report.naming import is_fingerprint, kind, labels, prominence, settings_of, short_name, value_text, varied
 from align.report.read import Run, State
 from align.stats import intervals
@@ -36,18 +36,7 @@ COMPARED = {
 }
 
 
-_NOT_COMPARABLE = ("loss", "grad_norm", "rewards/", "objective/", "length/", "log_ratio/", "truncated", "mean_logp/")
-
-
 _FEWEST = 6  # prompts of a comparison: where five all agree, a sign test has p = 2^-4
-
-
-_KNOWN = {
-    *(column.name for column in (*OF_ANSWERS, *OF_PAIRS, *OF_PAPERS)),
-    *CURVES,
-    "ties",  # in shares
-    "cost/processes",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,19 +171,16 @@ class Study:
         """Runs without results."""
         return [run for run in self.runs if run.state is not State.complete]
 
-    def columns(self, among: Sequence[Column]) -> list[Column]:
+    def columns(self, among: Sequence[Metric]) -> list[Metric]:
         """Those that any method has."""
         return [column for column in among if any(method.of_suite(column.name) for method in self.methods)]
 
     @property
     def other_results(self) -> list[str]:
         """Further results that runs have, of suites and groups."""
-        names = {name for method in self.methods for run in method.runs for name in run.trained}
-        return sorted(
-            name
-            for name in names - _KNOWN
-            if not name.startswith(_NOT_COMPARABLE) and not name.endswith("standard_error")
-        )
+        names = sorted({name for method in self.methods for run in method.runs for name in run.trained})
+        known = {name: row(name) for name in names if not name.endswith("standard_error")}
+        return [name for name, metric in known.items() if metric is None or "further" in metric.shown.split()]
 
     def start(self, name: str) -> float | None:
         """Of the start model, the mean over runs."""

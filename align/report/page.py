@@ -79,7 +79,9 @@ def _methods(study: Study) -> str:
     start = "start models, mean" if "start model" in study.unequal else "start model"
     made = [_table_of_methods(one, start) for one in tables(study)]
     explained = "".join(
-        f"<li><b>{text_of(c.heading)}</b>: {text_of(c.explanation)}</li>" for one in tables(study) for c in one.columns
+        f"<li><b>{text_of(c.heading)}</b>: {text_of(c.explanation or c.title)}</li>"
+        for one in tables(study)
+        for c in one.columns
     )
     details = f'<details class="paper"><summary>What the columns are</summary><ul>{explained}</ul></details>'
     return f"{charts.at_a_glance(study)}{''.join(made)}{details}"

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from align.report.columns import OF_ANSWERS, OF_PAIRS, OF_PAPERS, OTHERS, Column
+from align.metrics import Metric, row, shown
 from align.report.methods import Method, Study
 from align.stats.intervals import Estimate, mean_over_seeds
 
@@ -18,7 +18,7 @@ class Table:
     rows: list[tuple[Method | None, list[tuple[str, str]]]]
     figures: str  # what they are; "{small}" is how those that stand small are shown
     notes: list[str]
-    columns: list[Column]  # that are to be explained
+    columns: list[Metric]  # that are to be explained
 
     def told(self, small: str) -> list[str]:
         """All that stands with it, on a page or in a text."""
@@ -28,14 +28,14 @@ class Table:
 def tables(study: Study) -> list[Table]:
     """All figures of the methods."""
     made = []
-    if columns := study.columns(OF_ANSWERS):
+    if columns := study.columns(shown("column", "answers", "report")):
         made.append(_of_answers(study, columns))
-    if columns := study.columns(OF_PAIRS):
+    if columns := study.columns(shown("column", "pairs", "cost")):
         made.append(_compared(study, columns, "Held-out pairs and cost"))
-    if columns := study.columns(OF_PAPERS):
+    if columns := study.columns(shown("column", "suite")):
         made.append(_of_suites(study, columns, "Benchmarks"))
     suites = {name for method in study.methods for run in method.runs for name in run.suites}
-    of_suite: dict[str, list[Column]] = {}
+    of_suite: dict[str, list[Metric]] = {}
     for name in study.other_results:
         suite, _, rest = name.partition("/")
         own = suite in suites
@@ -45,7 +45,7 @@ def tables(study: Study) -> list[Table]:
     return made
 
 
-def _of_answers(study: Study, columns: list[Column]) -> Table:
+def _of_answers(study: Study, columns: list[Metric]) -> Table:
     made = _compared(study, columns, "Answers to held-out prompts")
     if not any(method.shares() for method in study.methods):
         return made
@@ -64,14 +64,13 @@ def _of_answers(study: Study, columns: list[Column]) -> Table:
     )
 
 
-def _other(name: str, heading: str, of_suite: bool) -> Column:
+def _other(name: str, heading: str, of_suite: bool) -> Metric:
     if of_suite and heading.rpartition("/")[2] == "length":
         heading += ", characters"  # of all suites
-    unknown = Column(name=name, heading=heading, explanation="", share=False, unit="any")
-    return {column.name: column for column in OTHERS}.get(name, unknown)
+    return row(name) or Metric(name, "suite", heading, unit="any")
 
 
-def _compared(study: Study, columns: list[Column], title: str) -> Table:
+def _compared(study: Study, columns: list[Metric], title: str) -> Table:
     """Means over all seeds of a method."""
     rows: list[tuple[Method | None, list[tuple[str, str]]]] = []
     over = set()
@@ -97,7 +96,7 @@ def _compared(study: Study, columns: list[Column], title: str) -> Table:
         figures = f"One seed each; {{small}}, the 95% interval of {what} over {items}."
     return Table(
         title=title,
-        heads=["seeds", *(column.heading for column in columns)],
+        heads=["seeds", *(column.heading or column.title for column in columns)],
         rows=rows,
         figures=figures,
         notes=[],
@@ -105,7 +104,7 @@ def _compared(study: Study, columns: list[Column], title: str) -> Table:
     )
 
 
-def _of_suites(study: Study, columns: list[Column], title: str) -> Table:
+def _of_suites(study: Study, columns: list[Metric], title: str) -> Table:
     """Means over the seeds that were evaluated."""
     rows: list[tuple[Method | None, list[tuple[str, str]]]] = []
     intervals = errors = False
@@ -128,15 +127,15 @@ def _of_suites(study: Study, columns: list[Column], title: str) -> Table:
     notes = {name: note for method in study.methods for run in method.runs for name, note in run.suites.items()}
     return Table(
         title=title,
-        heads=["seeds", *(column.heading for column in columns)],
+        heads=["seeds", *(column.heading or column.title for column in columns)],
         rows=rows,
         figures=f"Mean over seeds; {{small}}, {', or '.join(told)}." if told else "",
         notes=[f"{name}: {note}." for name, note in notes.items() if name in measured and note],
-        columns=[column for column in columns if column.explanation],
+        columns=[column for column in columns if column.heading],
     )
 
 
-def _standard_error(method: Method, column: Column) -> str:
+def _standard_error(method: Method, column: Metric) -> str:
     """A suite's own, where it was run on one seed."""
     suite, _, name = column.name.rpartition("/")
     of = {"win_rate": "standard_error", "lc_win_rate": "lc_standard_error"}.get(name, f"{name}/standard_error")
@@ -144,7 +143,7 @@ def _standard_error(method: Method, column: Column) -> str:
     return f"± {figure(column, errors[0])} s.e." if len(errors) == 1 else ""
 
 
-def figure(column: Column, value: float | None) -> str:
+def figure(column: Metric, value: float | None) -> str:
     """A column's figure as it is read."""
     if value is None or not math.isfinite(value):
         return "–"
@@ -154,7 +153,7 @@ def figure(column: Column, value: float | None) -> str:
         case "seconds":
             size, unit = (1, "s") if value < 120 else (60, "min") if value < 7200 else (3600, "h")
             return _unbroken(f"{value / size:.1f} {unit}")
-        case "tokens":
+        case "count":
             size, unit = (1, "") if value < 10_000 else (1_000, "k") if value < 1_000_000 else (1_000_000, "M")
             return f"{value / size:,.{0 if size == 1 else 1}f}{unit}"
         case "GiB":
@@ -170,14 +169,14 @@ def number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}".replace("-", "−")
 
 
-def bounds(column: Column, value: Estimate | None) -> str:
+def bounds(column: Metric, value: Estimate | None) -> str:
     """ "0.61 to 0.68"; nothing where one value or equal ones cannot say, and of a cost. Of a share what a share can be."""
-    if value is None or value.over == "nothing" or column.unit in ("seconds", "tokens", "GiB"):
+    if value is None or value.over == "nothing" or column.unit in ("seconds", "count", "GiB"):
         return ""
     if value.high - value.low <= 1e-9 * abs(value.mean):  # all seeds agree, which is no certainty
         return ""
-    share = column.share or column.unit == "percent"
-    low, high = (max(0.0, value.low), min(1.0, value.high)) if share else (value.low, value.high)
+    is_share = column.unit in ("share", "percent")
+    low, high = (max(0.0, value.low), min(1.0, value.high)) if is_share else (value.low, value.high)
     return f"{figure(column, low)} to {figure(column, high)}"
 
 

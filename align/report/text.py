@@ -155,7 +155,7 @@ def markdown(study: Study, made: str) -> str:
             for method, cells in table.rows
         ]
         parts += [f"## {table.title}", *table.told("in brackets"), _table(["method", *table.heads], rows)]
-        parts.append("\n".join(f"- {column.heading}: {column.explanation}" for column in table.columns))
+        parts.append("\n".join(f"- {column.heading}: {column.explanation or column.title}" for column in table.columns))
     for comparisons in (study.main, study.beside):
         if comparisons and comparisons.made:
             parts += [

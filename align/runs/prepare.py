@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from align import config
+from align import config, metrics
 from align.choices import Launcher, Precision, Source, Strategy
 from align.config import ClusterConfig, RunConfig, ScorerConfig
 from align.data.pairs import Pairs, check_bos, prepare_pairs
@@ -31,18 +31,6 @@ from align.train.job import Job, build_objective, check_batch
 from align.train.memory import longest_pair, settle_strategy, too_large
 from align.train.optim import check_optimizer, high_learning_rate
 from objectives import Objective
-
-#: Metrics that depend on the objective and the data, by how their names begin; and those of every run without a judge.
-_OPEN_METRICS = ("objective/", "accuracy/", "rewards/", "mean_logp/", "length/", "log_ratio/")
-_METRICS = (
-    "accuracy/mean_logp",
-    "accuracy/log_ratio",
-    "rewards/accuracies",
-    "loss",
-    "entropy",
-    "truncated",
-    "kl_start_policy",
-)
 
 
 def prepare_training(cfg: RunConfig) -> Job:
@@ -91,18 +79,16 @@ def check_metric(cfg: RunConfig) -> None:
     metric = cfg.optimized_metric
     if metric is None:
         return
-    if metric in judging.METRICS and judging.judge_of(cfg) is None:
+    wanted = metrics.row(metric)
+    if wanted and wanted.of == "answers" and judging.judge_of(cfg) is None:
         raise UserError(
             f"optimized_metric={metric} needs a judge, and there is none: give scorer=..., or "
             "optimized_metric=accuracy/mean_logp"
         )
-    known = [
-        *_METRICS,
-        *sorted(judging.METRICS),
-        *(["win_rate/previous"] if cfg.source.name is Source.selfplay else []),
-    ]
+    kinds = ("pairs", "answers", *(["iteration"] if cfg.source.name is Source.selfplay else []))
+    known = [one.name for kind in kinds for one in metrics.METRICS if one.of == kind and not one.name.endswith("*")]
     near = closest(metric, known)
-    if metric not in known and (near or not metric.startswith(_OPEN_METRICS)):
+    if metric not in known and (near or wanted is None or wanted.of not in kinds):
         raise UserError(f"optimized_metric={metric} is no metric of results.json{near}; there are {', '.join(known)}")
 
 

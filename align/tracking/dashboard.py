@@ -11,10 +11,12 @@ wandb cannot do, which are intervals and tests (align report).
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from align import metrics
+from align.metrics import Metric, shown
 from align.say import UserError, closest
 from align.tracking import trackers
 
@@ -31,38 +33,6 @@ _BY_RUN = ("Hyperparameters", "Runs")  # sections of the report in which runs st
 
 
 _DRAWN = {"__id__", "id", "ref"}  # keys whose values are made up anew at every call
-
-
-#: Of the trained policy, in the order in which they are read.
-_RESULTS = {
-    "result/win_rate": "Win rate against the start model",
-    "result/ties": "Ties",
-    "result/judge_score": "Judge's score",
-    "result/sample_length": "Length of an answer, tokens",
-    "result/kl_policy_start": "KL(policy, start), nats per answer",
-    "result/repetition": "Repeated 4-grams",
-    "result/sample_entropy": "Entropy of sampled tokens, nats",
-    "result/accuracy/mean_logp": "Held-out accuracy by mean_logp",
-    "result/accuracy/log_ratio": "Held-out accuracy by log_ratio",
-}
-
-
-_CURVES = {
-    "eval/accuracy/mean_logp": "Held-out accuracy by mean_logp",
-    "eval/accuracy/log_ratio": "Held-out accuracy by log_ratio",
-    "train/accuracy/mean_logp": "Training accuracy by mean_logp",
-    "train/mean_logp/chosen": "mean_logp of chosen, nats per token",
-    "train/mean_logp/rejected": "mean_logp of rejected, nats per token",
-    "train/entropy": "Entropy, nats per token",
-    "eval/kl_start_policy": "KL(start, policy) on held-out data, nats",
-}
-
-
-_COST = {
-    "result/cost/seconds": "Training, seconds",
-    "result/cost/tokens": "Tokens fed",
-    "result/cost/peak_memory_gib": "Peak memory of a process, GiB",
-}
 
 
 #: Settings that are held against the metric; whether their axis is logarithmic.
@@ -83,12 +53,13 @@ class View:
     @property
     def title(self) -> str:
         """The metric in words."""
-        return _RESULTS.get(self.metric, self.metric)
+        known = metrics.row(self.metric.removeprefix("result/"))
+        return _title(known, "result") if known else self.metric
 
     @property
     def less_is_better(self) -> bool:
-        """Of the metric."""
-        return trackers.goal(self.metric) == "minimize"
+        """True where the least value is the best one."""
+        return metrics.goal(self.metric) == "minimize"
 
 
 def view(words: Sequence[str]) -> View:
@@ -218,12 +189,13 @@ def _panels(wanted: View) -> dict[str, list[Any]]:
 
     metric = wr.SummaryMetric(wanted.metric)
     grouped = {"groupby": wr.Config(_BY), "groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
-    results = {wanted.metric: wanted.title, **_RESULTS}
+    results = {wanted.metric: wanted.title, **_titles("result", "answers", "pairs")}
 
-    def bars(titles: dict[str, str]) -> list[Any]:
+    def bars(titles: Mapping[str, str]) -> list[Any]:
         return [wr.BarPlot(title=title, metrics=[name], **grouped) for name, title in titles.items()]
 
     axes = [wr.ParallelCoordinatesPlotColumn(wr.Config(name), log=log) for name, log in _SETTINGS.items()]
+    curves = {**_titles("eval", "pairs"), **_titles("train", "pairs")}
     against = {"result/sample_length": "length", "result/kl_policy_start": "KL from the start model"}
     return {
         "Results": bars(results)
@@ -237,10 +209,20 @@ def _panels(wanted: View) -> dict[str, list[Any]]:
                 columns=[*axes, wr.ParallelCoordinatesPlotColumn(metric, inverted=wanted.less_is_better)],
             ),
         ],
-        "Training": [wr.LinePlot(title=title, x=_X_AXIS, y=[name], **grouped) for name, title in _CURVES.items()],
+        "Training": [wr.LinePlot(title=title, x=_X_AXIS, y=[name], **grouped) for name, title in curves.items()],
         "Runs": [wr.RunComparer(diff_only=True), wr.WeavePanelSummaryTable(table_name="samples")],
-        "Cost": bars(_COST),
+        "Cost": bars(_titles("result", "cost")),
     }
+
+
+def _titles(place: Literal["result", "eval", "train"], *of: str) -> dict[str, str]:
+    """Return the title of each metric that is drawn of a place, by its name in wandb."""
+    return {f"{place}/{metric.name}": _title(metric, place) for metric in shown(place, *of)}
+
+
+def _title(metric: Metric, place: str) -> str:
+    label = metric.label("training" if place == "train" else "held-out")
+    return label[0].upper() + label[1:]
 
 
 def main() -> None:

@@ -24,23 +24,8 @@ from urllib.parse import urlparse
 
 from align.choices import Source, TrackerMode, TrackerName
 from align.config import RunConfig, is_group, plain
+from align.metrics import goal
 from align.say import UserError
-
-#: Whether more or less of a metric is better. The names stand behind a place: eval/, selfplay/, result/ or a suite's.
-#: Length, KL, entropy and rewards are not here: neither more nor less of them is better by itself.
-GOALS = {
-    "loss": "minimize",  # of one objective; two are not comparable
-    "accuracy/mean_logp": "maximize",
-    "accuracy/log_ratio": "maximize",
-    "win_rate": "maximize",
-    "win_rate/previous": "maximize",
-    "lc_win_rate": "maximize",
-    "judge_score": "maximize",
-    "repetition": "minimize",
-    "gsm8k": "maximize",
-    "mmlu": "maximize",
-}
-
 
 _X_AXIS = "train/global_step"
 
@@ -73,11 +58,6 @@ _TAG_LENGTH, _PROJECT_LENGTH = 64, 128  # what wandb takes
 
 
 _NOT_IN_PROJECT = r"[/\\#?%:]"
-
-
-def goal(metric: str) -> str | None:
-    """ "maximize" or "minimize", by a metric's name with its place in front; None where neither is better."""
-    return GOALS.get(metric.partition("/")[2])
 
 
 class Tracker(ABC):

@@ -6,11 +6,12 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
+from align.metrics import shown
 from align.tracking import trackers
 from objectives import PairLoss, Response
 
 #: What evaluation keeps of each held-out pair.
-BY_PAIR = ("rewards/accuracies", "accuracy/mean_logp", "accuracy/log_ratio")
+BY_PAIR = tuple(metric.name for metric in shown("held_out"))
 
 
 class Report:

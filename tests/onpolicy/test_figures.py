@@ -161,5 +161,7 @@ def test_scores_are_told_of_prompts_that_have_them_and_not_where_none_is_known()
 
 def test_the_line_says_what_is_known():
     made = {"iteration": 1, "win_rate": 0.75, "win_rate/previous": 2 / 3, "sample_length": 12.0, "distinct": 0.955}
-    says = "win rate against the start 0.75, against the one before 0.667, tokens an answer 12, 96% of the answers distinct"
-    assert line(made) == says
+    assert line(made) == (
+        "win rate against the start model 0.75, win rate against the policy before 0.667, length of an answer 12, "
+        "share of different answers to a prompt 0.955"
+    )

@@ -17,8 +17,8 @@ import yaml
 from conftest import quick
 from filelock import FileLock
 
+from align import metrics
 from align.report import charts
-from align.report.columns import OF_ANSWERS, OF_PAIRS, OF_PAPERS
 from align.report.command import main, report
 from align.report.methods import Study, study
 from align.report.page import page
@@ -600,8 +600,7 @@ def test_cost_ties_repetition_and_entropy_stand_beside_the_win_rate(study_folder
     ],
 )
 def test_figures_are_written_in_units_that_are_read_at_once(name, value, shown):
-    column = next(column for column in (*OF_ANSWERS, *OF_PAIRS, *OF_PAPERS) if column.name == name)
-    assert figure(column, value).replace("\xa0", " ") == shown
+    assert figure(metrics.row(name), value).replace("\xa0", " ") == shown
 
 
 def test_benchmarks_are_printed_as_the_papers_do_and_what_else_a_suite_says_in_a_table_of_its_own(study_folder):

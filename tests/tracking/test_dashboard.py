@@ -12,8 +12,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+from align import metrics
 from align.say import UserError
-from align.tracking import trackers
 from align.tracking.dashboard import importlib, main, view
 
 pytest.importorskip("wandb_workspaces")
@@ -186,4 +186,4 @@ def test_the_words_are_understood():
     assert view(["a/b", "group=x"]).name == "x: methods"
     with pytest.raises(UserError, match="unknown option"):
         view(["a/b", "-v"])
-    assert trackers.goal(view(["a/b"]).metric) == "maximize"
+    assert metrics.goal(view(["a/b"]).metric) == "maximize"

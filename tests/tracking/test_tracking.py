@@ -158,13 +158,6 @@ def test_the_x_axis_is_the_global_step_and_the_summary_knows_what_is_better(swee
     assert offline["summary"]["eval/length/chosen"] > 0  # neither more nor less of it is better: the last value
 
 
-def test_what_is_better_is_known_by_the_whole_name():
-    assert trackers.goal("eval/accuracy/mean_logp") == trackers.goal("alpaca_eval/lc_win_rate") == "maximize"
-    assert trackers.goal("result/repetition") == trackers.goal("eval/loss") == "minimize"
-    assert trackers.goal("result/kl_policy_start") is trackers.goal("result/cost/tokens") is None
-    assert trackers.goal("train/objective/scaled_loss") is trackers.goal("judge/standard_error") is None
-
-
 @pytest.mark.slow
 def test_the_first_answers_are_a_table_of_the_run(sweep):
     (folder,) = (sweep / "runs").glob("local-local-simpo-*")
