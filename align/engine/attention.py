@@ -1,11 +1,10 @@
-"""Attention of packed rows: a token sees its prompt and what stands before it in its own response, and nothing else.
+"""Attention of packed rows: a token sees its prompt and the tokens before it in its own response, and no others.
 
-Registered with transformers' AttentionInterface under a name for each backend, so that no model is patched: every
-layer hands over queries, keys and values of the whole row, the model's own scale, soft-cap and sliding window, and the
-`segments` of the batch.
+Each backend is registered under a name with transformers' AttentionInterface, so no model is patched. A layer passes
+queries, keys and values of the whole row, its own scale, soft-cap and sliding window, and the batch's `segments`.
 
-    sdpa    torch's scaled_dot_product_attention for each segment; with a soft-cap our own, in blocks. Any device
-    flash   one varlen call of the flash-attn package; keys of a prompt are laid before each of its responses. CUDA
+    sdpa    torch's scaled_dot_product_attention for each segment; our own, in blocks, with a soft-cap. Any device
+    flash   one varlen call of the flash-attn package; the keys of a prompt are repeated before each response. CUDA
     flex    torch's flex_attention with a block mask. CUDA
 
 Left out: dropout (policies have none), attention biases and sinks (a model with these is fed padded).
@@ -13,7 +12,7 @@ Left out: dropout (policies have none), attention biases and sinks (a model with
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,24 +23,28 @@ from transformers.utils import is_flash_attn_2_available
 from align.engine.layout import Segments, to_device
 
 _PREFIX = "align_"
+_BLOCK = 64  # queries of a block, where no kernel of torch skips the keys that are not seen
+_HIDDEN = -1e4  # in place of -inf, which times a weight of 0 is NaN; its exp is 0 beside any capped logit
 
 
-_BLOCK = 64  # queries of a block, where torch has no kernel that leaves out what is not seen
+class Variant(NamedTuple):
+    """Attention of one layer: softmax(cap * tanh(q k^T * scale / cap)) v, over a window of keys."""
+
+    scale: float
+    window: int | None  # tokens, the query's own included; None: all before it
+    cap: float | None  # None: softmax(q k^T * scale) v
 
 
-_HIDDEN = -1e4  # for -inf, whose product with a weight of 0 is no number; exp of it is 0 beside any capped logit
-
-
-#: (query [1, H, T, D], key and value [1, K, T, D], segments, scale, window, cap) -> [1, T, H, D]
-Backend = Callable[[Tensor, Tensor, Tensor, Segments, float, int | None, float | None], Tensor]
+#: (query [1, H, T, D], key and value [1, K, T, D], segments, variant) -> [1, T, H, D]
+Backend = Callable[[Tensor, Tensor, Tensor, Segments, Variant], Tensor]
 
 
 class UnsupportedError(Exception):
-    """A model asks of attention what rows of segments do not offer."""
+    """A model needs something from attention that packed rows do not offer."""
 
 
 def backends(device: torch.device, wanted: str | None) -> list[str]:
-    """Names of the attention implementations to try, the fastest first. `wanted` is `model.attn_implementation`."""
+    """List the attention implementations to try, the fastest first. `wanted` is `model.attn_implementation`."""
     if device.type != "cuda" or wanted == "sdpa":
         return [_PREFIX + "sdpa"]
     flash = wanted != "flex_attention" and torch.is_autocast_enabled("cuda") and is_flash_attn_2_available()
@@ -70,11 +73,11 @@ def _registered(backend: Backend) -> Callable[..., tuple[Tensor, None]]:
         if unknown:
             raise UnsupportedError(f"its attention uses {unknown[0]}")
         segments.windows[getattr(module, "layer_idx", len(segments.windows))] = sliding_window
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave float32 behind
+        variant = Variant(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+        if torch.is_autocast_enabled(query.device.type):  # rotary embeddings return float32
             dtype = torch.get_autocast_dtype(query.device.type)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        return backend(query, key, value, segments, scale, sliding_window, softcap), None
+        return backend(query, key, value, segments, variant), None
 
     return attention
 
@@ -82,32 +85,25 @@ def _registered(backend: Backend) -> Callable[..., tuple[Tensor, None]]:
 # sdpa --------------------------------------------------------------------------------------------------------------
 
 
-def _sdpa(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segments: Segments,
-    scale: float,
-    window: int | None,
-    cap: float | None,
-) -> Tensor:
-    """Of each group: one call for the prompt with its first response, one for every further response."""
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments, variant: Variant) -> Tensor:
+    """Call torch once for each prompt with its first response, and once for every further response."""
+    scale, window, cap = variant
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if cap is not None:
-            with torch.autocast(q.device.type, enabled=False):  # which would mix types inside
+            with torch.autocast(q.device.type, enabled=False):  # autocast would mix types inside
                 return _CappedAttention.apply(q, k, v, scale, cap, window)
         call = partial(functional.scaled_dot_product_attention, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
         queries, keys = q.shape[2], k.shape[2]
         if queries == keys and (window is None or window >= keys):
             return call(q, k, v, is_causal=True)
-        parts = []  # in blocks, since under a mask the kernel computes what is masked too
+        parts = []  # in blocks, since with a mask the kernel also computes the masked logits
         for rows, columns in _blocks(queries, keys, window):
             mask = _mask(segments, rows.stop - rows.start, columns.stop - columns.start, window, q)
             parts.append(call(q[:, :, rows], k[:, :, columns], v[:, :, columns], attn_mask=mask))
         return torch.cat(parts, 2)
 
-    # `split`, not slices: the backward of a slice fills a gradient of the whole row with zeros
+    # `split`, not slices: the backward of a slice allocates a gradient of the whole row
     sizes = [prompt + sum(responses) for prompt, responses in segments.groups]
     out = []
     rows = (tensor.split(sizes, 2) for tensor in (query, key, value))
@@ -122,7 +118,10 @@ def _sdpa(
 
 
 def _mask(segments: Segments, queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:
-    """What the last `queries` of `keys` tokens see: `[queries, keys]`, added to logits. A corner of one for all."""
+    """Return the mask `[queries, keys]` to add to the logits of the last `queries` of `keys` tokens.
+
+    It is a corner of one mask that all segments share.
+    """
     longest = max(prompt + max(responses) for prompt, responses in segments.groups)
     name = ("mask", window, like.dtype, like.device)
     if name not in segments.cached:
@@ -131,12 +130,14 @@ def _mask(segments: Segments, queries: int, keys: int, window: int | None, like:
     mask = segments.cached[name]
     assert isinstance(mask, Tensor)
     corner = mask[-queries:, -keys:]
-    return corner.contiguous() if like.is_cuda else corner  # whose kernels want it aligned
+    return corner.contiguous() if like.is_cuda else corner  # CUDA's kernels need it aligned
 
 
 def _unseen(queries: int, keys: int, first_key: int, window: int | None, device: torch.device) -> Tensor:
-    """True where a key lies behind its query or before its window, `[queries, keys - first_key]`; the queries are the
-    last of the keys."""
+    """Return `[queries, keys - first_key]`, True where a key comes after its query or before its window.
+
+    The queries are the last of the keys.
+    """
     query = torch.arange(keys - queries, keys, device=device)
     distance = query[:, None] - torch.arange(first_key, keys, device=device)
     return (distance < 0) if window is None else (distance < 0) | (distance >= window)
@@ -145,8 +146,8 @@ def _unseen(queries: int, keys: int, first_key: int, window: int | None, device:
 class _CappedAttention(torch.autograd.Function):
     """softmax(cap * tanh(q k^T * scale / cap)) v of the last Tq of Tk tokens, causal, in blocks of queries.
 
-    Of a block only the keys that it sees are touched. Its capped logits are kept for the backward: half of one map of
-    attention, where autograd would keep four whole ones. [1, H, Tq, D], [1, K, Tk, D] twice -> [1, H, Tq, D]
+    A block reads only the keys that it sees. Its capped logits are kept for the backward: half of one attention map,
+    where autograd would keep four whole ones. q [1, H, Tq, D], k and v [1, K, Tk, D] -> [1, H, Tq, D]
     """
 
     @staticmethod
@@ -157,7 +158,7 @@ class _CappedAttention(torch.autograd.Function):
             logits = _by_key_head(q[:, :, rows] * (scale / cap), k.shape[1]) @ k[0, :, columns].transpose(1, 2)
             _hide(logits.tanh_().mul_(cap), rows.stop - rows.start, window, _HIDDEN)
             peak = logits.amax(-1, keepdim=True)
-            weights = (logits - peak).exp_()  # [K, G * n, m], before they are divided by their sum
+            weights = (logits - peak).exp_()  # [K, G * n, m], not divided by their sum yet
             total = weights.sum(-1, keepdim=True)
             out[:, :, rows] = _by_head((weights @ v[0, :, columns]).div_(total), q.shape[1])
             kept += [logits, peak + total.log()]
@@ -167,7 +168,7 @@ class _CappedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, by_out: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(by_out.device.type, enabled=False):  # where the caller's backward is under it
+        with torch.autocast(by_out.device.type, enabled=False):  # the caller's backward may be under it
             return _CappedAttention._backward(ctx, by_out)
 
     @staticmethod
@@ -189,7 +190,7 @@ class _CappedAttention(torch.autograd.Function):
 
 
 def _blocks(queries: int, keys: int, window: int | None) -> list[tuple[slice, slice]]:
-    """(queries, the keys that they see) of each block."""
+    """List (queries, the keys that they see) for each block."""
     before = keys - queries
     blocks = []
     for top in range(0, queries, _BLOCK):
@@ -200,38 +201,33 @@ def _blocks(queries: int, keys: int, window: int | None) -> list[tuple[slice, sl
 
 
 def _hide(block: Tensor, queries: int, window: int | None, value: float) -> None:
-    """Put `value` where a key of the block, `[K, G * n, m]`, is not seen by its query; the queries are the last keys."""
+    """Write `value` into a block, `[K, G * n, m]`, where the query does not see the key; the queries are the last keys."""
     keys = block.shape[-1]
-    square = window is None or window >= keys  # only among the last keys is there one behind its query
+    square = window is None or window >= keys  # without a window only the last keys can come after a query
     first = keys - queries if square else 0
     unseen = _unseen(queries, keys, first, None if square else window, block.device)
     block.view(block.shape[0], -1, queries, keys)[..., first:].masked_fill_(unseen, value)
 
 
 def _by_key_head(x: Tensor, heads: int) -> Tensor:
-    """`[1, K * G, n, D]` -> `[K, G * n, D]`: queries that share keys stand together, so that keys are not repeated."""
+    """Reshape `[1, K * G, n, D]` to `[K, G * n, D]`: queries that share a key head, together."""
     return x.reshape(heads, -1, x.shape[-1])
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:
-    """`[K, G * n, D]` -> `[1, K * G, n, D]`."""
+    """Reshape `[K, G * n, D]` to `[1, K * G, n, D]`."""
     return x.view(1, heads, -1, x.shape[-1])
 
 
 # flash -------------------------------------------------------------------------------------------------------------
 
 
-def _flash(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segments: Segments,
-    scale: float,
-    window: int | None,
-    cap: float | None,
-) -> Tensor:
-    """One call: of each group a sequence of prompt and first response, and one of every further response, whose keys are
-    the prompt's and its own. FlashAttention aligns its causal mask to the last key."""
+def _flash(query: Tensor, key: Tensor, value: Tensor, segments: Segments, variant: Variant) -> Tensor:
+    """Call flash-attn once for the row.
+
+    A prompt and its first response are one sequence. Every further response is a sequence of its own, whose keys are
+    the prompt's and its own: FlashAttention aligns its causal mask to the last key.
+    """
     from flash_attn import flash_attn_varlen_func
 
     index, ends_q, ends_k, longest_q, longest_k = _varlen(segments, query.device)
@@ -244,16 +240,16 @@ def _flash(
         cu_seqlens_k=ends_k,
         max_seqlen_q=longest_q,
         max_seqlen_k=longest_k,
-        softmax_scale=scale,
+        softmax_scale=variant.scale,
         causal=True,
-        window_size=(-1, -1) if window is None else (window - 1, 0),
-        softcap=cap or 0.0,
+        window_size=(-1, -1) if variant.window is None else (variant.window - 1, 0),
+        softcap=variant.cap or 0.0,
     )
     return out[None]
 
 
 def _varlen(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
-    """(place in the row of every key, ends of query sequences, ends of key sequences, longest of both)."""
+    """Return (index in the row of every key, ends of query sequences, ends of key sequences, longest of both)."""
     if "varlen" not in segments.cached:
         index: list[int] = []
         queries, keys, at = [], [], 0
@@ -280,29 +276,21 @@ def _varlen(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor, T
 # flex --------------------------------------------------------------------------------------------------------------
 
 
-def _flex(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segments: Segments,
-    scale: float,
-    window: int | None,
-    cap: float | None,
-) -> Tensor:
-    """One call of flex_attention, with a block mask that all layers of the same window share."""
+def _flex(query: Tensor, key: Tensor, value: Tensor, segments: Segments, variant: Variant) -> Tensor:
+    """Call flex_attention once, with a block mask that all layers of the same window share."""
     attend, make_mask = _flex_functions(query.device.type)
-    name = ("flex", window)
+    name = ("flex", variant.window)
     if name not in segments.cached:
-        sees = _sees(segments, window, query.device)
+        sees = _sees(segments, variant.window, query.device)
         tokens = query.shape[2]
         segments.cached[name] = make_mask(sees, None, None, tokens, tokens, device=query.device)
     out = attend(
         query,
         key,
         value,
-        score_mod=None if cap is None else _soft_cap(cap, query.device),
+        score_mod=None if variant.cap is None else _soft_cap(variant.cap, query.device),
         block_mask=segments.cached[name],
-        scale=scale,
+        scale=variant.scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return out.transpose(1, 2).contiguous()
@@ -310,12 +298,12 @@ def _flex(
 
 @cache
 def _flex_functions(kind: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """flex_attention and create_block_mask; compiled on a GPU, where anything else would be slow."""
+    """Return flex_attention and create_block_mask, compiled on a GPU."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if kind != "cuda":
         return flex_attention, create_block_mask
-    # A kernel for each window, cap and mode of autograd; behind the limit flex would go on uncompiled, without a word.
+    # A kernel is compiled for each window, cap and mode of autograd; beyond the limit flex runs uncompiled, silently.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     compiled = torch.compile(flex_attention, dynamic=True, fullgraph=True)
     return compiled, torch.compile(create_block_mask, dynamic=True)
@@ -323,8 +311,8 @@ def _flex_functions(kind: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 @cache
 def _soft_cap(cap: float, device: torch.device) -> Callable[..., Tensor]:
-    """One function for each cap: a new one at every call would be compiled at every call."""
-    bound = torch.tensor(cap, device=device)  # a number would become a symbol of the compiler, which it cannot lower
+    """Return the one function for a cap: a new one at every call would be compiled at every call."""
+    bound = torch.tensor(cap, device=device)  # the compiler cannot lower the symbol that a number would become
 
     def soft_cap(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return bound * torch.tanh(score / bound)
@@ -333,7 +321,7 @@ def _soft_cap(cap: float, device: torch.device) -> Callable[..., Tensor]:
 
 
 def _sees(segments: Segments, window: int | None, device: torch.device) -> Callable[..., Tensor]:
-    """Whether the token at index `query` of the row sees the one at `key`."""
+    """Return a function that tells whether the token at index `query` of the row sees the one at `key`."""
     group, response, position = _places(segments, device)
     reach = 2**30 if window is None else window
 
@@ -346,7 +334,7 @@ def _sees(segments: Segments, window: int | None, device: torch.device) -> Calla
 
 
 def _places(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each token of the row: its group, its response (0: the prompt), its position. `[T]` each."""
+    """Return the group, the response (0: the prompt) and the position of each token of the row, `[T]` each."""
     if "places" not in segments.cached:
         places: tuple[list[int], list[int], list[int]] = ([], [], [])
         for i, (prompt, responses) in enumerate(segments.groups):

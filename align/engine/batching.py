@@ -1,11 +1,11 @@
 """The plan of a step: which pairs, on which rank, in which micro-batch. Pure functions of lengths and a seed.
 
-The global batch is `pairs_per_step` pairs, whatever the devices; a micro-batch holds as many pairs as a token budget
-allows, and a pair is never split. Every rank gets the same number of micro-batches (sharded strategies gather weights
-in each), so the loss, a sum over pairs divided by the pairs of the step, is the same however they are dealt.
+The global batch is `pairs_per_step` pairs on any number of devices. A micro-batch holds as many pairs as a token budget
+allows, and a pair is never split. All ranks get the same number of micro-batches, because sharded strategies gather
+weights in each. The loss is a sum over pairs divided by the pairs of the step, so it does not depend on the plan.
 
-Lengths are those of a group: `(prompt, response, ...)` in tokens, two responses where it is a pair. Left out: that
-attention costs more than its tokens where rows are long.
+Lengths describe a group: `(prompt, response, ...)` in tokens; a pair is a group with two responses. Left out: that
+attention costs more per token in long rows.
 """
 
 import heapq
@@ -15,14 +15,9 @@ from dataclasses import dataclass
 
 from align.choices import Layout
 
-CPU_TOKENS = 4096  # twice as many were 2% faster and took nearly twice the memory (benchmarks/RESULTS.md)
-
-
+CPU_TOKENS = 4096  # of a micro-batch; twice as many: 2% faster, nearly twice the memory (benchmarks/RESULTS.md)
+FORWARD_ONLY = 4  # times as many tokens fit on a device without gradients as in training
 Lengths = tuple[int, ...]  # tokens of a prompt and of its responses
-
-
-#: Without gradients a device holds that many times the tokens of a training micro-batch.
-FORWARD_ONLY = 4
 
 
 @dataclass(frozen=True)
@@ -30,8 +25,8 @@ class MicroBatch:
     """Pairs that one device holds at once.
 
     Attributes:
-        counted: false for a pair that only keeps a rank in step with the others.
-        pairs_in_step: what the sum of losses is divided by.
+        counted: false for a filler, which only gives a rank as many pairs as the others.
+        pairs_in_step: divisor of the sum of losses.
     """
 
     pairs: tuple[int, ...]
@@ -40,7 +35,7 @@ class MicroBatch:
 
 
 def fed_tokens(groups: Sequence[Lengths], layout: Layout) -> int:
-    """Tokens that go through the model for these groups in one batch, padding included."""
+    """Count the tokens that go through the model for these groups in one batch, padding included."""
     if layout is Layout.shared:  # the last token of a response predicts nothing
         return sum(prompt + sum(responses) - len(responses) for prompt, *responses in groups)
     rows = [prompt + response - 1 for prompt, *responses in groups for response in responses]
@@ -48,7 +43,7 @@ def fed_tokens(groups: Sequence[Lengths], layout: Layout) -> int:
 
 
 def plan_micro_batches(lengths: Sequence[Lengths], layout: Layout, budget: int) -> list[list[int]]:
-    """Positions of groups, longest first, in batches of at most `budget` tokens; a longer group stands alone."""
+    """Batch positions of groups, longest first, at most `budget` tokens each; a longer group is a batch of its own."""
     batches: list[list[int]] = []
     for i in _longest_first(lengths, layout):
         if batches and fed_tokens([lengths[j] for j in (*batches[-1], i)], layout) <= budget:
@@ -59,9 +54,9 @@ def plan_micro_batches(lengths: Sequence[Lengths], layout: Layout, budget: int) 
 
 
 def plan_step(lengths: Sequence[Lengths], world: int, layout: Layout, budget: int) -> list[list[list[int]]]:
-    """`[rank][micro-batch][pair]`: positions in `lengths`, every rank with the same number of micro-batches.
+    """Return `[rank][micro-batch][pair]`, positions in `lengths`, with the same number of micro-batches for each rank.
 
-    The number of pairs is a multiple of `world`. As few micro-batches as the budget allows, of like size.
+    The number of pairs must be a multiple of `world`. Micro-batches are as few as the budget allows, of similar size.
     """
     assert len(lengths) % world == 0, f"{len(lengths)} pairs cannot be dealt evenly to {world} ranks"
     divide = _like_lengths if layout is Layout.padded else _like_sums
@@ -76,7 +71,7 @@ def plan_step(lengths: Sequence[Lengths], world: int, layout: Layout, budget: in
             break
     batches.sort(key=cost, reverse=True)
     ranks: list[list[list[int]]] = [[] for _ in range(world)]
-    for at in range(0, len(batches), world):  # the costliest of each round to the rank with the least so far
+    for at in range(0, len(batches), world):  # in each round the largest batch goes to the rank with the fewest tokens
         lightest = sorted(ranks, key=lambda rank: sum(map(cost, rank)))
         for rank, batch in zip(lightest, batches[at : at + world], strict=True):
             rank.append(batch)
@@ -88,7 +83,7 @@ def _longest_first(lengths: Sequence[Lengths], layout: Layout) -> list[int]:
 
 
 def _like_sums(lengths: Sequence[Lengths], layout: Layout, number: int) -> list[list[int]]:
-    """`number` batches of like sums: the longest group first, each into the batch that has the fewest tokens."""
+    """Return `number` batches of similar sums: each group, longest first, goes into the batch with the fewest tokens."""
     batches: list[list[int]] = [[] for _ in range(number)]
     heap = [(0, at) for at in range(number)]
     for i in _longest_first(lengths, layout):
@@ -99,24 +94,23 @@ def _like_sums(lengths: Sequence[Lengths], layout: Layout, number: int) -> list[
 
 
 def _like_lengths(lengths: Sequence[Lengths], layout: Layout, number: int) -> list[list[int]]:
-    """`number` batches of like lengths, so that little is padded: runs of the sorted groups, the dearest run halved."""
+    """Return `number` batches of similar lengths, for little padding: halve the costliest run of the sorted groups."""
     runs = [_longest_first(lengths, layout)]
     while len(runs) < number:
-        dearest = max(
-            (run for run in runs if len(run) > 1), key=lambda run: fed_tokens([lengths[i] for i in run], layout)
-        )
-        runs.remove(dearest)
-        runs += [dearest[: len(dearest) // 2], dearest[len(dearest) // 2 :]]
+        several = (run for run in runs if len(run) > 1)
+        costliest = max(several, key=lambda run: fed_tokens([lengths[i] for i in run], layout))
+        runs.remove(costliest)
+        runs += [costliest[: len(costliest) // 2], costliest[len(costliest) // 2 :]]
     return runs
 
 
 def deal(
     pairs: Sequence[int], lengths: Sequence[Lengths], world: int, layout: Layout, budget: int
 ) -> list[list[MicroBatch]]:
-    """`[rank][micro-batch]`: some pairs dealt to the ranks, every rank with the same number of micro-batches.
+    """Return `[rank][micro-batch]` for some pairs, with the same number of micro-batches for each rank.
 
-    Where the pairs cannot be divided evenly the shortest is fed again, and not counted: what comes out does not depend
-    on the number of ranks.
+    If the pairs cannot be divided evenly, the shortest is repeated and not counted, so results do not depend on the
+    number of ranks.
     """
     shortest = min(pairs, key=lambda i: fed_tokens([lengths[i]], layout))
     filled = [*pairs, *[shortest] * (-len(pairs) % world)]
@@ -131,7 +125,7 @@ def deal(
 
 
 def steps_per_epoch(pairs: int, pairs_per_step: int) -> int:
-    """Optimizer steps of an epoch. The last takes what is left."""
+    """Count the optimizer steps of an epoch. The last one takes the remaining pairs."""
     return -(-pairs // pairs_per_step)
 
 

@@ -1,8 +1,8 @@
-"""The forward of a policy: a batch of groups in, statistics of each response out. Every logit exists in a tile only.
+"""The forward of a policy: a batch of groups in, statistics of each response out. Logits exist only one tile at a time.
 
-The trunk runs over the batch's row; only the positions that predict a response token reach the head (head.py). Called
-as the wrapped model's own forward, with the head called as a module, so that the hooks of DDP, FSDP2 and ZeRO-3 fire.
-Objectives, data formats and what the numbers are for are unknown here.
+The trunk runs over the batch's row; only the positions that predict a response token reach the head (head.py). It is
+called as the wrapped model's own forward, and the head as a module, so that the hooks of DDP, FSDP2 and ZeRO-3 fire.
+Nothing here depends on objectives or data formats.
 """
 
 import contextlib
@@ -22,9 +22,7 @@ from align.say import UserError
 
 #: Statistics that the engine can compute for an objective (`objectives.base.STATISTICS` has them all).
 COMPUTED = frozenset({"logp", "length", "log_sum_sq", "log_max"})
-
-
-#: Nats per token between the engine and the model's own logits: rounding stays below, a mistake does not.
+#: Nats per token between the engine and the model's own logits: rounding stays below this, a mistake does not.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
@@ -34,11 +32,11 @@ def attach(model: nn.Module, layout: Layout, attention: str | None = None) -> No
     Its class becomes a subclass of itself: weights, names, saving and generation stay as they are.
 
     Args:
-        layout: of the batches to come. For rows the model's attention becomes ours.
-        attention: one of `attention.backends`; None: the first of them for the device the model is on.
+        layout: layout of later batches. For rows the model's attention is replaced with ours.
+        attention: one of `attention.backends`; None: the first one for the model's device.
 
     Raises:
-        UserError: an output head that is not linear.
+        UserError: the output head is not linear.
     """
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     try:
@@ -56,20 +54,20 @@ def attach(model: nn.Module, layout: Layout, attention: str | None = None) -> No
 def settle(
     model: nn.Module, groups: Sequence[Group], layout: Layout, attention: str | None = None
 ) -> tuple[Layout, str, str | None]:
-    """`attach` in the wanted layout, or in the next that this model can run; compares each with the model's own logits.
+    """`attach` in this layout, or in the next one that the model can run, by comparison with the model's own logits.
 
-    In float32 first, where a mistake cannot hide in rounding; then under the caller's autocast, with the attention of
-    the runs to come.
+    The comparison is in float32 first, where rounding cannot hide a mistake, and then under the caller's autocast with
+    the attention that training will use.
 
     Args:
         groups: some tokens of real data, e.g. two groups of two responses.
-        attention: `model.attn_implementation`, where the user chose one.
+        attention: `model.attn_implementation`, if the user chose one.
 
     Returns:
-        The layout, the attention, and one line that says why the layout is not the wanted one.
+        The layout, the attention, and one line with the reason if the layout differs from the requested one.
 
     Raises:
-        UserError: not even padded rows give the model's own numbers: it does to its logits what align does not know.
+        UserError: even padded rows differ from the model's own numbers: it changes its logits in a way unknown here.
     """
     why = None
     device = next(model.parameters()).device
@@ -89,12 +87,12 @@ def settle(
 
 
 def response_statistics(model: nn.Module, batch: Batch, statistics: Iterable[str]) -> dict[str, Tensor]:
-    """Statistics of the R responses of a batch.
+    """Compute statistics of the R responses of a batch.
 
     Args:
         model: an `attach`ed policy, wrapped or not.
-        batch: from `collate`, on the model's device, in the layout that the policy is attached in.
-        statistics: any of `log_sum_sq`, `log_max`, `entropy`; `logp` and `length` always come.
+        batch: from `collate`, on the model's device, in the layout of `attach`.
+        statistics: any of `log_sum_sq`, `log_max`, `entropy`; `logp` and `length` are always computed.
 
     Returns:
         `[R]` float32 tensors: sums over response tokens, in nats. Only `logp` carries a gradient.
@@ -104,7 +102,7 @@ def response_statistics(model: nn.Module, batch: Batch, statistics: Iterable[str
 
 
 def _scoring_class(cls: type) -> type:
-    """A subclass of a model's class that scores. `generate` reads the signature of `forward`, so it stays."""
+    """Derive a class that scores from a model's class. `forward` keeps its signature, which `generate` reads."""
 
     def forward(self: Any, *args: Any, **inputs: Any) -> Any:
         return _Scoring.forward(self, *args, **inputs)
@@ -114,7 +112,7 @@ def _scoring_class(cls: type) -> type:
 
 
 class _Scoring:
-    """Mixed in front of a causal language model's class by `attach`."""
+    """Mix-in that `attach` puts before a causal language model's class."""
 
     _own_attention: str
 
@@ -124,7 +122,7 @@ class _Scoring:
             with self._plain_attention():
                 return super().forward(*args, **inputs)  # type: ignore[misc]
         row = {} if batch.segments is None else {"segments": batch.segments}
-        trunk = self.model if self.base_model is self else self.base_model  # Llama-4 names another prefix
+        trunk = self.model if self.base_model is self else self.base_model  # Llama-4 has another prefix
         hidden = trunk(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
@@ -138,13 +136,15 @@ class _Scoring:
         per_token = self.get_output_embeddings()(hidden, target=batch.target, names=names, transform=transform)
         sums = {}
         for name, values in zip(names, per_token, strict=True):
-            table = values.new_zeros(len(batch.length), batch.longest)  # summed by row: index_add is not deterministic
+            table = values.new_zeros(
+                len(batch.length), batch.longest
+            )  # summed by row, as index_add is not deterministic
             sums[name] = table.index_put((batch.response, batch.index), values).sum(1)
         return sums
 
     @contextlib.contextmanager
     def _plain_attention(self) -> Iterator[None]:
-        """The model's own attention, for generation and plain logits."""
+        """Switch to the model's own attention, for generation and plain logits."""
         config = self.config.get_text_config()  # type: ignore[attr-defined]
         ours = config._attn_implementation
         config._attn_implementation = self._own_attention
@@ -156,7 +156,7 @@ class _Scoring:
 
 @torch.no_grad()
 def _fault(model: nn.Module, groups: Sequence[Group], layout: Layout) -> str | None:
-    """Why an attached model must not be fed in this layout; None where its numbers are the model's own."""
+    """Explain why an attached model cannot run in this layout; None if its numbers equal the model's own."""
     device = next(model.parameters()).device
     batch, padded = (collate(groups, kind, pad_token_id=0).to(device) for kind in (layout, Layout.padded))
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
@@ -165,7 +165,7 @@ def _fault(model: nn.Module, groups: Sequence[Group], layout: Layout) -> str | N
             ours = response_statistics(model, batch, ())
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever a model's code raises when it is not fed as it expects
+        except Exception as error:  # a model's code may raise anything when its input is not as it expects
             return " ".join(str(error).split())[:200]
         logits = model(input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False).logits
     if batch.segments is not None and (reason := _wrong_windows(batch.segments.windows, config)):
@@ -173,7 +173,7 @@ def _fault(model: nn.Module, groups: Sequence[Group], layout: Layout) -> str | N
     logp = logits.float().log_softmax(-1).flatten(0, 1)[padded.predicted_at, padded.target]
     theirs = torch.zeros_like(ours["logp"]).index_add(0, padded.response, logp)
     worst = ((ours["logp"] - theirs).abs() / ours["length"]).max().item()
-    autocast = torch.is_autocast_enabled(device.type)  # some models give their logits in float32 all the same
+    autocast = torch.is_autocast_enabled(device.type)  # under it some models still return float32 logits
     dtype = torch.get_autocast_dtype(device.type) if autocast else logits.dtype
     if worst < _TOLERANCE[dtype]:
         return None
@@ -181,7 +181,7 @@ def _fault(model: nn.Module, groups: Sequence[Group], layout: Layout) -> str | N
 
 
 def _wrong_windows(seen: dict[int, int | None], config: Any) -> str | None:
-    """A few tokens do not reach the end of a sliding window, so what each layer asked for is compared instead."""
+    """Explain which layer asked for a wrong sliding window; a few tokens do not reach the end of one, so none shows."""
     if not seen:
         return "its attention does not take part in transformers' registry"
     window = getattr(config, "sliding_window", None)
@@ -199,7 +199,7 @@ def _wrong_windows(seen: dict[int, int | None], config: Any) -> str | None:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No gradient and evaluation mode, put back afterwards."""
+    """Switch to evaluation mode without gradients, and back afterwards."""
     was_training = model.training
     model.eval()
     try:

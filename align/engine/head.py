@@ -1,13 +1,13 @@
-"""The head without logits: log-probabilities of target tokens, and other statistics, a tile of the logits at a time.
+"""The head without logits: log-probabilities of target tokens and other statistics, from one tile of logits at a time.
 
-    z = cap * tanh((x W^T + b) * scale / cap)        logits of a token, float32; scale and cap where the model has them
+    z = cap * tanh((x W^T + b) * scale / cap)        logits of a token, float32; scale and cap if the model has them
     logp = z[target] - log sum_v exp z_v             entropy, log sum_v p_v^2 and log max_v p_v from the same pass
 
-A tile is some tokens by some of the vocabulary; sums over the vocabulary are carried from tile to tile, shifted by the
-largest logit so far. The backward makes each tile again: four matrix products where logits in memory would take three.
-(Three would do if the gradient of the loss by logp were known in the forward, which an objective over pairs excludes.)
-Left out: gradients of anything but logp; a LoRA of the head under ZeRO-3, which gathers weights for the module that it
-calls and not for those inside.
+A tile is some tokens by some of the vocabulary. Sums over the vocabulary are carried from tile to tile, shifted by the
+largest logit so far. The backward computes each tile again: four matrix products, where logits in memory would take
+three. (Three would do if the forward knew the gradient of the loss by logp, but an objective needs both responses.)
+Left out: gradients of anything but logp; a LoRA of the head under ZeRO-3, which gathers the weights of the module that
+is called and not those inside it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,50 +18,48 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: Logits of a tile: on a CPU what its caches hold (2 MB), on a GPU enough to keep it busy (512 MB).
+#: Logits of a tile, and its tokens at most: on a CPU they fit the caches (2 MB), on a GPU they keep it busy (512 MB).
 _TILE = {"cpu": 2**19, "cuda": 2**27}
-
-
 _TILE_TOKENS = {"cpu": 1024, "cuda": 4096}
 
 
 @dataclass(frozen=True)
 class Transform:
-    """What the model does to the products of hidden states and head: `cap * tanh(z * scale / cap)`."""
+    """Function from the products of hidden states and head to logits: `cap * tanh(z * scale / cap)`."""
 
     scale: float = 1.0
     cap: float | None = None
 
     @classmethod
     def of(cls, config: Any) -> "Transform":
-        """From a text model's configuration. `engine.settle` finds out where this does not hold."""
+        """Read it from a text model's configuration. `engine.settle` detects models for which this is wrong."""
         scale = getattr(config, "logit_scale", None)  # Cohere
         if divisor := getattr(config, "logits_scaling", None):  # Granite
             scale = 1 / divisor
         return cls(1.0 if scale is None else scale, getattr(config, "final_logit_softcapping", None))  # Gemma-2
 
     def apply(self, z: Tensor) -> Tensor:
-        """In place."""
+        """Transform the products `z` in place."""
         if self.scale != 1.0:
             z.mul_(self.scale)
         return z if self.cap is None else z.div_(self.cap).tanh_().mul_(self.cap)
 
     def backward(self, gradient: Tensor, z: Tensor) -> Tensor:
-        """`gradient` by the transformed logits `z` -> by the products, in place; `z` is used up."""
+        """Turn the gradient by the logits `z` into that by the products, in place; `z` is overwritten."""
         if self.cap is not None:
             gradient.addcmul_(gradient, z.div_(self.cap).square_(), value=-1)  # 1 - tanh^2
         return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
 
 
 def attach_head(head: nn.Module) -> None:
-    """Teach an output head to return statistics of target tokens where it is asked to, in place of logits.
+    """Teach an output head to return statistics of target tokens when it is given a `target`, in place of logits.
 
     Its class becomes a subclass of itself, and it is still called as a module: the hooks of DDP, FSDP2 and ZeRO-3 fire.
 
     Raises:
         ValueError: it is neither linear nor a LoRA of a linear head.
     """
-    wrapped = getattr(head, "modules_to_save", None)  # peft trains the whole head: the active copy is called
+    wrapped = getattr(head, "modules_to_save", None)  # if peft trains the whole head, its active copy is called
     for module in [head] if wrapped is None else wrapped.values():
         _linear_terms(module)
         if not isinstance(module, _Scores):
@@ -70,7 +68,7 @@ def attach_head(head: nn.Module) -> None:
 
 
 class _Scores:
-    """Mixed in front of an output head's class by `attach_head`."""
+    """Mix-in that `attach_head` puts before an output head's class."""
 
     def forward(
         self, hidden: Tensor, *args: Any, target: Tensor | None = None, names: Sequence[str] = (), **options: Any
@@ -83,7 +81,7 @@ class _Scores:
 
 
 def _linear_terms(head: Any) -> tuple[Tensor | None, list[tuple[Callable[[Tensor], Tensor] | None, Tensor]]]:
-    """A head as `bias + sum_i x_i(hidden) W_i^T`: (bias, [(x_i, or None for hidden itself; W_i)])."""
+    """Write a head as `bias + sum_i x_i(hidden) W_i^T`: (bias, [(x_i, or None for hidden itself; W_i)])."""
     linear = getattr(head, "base_layer", head)
     if not isinstance(linear, nn.Linear):
         raise ValueError(f"the output head is a {type(linear).__name__}")
@@ -105,7 +103,7 @@ def _linear_terms(head: Any) -> tuple[Tensor | None, list[tuple[Callable[[Tensor
 class _TokenStatistics(torch.autograd.Function):
     """(target `[N]`, names, transform, bias `[V]` or None, x_1 `[N, H_1]`, W_1 `[V, H_1]`, ...) -> `[N]` for each name.
 
-    Float32, in nats. Products take their factors in autocast's type and sum in float32; logits are not rounded to it.
+    Float32, in nats. Factors of products are in autocast's type, sums in float32; logits are not rounded.
     """
 
     @staticmethod
@@ -122,18 +120,18 @@ class _TokenStatistics(torch.autograd.Function):
         carried = (peak, total, picked, weighted, square)
         fold = _compiled(_fold, kind)
         for rows, columns, z, _ in _tiles(target, ctx.dtype, transform, bias, terms):
-            with torch.autocast(kind, enabled=False):  # which would round a vecdot's factors
+            with torch.autocast(kind, enabled=False):  # autocast would round a vecdot's factors
                 fold(z, target[rows] - columns.start, *(None if values is None else values[rows] for values in carried))
         log_normaliser = peak + total.log()
-        made = {"logp": picked - log_normaliser, "log_max": peak - log_normaliser}
+        found = {"logp": picked - log_normaliser, "log_max": peak - log_normaliser}
         if weighted is not None:
-            made["entropy"] = log_normaliser - weighted / total
+            found["entropy"] = log_normaliser - weighted / total
         if square is not None:
-            made["log_sum_sq"] = square.log() - 2 * total.log()
+            found["log_sum_sq"] = square.log() - 2 * total.log()
         ctx.save_for_backward(target, log_normaliser, bias, *terms)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(made[name] for name in names if name != "logp"))
-        return tuple(made[name] for name in names)
+        ctx.mark_non_differentiable(*(found[name] for name in names if name != "logp"))
+        return tuple(found[name] for name in names)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -142,7 +140,7 @@ class _TokenStatistics(torch.autograd.Function):
         if by_logp is None:
             return (None,) * len(ctx.needs_input_grad)
         parts = (bias, *terms)
-        made = [
+        sums = [
             torch.zeros_like(part, dtype=torch.float32) if needed else None
             for part, needed in zip(parts, ctx.needs_input_grad[3:], strict=True)
         ]
@@ -150,22 +148,22 @@ class _TokenStatistics(torch.autograd.Function):
         for rows, columns, z, factors in _tiles(target, ctx.dtype, ctx.transform, bias, terms):
             local = target[rows] - columns.start
             by_z = weigh(z, local, log_normaliser[rows], by_logp[rows].float(), ctx.transform)
-            if made[0] is not None:
-                made[0][columns] += by_z.sum(0)
+            if sums[0] is not None:
+                sums[0][columns] += by_z.sum(0)
             by_z = by_z.to(ctx.dtype)
-            for (x, weight), by_x, by_weight in zip(factors, made[1::2], made[2::2], strict=True):
+            for (x, weight), by_x, by_weight in zip(factors, sums[1::2], sums[2::2], strict=True):
                 if by_x is not None:
                     _add_product(by_x[rows], by_z, weight)
                 if by_weight is not None:
                     _add_product(by_weight[columns], by_z.t(), x)
-        cast = [None if g is None else g.to(part.dtype) for g, part in zip(made, parts, strict=True)]
+        cast = [None if g is None else g.to(part.dtype) for g, part in zip(sums, parts, strict=True)]
         return (None, None, None, *cast)
 
 
 def _tiles(
     target: Tensor, dtype: torch.dtype, transform: Transform, bias: Tensor | None, terms: Sequence[Tensor]
 ) -> Iterator[tuple[slice, slice, Tensor, list[tuple[Tensor, Tensor]]]]:
-    """(token slice, vocabulary slice, logits in a buffer that the next tile uses again, factors) of each tile."""
+    """Yield (token slice, vocabulary slice, logits in a buffer that the next tile overwrites, factors) for each tile."""
     kind, tokens, vocabulary = target.device.type, len(target), terms[1].shape[0]
     height = min(tokens, _TILE_TOKENS[kind])
     width = min(vocabulary, max(1, _TILE[kind] // height))
@@ -194,7 +192,7 @@ def _fold(
     weighted: Tensor | None,
     square: Tensor | None,
 ) -> None:
-    """Add a tile of logits `z` to what is carried, in place. `local` is the target's column, maybe outside the tile."""
+    """Add a tile of logits `z` to the carried sums, in place. `local` is the target's column, maybe outside the tile."""
     inside = (local >= 0) & (local < z.shape[1])
     found = z.gather(1, local.clamp(0, z.shape[1] - 1)[:, None])[:, 0]
     picked.copy_(torch.where(inside, found, picked))
@@ -210,7 +208,7 @@ def _fold(
 
 
 def _weigh(z: Tensor, local: Tensor, log_normaliser: Tensor, by_logp: Tensor, transform: Transform) -> Tensor:
-    """The gradient by the products of a tile: by_logp * (1[v = target] - p_v), through the transform. `z` is used up."""
+    """Return the gradient by a tile's products: by_logp * (1[v = target] - p_v), transformed back; overwrites `z`."""
     p = torch.exp(z - log_normaliser[:, None]) if transform.cap else z.sub_(log_normaliser[:, None]).exp_()
     gradient = p.mul_(-by_logp[:, None])
     inside = (local >= 0) & (local < z.shape[1])
@@ -219,7 +217,7 @@ def _weigh(z: Tensor, local: Tensor, log_normaliser: Tensor, by_logp: Tensor, tr
 
 
 def _add_product(into: Tensor, a: Tensor, b: Tensor, keep: bool = True) -> None:
-    """`into = keep * into + a @ b`, summed and stored in float32 whatever the type of `a` and `b`."""
+    """Set `into = keep * into + a @ b`, summed and stored in float32 for any type of `a` and `b`."""
     if a.dtype == torch.float32:
         into.addmm_(a, b, beta=int(keep))
     elif a.is_cuda:
@@ -230,5 +228,5 @@ def _add_product(into: Tensor, a: Tensor, b: Tensor, keep: bool = True) -> None:
 
 @cache
 def _compiled(function: Callable[..., Any], kind: str) -> Callable[..., Any]:
-    """On a GPU these passes over memory are fused; on a CPU a tile stays in its caches."""
+    """Compile on a GPU, which fuses passes over memory; on a CPU a tile stays in the caches."""
     return torch.compile(function, dynamic=True) if kind == "cuda" else function

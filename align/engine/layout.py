@@ -1,15 +1,16 @@
-"""How prompts and responses lie in a batch. A group is a prompt and its responses, two of them where it is a pair.
+"""Layouts of a batch of groups. A group is a prompt and its responses; a pair is a group with two of them.
 
-    shared   one row: of each group the prompt, then each response behind it, as if the others were not there
-    packed   one row: of each response its prompt and itself; a prompt is fed once per response
+    shared   one row: for each group the prompt, then its responses, each as if it followed the prompt alone
+    packed   one row: for each response its prompt and itself, so a prompt is fed once per response
     padded   a row per response, padded on the right; for models that the other two cannot serve
 
-In a row positions start again with every prompt, and in `shared` every response continues its prompt's. The last token
-of a response predicts nothing and is not fed. Left out: how many groups a batch holds (align/batching.py).
+Positions in a row start again with every prompt, and in `shared` every response continues those of its prompt. The last
+token of a response predicts nothing and is not fed. Left out: the number of groups in a batch (batching.py).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,10 +23,9 @@ Group = tuple[list[int], list[list[int]]]  # token ids of a prompt and of its re
 
 @dataclass(frozen=True)
 class Segments:
-    """Which tokens of a row belong together: `(tokens of the prompt, fed tokens of each response)` of each group.
+    """Division of a row into groups, each `(tokens of the prompt, fed tokens of each response)`.
 
-    `windows`: the sliding window that each layer asked for, as it was seen; `cached`: masks and indices, which all layers
-    share.
+    `windows` records the sliding window that each layer asked for; `cached` holds masks and indices that layers share.
     """
 
     groups: tuple[tuple[int, tuple[int, ...]], ...]
@@ -38,19 +38,19 @@ class Batch:
     """R responses with N tokens in all, ordered by group."""
 
     input_ids: Tensor  # [1, T] or [R, L]
-    position_ids: Tensor  # as input_ids
-    attention_mask: Tensor | None  # [R, L]; None in a row, where `segments` says it all
+    position_ids: Tensor  # same shape
+    attention_mask: Tensor | None  # [R, L]; None for a row, which has segments
     segments: Segments | None
-    predicted_at: Tensor  # [N] where in the flattened input_ids the token is predicted from
+    predicted_at: Tensor  # [N] index in the flattened input_ids whose output predicts the token
     target: Tensor  # [N] its id
-    response: Tensor  # [N] which response it belongs to
-    index: Tensor  # [N] its place in that response
-    length: Tensor  # [R] response tokens
-    longest: int  # response tokens, at most
+    response: Tensor  # [N] number of its response
+    index: Tensor  # [N] its position in that response
+    length: Tensor  # [R] tokens of a response
+    longest: int  # tokens of the longest response
     fed_tokens: int  # without padding
 
     def to(self, device: torch.device) -> "Batch":
-        """On the device; what was cached on another stays there."""
+        """Copy to a device, without the masks and indices that were cached on another."""
         moved: dict[str, Any] = {
             name: to_device(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
@@ -58,13 +58,13 @@ class Batch:
 
 
 def collate(groups: Sequence[Group], layout: Layout, pad_token_id: int) -> Batch:
-    """A batch of prompts and their responses, on the CPU. No prompt and no response is empty."""
+    """Build a batch of prompts and their responses, on the CPU. No prompt and no response may be empty."""
     assert all(prompt and responses and all(responses) for prompt, responses in groups)
     if layout is not Layout.shared:
         groups = [(prompt, [response]) for prompt, responses in groups for response in responses]
     rows: list[list[int]] = []  # fed tokens of a group
     positions: list[list[int]] = []
-    starts: list[list[int]] = []  # of a group's responses: where in its row the token behind the prompt is
+    starts: list[list[int]] = []  # of a group: for each response the index in its row of the first fed token
     for prompt, responses in groups:
         row, position, start = list(prompt), list(range(len(prompt))), []
         for response in responses:
@@ -75,15 +75,15 @@ def collate(groups: Sequence[Group], layout: Layout, pad_token_id: int) -> Batch
         positions.append(position)
         starts.append(start)
     width = max(map(len, rows)) if layout is Layout.padded else 0
-    offsets = [i * width for i in range(len(rows))] if width else _before(list(map(len, rows)))
+    offsets = accumulate([0, *(width or len(row) for row in rows[:-1])])
 
     predicted_at: list[int] = []
     target: list[int] = []
     lengths: list[int] = []
     for (prompt, responses), start, offset in zip(groups, starts, offsets, strict=True):
-        for response, behind in zip(responses, start, strict=True):
+        for response, first in zip(responses, start, strict=True):
             predicted_at.append(offset + len(prompt) - 1)
-            predicted_at += range(offset + behind, offset + behind + len(response) - 1)
+            predicted_at += range(offset + first, offset + first + len(response) - 1)
             target += response
             lengths.append(len(response))
     length = torch.tensor(lengths)
@@ -105,22 +105,14 @@ def collate(groups: Sequence[Group], layout: Layout, pad_token_id: int) -> Batch
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor there, without waiting for what a GPU is at."""
+    """Copy a tensor to a device, without waiting for a GPU's running work."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def _before(sizes: list[int]) -> list[int]:
-    """The sum of the sizes before each."""
-    sums = [0]
-    for size in sizes[:-1]:
-        sums.append(sums[-1] + size)
-    return sums
-
-
 def _rows(rows: list[list[int]], width: int, pad: int) -> Tensor:
-    """`[len(rows), width]`, padded; with width 0, all behind one another `[1, T]`."""
+    """Return `[len(rows), width]`, padded, or for width 0 the rows one after another, `[1, T]`."""
     if not width:
         return torch.tensor([[value for row in rows for value in row]])
     return torch.tensor([row + [pad] * (width - len(row)) for row in rows])

@@ -105,7 +105,7 @@ def test_a_token_sees_its_prompt_and_its_own_response(backend, row, window, cap,
     monkeypatch.setattr(attention, "_BLOCK", 4)
     attend = {"sdpa": attention._sdpa, "flash": attention._flash, "flex": attention._flex}[backend]
     leaves = [x.requires_grad_(backend != "flex") for x in inputs(groups, head_dim=16)]
-    out = attend(*leaves, Segments(groups), 0.3, window, cap)
+    out = attend(*leaves, Segments(groups), attention.Variant(0.3, window, cap))
     expected = written_out(*leaves, Segments(groups), 0.3, window, cap)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
     if backend == "flex":  # torch has no backward of it on a CPU
