@@ -1,7 +1,12 @@
-"""Files that are whole or not there, and locks for who makes them. Build a folder once, whoever asks: many runs, many ranks, at the same moment, killed at any moment.
+"""Files that are whole or not there, and locks that decide which process makes them.
 
-A folder under the cache exists only when it is whole: it is built beside its place and renamed into it, under a
-lock that the others wait for. Nothing here ever deletes what a build has finished.
+    whole          a file written beside its place and renamed into it
+    build_once     a folder of the cache, built beside its place by one process while the others wait
+    Shards         JSON rows in files of one folder, which any number of processes write together
+    fingerprint    sixteen hex digits of a value, or of a file
+
+Processes may be killed at any moment: the lock goes with the process, and the next one starts that file or folder anew.
+Nothing here deletes what is finished.
 """
 
 import contextlib
@@ -11,32 +16,73 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
+from tqdm import tqdm
 
 from align.say import UserError
 
+MANIFEST = "manifest.json"
+_AGAIN = "type the command that makes it again"
 _SILENCE = 3.0  # seconds without a word while another process builds
+_BAR_SHARDS = 4  # a progress bar over fewer shards is noise
+
+
+@contextlib.contextmanager
+def whole(file: Path) -> Iterator[Path]:
+    """Yield a path to write to, and put what was written there in the place of `file`: whole, or not at all."""
+    unfinished = file.with_suffix(".unfinished")
+    yield unfinished
+    with unfinished.open("rb") as written:
+        os.fsync(written.fileno())  # a rename may reach the disk before what it renames
+    unfinished.replace(file)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file: whole, or not at all."""
+    with whole(file) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write `value` as JSON: whole, or not at all."""
+    write_text(file, json.dumps(value, indent=2, default=str))
+
+
+@contextlib.contextmanager
+def writing(what: str, remedy: str) -> Iterator[None]:
+    """Turn what a disk refuses into one line: "<what> (<why>)<remedy>"."""
+    try:
+        yield
+    except Timeout:  # which is an OSError
+        raise
+    except OSError as error:
+        raise UserError(f"{what} ({error.strerror or error}){remedy}") from error
+
+
+# Folders of the cache -----------------------------------------------------------------------------------------------
 
 
 def build_once(
     folder: Path, build: Callable[[Path], None], remedy: str = "set cache_dir= or ALIGN_CACHE", what: str = ""
 ) -> Path:
-    """`folder`, after `build(temporary folder)` has filled it, now or earlier. Returns `folder`.
+    """Return `folder`, after `build(temporary folder)` has filled it, now or earlier.
 
-    `what` it is, for a line that says that it was made: the log of a sweep then shows what its runs share once.
+    Args:
+        what: a name for a line that says that it was made: the log of a sweep then shows what its runs share once.
 
     Raises:
         UserError: it cannot be written; the message ends with the remedy.
     """
     if folder.is_dir():
         return folder
-    try:
+    with writing(f"cannot write {folder.parent}", f"; {remedy}"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{folder}.lock")
         try:
@@ -44,8 +90,6 @@ def build_once(
         except Timeout:
             print(f"align: waiting for another process, which makes {folder}", file=sys.stderr)
             lock.acquire()
-    except OSError as error:
-        raise UserError(f"cannot write {folder.parent} ({error.strerror}); {remedy}") from error
     with lock:
         if folder.is_dir():
             return folder
@@ -61,83 +105,175 @@ def build_once(
 
 
 def say_made(what: str, began: float, folder: Path) -> None:
-    """One line about what is in the cache from now on; `began` by `time.perf_counter`."""
+    """Print one line about what is in the cache from now on; `began` by `time.perf_counter`."""
     print(f"made {what} in {time.perf_counter() - began:.1f} s: {folder}", flush=True)
 
 
-def write_json(file: Path, value: Any) -> None:
-    """Write `value` as JSON: whole, or not at all."""
-    write_text(file, json.dumps(value, indent=2, default=str))
+# Folders of rows ----------------------------------------------------------------------------------------------------
 
 
-def write_text(file: Path, text: str) -> None:
-    """Write a file: whole, or not at all."""
-    unfinished = file.with_suffix(".unfinished")
-    with unfinished.open("w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())  # a rename may reach the disk before what it renames
-    unfinished.replace(file)
+def check_manifest(folder: Path, inputs: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Return the manifest of a folder that holds `what`, such as "pairs"; its inputs must be these.
+
+    Raises:
+        UserError: the folder was made from other inputs; the message names those that differ.
+    """
+    manifest = _read_manifest(folder, what, "delete it, or name another")
+    if differ := differences({name: manifest.get(name) for name in inputs}, as_json(inputs)):
+        raise UserError(f"{folder} holds {what} of other inputs ({'; '.join(differ)}): delete it, or name another")
+    return manifest
 
 
-class Claim(Enum):
-    """What becomes of a shard that was missing."""
-
-    ours = "ours"  # its lock is ours
-    theirs = "theirs"  # another process is about it
-    done = "done"  # another process has made it meanwhile
-
-
-def lock_of(file: Path, timeout: float) -> FileLock:
-    """The lock of a file, in a folder of their own: the files beside it are for people to read."""
-    return FileLock(file.parent / "locks" / f"{file.name}.lock", timeout=timeout)
-
-
-@contextlib.contextmanager
-def claimed(file: Path, wait: bool) -> Iterator[Claim]:
-    """What to do about a shard; with `wait`, whoever is about it finishes or dies first."""
-    lock = lock_of(file, -1 if wait else 0)
+def _read_manifest(folder: Path, what: str, remedy: str) -> dict[str, Any]:
     try:
-        with writing(f"cannot write {file.parent}", ": name another folder"):
-            lock.acquire()
-    except Timeout:
-        yield Claim.theirs
-        return
-    try:
-        yield Claim.done if file.exists() else Claim.ours
-    finally:
-        lock.release()
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{folder} holds no {what}: {remedy}") from error
+    except ValueError as error:
+        raise UserError(f"{folder / MANIFEST} is damaged ({error}): delete {folder}, and {_AGAIN}") from error
+    return manifest
 
 
-@contextlib.contextmanager
-def writing(what: str, remedy: str) -> Iterator[None]:
-    """Turn what a disk refuses into one line: "<what> (<why>)<remedy>"."""
-    try:
-        yield
-    except Timeout:  # which is an OSError
-        raise
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{what} ({getattr(error, 'strerror', None) or error}){remedy}") from error
+def as_json(value: Any) -> Any:
+    """Return `value` as it would be read from a file: tuples are lists, choices are their values."""
+    return json.loads(json.dumps(value, default=lambda it: it.value if isinstance(it, Enum) else str(it)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shards:
+    """JSON rows in the files of one folder, which any number of processes, jobs and machines write together.
+
+        <folder>/manifest.json            the inputs that decide the rows; a folder of other inputs is refused
+        <folder>/00000-of-00007.jsonl     a shard: a row a line, written whole or not there
+        <folder>/locks/                   a lock for each file, held by the process that makes it
+
+    A process takes the next shard that no other works on, and at the end waits for those that others work on, or
+    makes them itself where these have died. A killed process loses one shard.
+    """
+
+    folder: Path
+    what: str  # the rows are, for messages: "responses"
+    count: int  # shards
+    rows: int  # in all of them
+    remedy: str = ": name another folder"  # for a folder that cannot be written
+
+    def begin(self, inputs: Mapping[str, Any]) -> None:
+        """Write the manifest, or compare it with the one that is there.
+
+        Raises:
+            UserError: the folder was made from other inputs, or cannot be written.
+        """
+        inputs = {**inputs, "shards": self.count, "rows": self.rows}
+        with self._writing():
+            (self.folder / "locks").mkdir(parents=True, exist_ok=True)
+            with self._lock(MANIFEST):
+                if not (self.folder / MANIFEST).exists():
+                    write_json(self.folder / MANIFEST, as_json(inputs))
+        check_manifest(self.folder, inputs, self.what)
+
+    @classmethod
+    def open(cls, folder: Path, what: str, remedy: str) -> "Shards":
+        """Find the shards that another command has begun; the remedy says what to type where there are none."""
+        manifest = _read_manifest(folder, what, remedy)
+        if not {"shards", "rows"} <= manifest.keys():
+            raise UserError(f"{folder} holds {what} of another version of align: delete it, and {_AGAIN}")
+        return cls(folder=folder, what=what, count=manifest["shards"], rows=manifest["rows"])
+
+    def missing(self) -> list[int]:
+        """Return the numbers of the shards that are not there."""
+        return [number for number in range(self.count) if not self._file(number).exists()]
+
+    def claim(self, title: str = "", decide: Callable[[Callable[[], Any]], Any] = lambda make: make()) -> Iterator[int]:
+        """Yield the number of each missing shard while this process holds its lock, for the caller to write it.
+
+        Args:
+            title: of a progress bar; empty for none.
+            decide: returns what rank 0 makes, on all processes that make each shard together: `Rank.from_first`.
+        """
+        total = len(decide(self.missing))
+        with tqdm(total=total, desc=title, unit="shard", disable=not title or total < _BAR_SHARDS) as bar:
+            for timeout in (0, -1):  # first what no one works on, then what others have not finished
+                for number in decide(self.missing):
+                    lock = self._lock(self._file(number).name, timeout)
+                    try:
+                        if decide(partial(self._take, number, lock)):
+                            yield number
+                    finally:
+                        lock.release()
+                    if not bar.disable:  # others have been at work too
+                        bar.update(total - len(self.missing()) - bar.n)
+
+    def write(self, number: int, rows: Iterable[Any]) -> None:
+        """Write a shard that this process has claimed."""
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        with self._writing():
+            write_text(self._file(number), text)
+
+    def read(self, parse: Callable[[Any], Any] = lambda row: row) -> list[Any]:
+        """Return the rows of all shards in order, each as `parse` makes it of what was written.
+
+        Raises:
+            UserError: a shard is missing or damaged.
+        """
+        rows: list[Any] = []
+        for file in map(self._file, range(self.count)):
+            try:
+                with file.open(encoding="utf-8") as lines:
+                    rows += [parse(json.loads(line)) for line in lines]
+            except FileNotFoundError as error:
+                raise UserError(f"{self.folder} is not finished, {file.name} is missing: {_AGAIN}") from error
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(f"{file} is damaged ({error}): delete it, and {_AGAIN}") from error
+        if len(rows) != self.rows:
+            found = f"{len(rows)} {self.what} in place of {self.rows}"
+            raise UserError(f"{self.folder} holds {found}: delete it, and {_AGAIN}")
+        return rows
+
+    def _take(self, number: int, lock: FileLock) -> bool:
+        """Return True with the lock of a shard that is still to be made; False while another process works on it."""
+        try:
+            with self._writing():
+                lock.acquire()
+        except Timeout:
+            return False
+        return not self._file(number).exists()
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"{number:05}-of-{self.count:05}.jsonl"
+
+    def _lock(self, name: str, timeout: float = -1) -> FileLock:
+        return FileLock(self.folder / "locks" / f"{name}.lock", timeout=timeout)
+
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        return writing(f"cannot write {self.folder}", self.remedy)
+
+
+# Fingerprints and differences ---------------------------------------------------------------------------------------
 
 
 def fingerprint(*parts: Any) -> str:
-    """Sixteen hex digits that change when any of these JSON-able values does."""
+    """Return sixteen hex digits that change when any of these JSON-able values does."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def file_fingerprint(path: Path) -> str:
-    """Sixteen hex digits of a file's content."""
+    """Return sixteen hex digits of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def differences(before: Any, now: Any, key: str = "") -> list[str]:
-    """ "key: was -> is" for every value that differs."""
+    """Return "key: was -> is" for every value that differs, long ones cut."""
     if isinstance(before, dict) and isinstance(now, dict):
         return [
             difference
             for name in sorted({*before, *now})
             for difference in differences(before.get(name), now.get(name), f"{key}.{name}".lstrip("."))
         ]
-    return [] if before == now else [f"{key}: {before} -> {now}"]
+    return [] if before == now else [f"{key}: {_short(before)} -> {_short(now)}"]
+
+
+def _short(value: Any) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) < 60 else f"{text[:57]}..."

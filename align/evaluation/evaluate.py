@@ -26,7 +26,7 @@ from align.files import differences, write_json, write_text, writing
 from align.launch import slurm
 from align.launch.local import in_each_process, logs_of
 from align.launch.rank import alone
-from align.onpolicy.sample import answering_fleet
+from align.onpolicy.sample import answering_cluster
 from align.say import UserError, is_first, quieten, resolve, say
 from align.tracking import trackers
 
@@ -113,7 +113,7 @@ def prepare(cfg: EvaluateConfig) -> Evaluation:
         suite=suite,
         sampling=sampling,
         folder=found.dir / "evaluation" / suite.name,
-        cluster=answering_fleet(of_command),
+        cluster=answering_cluster(of_command),
     )
 
 

@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from align.config import SelectionConfig
-from align.files import build_once, fingerprint
+from align.files import MANIFEST, as_json, build_once, check_manifest, fingerprint, write_json
 from align.onpolicy.sample import ResponseRow, read_samples
 from align.onpolicy.score import read_scores
 from align.onpolicy.select import Candidate, ScoredPrompt, Selection, select
 from align.say import UserError
 
 _VERSION = 1  # of what is written: raise it when the same inputs would give others
-
-
 SPLITS = ("train", "held_out")
 
 
@@ -41,7 +39,7 @@ def write_pairs(
     inputs = {
         "responses": _manifest_of(responses),
         "scores": _manifest_of(scores),
-        "selection": json.loads(json.dumps(asdict(settings), default=lambda value: value.value)),
+        "selection": asdict(settings),
         "seed": seed,
         "version": _VERSION,
     }
@@ -51,24 +49,16 @@ def write_pairs(
         for split in SPLITS:
             with (into / f"{split}.jsonl").open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[split])
-        (into / "manifest.json").write_text(json.dumps({**inputs, "counts": counts}, indent=1) + "\n")
+        write_json(into / MANIFEST, {**as_json(inputs), "counts": counts})
 
     build_once(folder, build, "name another folder")
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is no folder of pairs ({error}): delete it, or name another") from error
-    there = {name: manifest.get(name) for name in inputs}
-    other = [f"{name} {there[name]}, now {inputs[name]}" for name in inputs if there[name] != inputs[name]]
-    if other:
-        raise UserError(f"{folder} holds pairs of other inputs ({'; '.join(other)}): delete it, or name another")
-    counts: dict[str, dict[str, Any]] = manifest["counts"]
+    counts: dict[str, dict[str, Any]] = check_manifest(folder, inputs, "pairs")["counts"]
     return counts
 
 
 def _manifest_of(folder: Path) -> str | None:
     """A fingerprint of what the rows of a folder depend on; None where it has not begun."""
-    file = folder / "manifest.json"
+    file = folder / MANIFEST
     return fingerprint(file.read_text()) if file.is_file() else None
 
 

@@ -121,12 +121,13 @@ def select_pair(
             P(i beats j) + P(j beats i) = 1.
     """
     given = [candidate.score for candidate in candidates if candidate.score is not None]
-    _check_shapes(candidates, given, preferences)
+    if given and len(given) < len(candidates):
+        raise UserError(f"{len(given)} of {len(candidates)} candidates have scores: score all of them, or none")
+    check_preferences(preferences, len(candidates))
     if len(candidates) < 2:
         return Dropped.too_few
     if not all(math.isfinite(number) for numbers in (given, *preferences) for number in numbers):
         return Dropped.not_finite
-    _check_probabilities(preferences)
     samples = [candidate.text for candidate in candidates if candidate.origin == POLICY]
     if config.drop_identical and len(samples) > 1 and len(set(samples)) == 1:
         return Dropped.identical
@@ -194,24 +195,22 @@ def _preferences(prompt: ScoredPrompt, config: SelectionConfig) -> Matrix:
     return preferences(scores, config.temperature)
 
 
-def _check_shapes(candidates: Sequence[Candidate], given: Sequence[float], preferences: Matrix) -> None:
-    """Raise where some scores or preferences are missing."""
-    if given and len(given) < len(candidates):
-        raise UserError(f"{len(given)} of {len(candidates)} candidates have scores: score all of them, or none")
-    if any(len(side) != len(candidates) for side in (preferences, *preferences)):
-        raise UserError(
-            f"preferences of {len(candidates)} candidates must be {len(candidates)} rows of as many numbers"
-        )
+def check_preferences(preferences: Matrix, count: int) -> None:
+    """Raise for what cannot be P(i beats j) of `count` candidates, such as a judge asked in one order only.
 
-
-def _check_probabilities(preferences: Matrix) -> None:
-    """Raise for what cannot be P(i beats j), such as a judge asked in one order only."""
+    Numbers that are not finite say nothing, and pass.
+    """
+    if any(len(side) != count for side in (preferences, *preferences)):
+        raise UserError(f"preferences of {count} candidates must be {count} rows of as many numbers")
     for i, row in enumerate(preferences):
         for j, p in enumerate(row):
+            q = preferences[j][i]
+            if not (math.isfinite(p) and math.isfinite(q)):
+                continue
             if not 0 <= p <= 1:
                 raise UserError(f"P({i} beats {j}) is {p}, which is no probability")
-            if abs(p + preferences[j][i] - 1) > ROUNDING:
-                both = f"P({i} beats {j}) is {p} and P({j} beats {i}) is {preferences[j][i]}"
+            if abs(p + q - 1) > ROUNDING:
+                both = f"P({i} beats {j}) is {p} and P({j} beats {i}) is {q}"
                 raise UserError(f"{both}; they must add up to 1: take the mean of both orders, and 1/2 against itself")
 
 

@@ -19,7 +19,7 @@ from align.launch import slurm, strategy
 from align.launch.cluster import cluster_of
 from align.launch.rank import Cluster, Rank, inside
 from align.model.load import NotHereError, Start, start_model
-from align.onpolicy.sample import answering_fleet
+from align.onpolicy.sample import answering_cluster
 from align.onpolicy.scorers import registry
 from align.onpolicy.scorers.base import Identity
 from align.runs import plan
@@ -153,7 +153,7 @@ def check_sentinel(cfg: RunConfig, cluster: Cluster) -> None:
 
 def prepare_answers(cfg: RunConfig) -> tuple[Start, Prompts, Cluster]:
     """What sampling alone needs: who answers, what is asked, and the processes."""
-    cluster = answering_fleet(cfg)
+    cluster = answering_cluster(cfg)
     cache = Path(cfg.cache_dir).expanduser()
     start = start_model(cfg, cache)
     return start, load_prompts(cfg, start, cache), cluster

@@ -2,17 +2,17 @@
 
 import json
 import math
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
+from sampling import sample_by
 
 from align.choices import Rejected
 from align.config import SamplingConfig, SelectionConfig
 from align.data.prompts import Candidate, PromptRow
 from align.data.rows import read_pair
 from align.onpolicy.pairs import choose, scored_prompts, write_pairs
-from align.onpolicy.sample import read_samples, sample_prompts
+from align.onpolicy.sample import read_samples
 from align.onpolicy.samplers import Sample
 from align.onpolicy.score import annotate, read_scores
 from align.onpolicy.scorers.base import Identity, Kind, Scores
@@ -54,10 +54,7 @@ def sampled(folder, tokenizer, said=SAID, candidates=None, samples=3):
         ]
 
     settings = SamplingConfig(samples=samples, prompts_per_shard=2)
-    sample_prompts(
-        prompts, nullcontext(sampler), settings, folder,
-        tokenizer=tokenizer, policy="a policy", seed=42, iteration=1, silent=True,
-    )  # fmt: skip
+    sample_by(sampler, prompts, settings, folder, tokenizer, seed=42, iteration=1)
     return folder
 
 
@@ -228,17 +225,16 @@ def test_pairs_of_other_inputs_are_refused_and_the_difference_is_named(folders, 
             write_pairs(responses, scores, settings, pairs, seed=seed)
         return str(error.value)
 
-    assert "(seed 42, now 43)" in refused(seed=43)
+    assert "(seed: 42 -> 43)" in refused(seed=43)
     text = refused(settings=replace(SELECTION, min_gap=0.5, rejected=Rejected.random))
-    assert "(selection {'rejected': 'worst'," in text and "now {'rejected': 'random'," in text
-    assert "'min_gap': 0.5" in text and "seed" not in text
+    assert "(selection.min_gap: 0.0 -> 0.5; selection.rejected: worst -> random)" in text
     values = {name: [5.0, 4.0, 3.0] for name in SAID}
     other = tmp_path / "other_scores"
     annotate(read_samples(responses), replace_name(Scorer(values), "another"), other)
-    assert "(scores " in refused(scores=other)
-    assert ", now None)" in refused(scores=tmp_path / "nothing")
+    assert "(scores: " in refused(scores=other)
+    assert " -> None)" in refused(scores=tmp_path / "nothing")
     renamed = sampled(tmp_path / "renamed", tokenizer, candidates={"a": ["lion"]})
-    assert "(responses " in refused(responses=renamed)
+    assert "(responses: " in refused(responses=renamed)
 
 
 def replace_name(scorer, name):
@@ -248,14 +244,14 @@ def replace_name(scorer, name):
 
 def test_a_folder_that_holds_something_else_is_refused(folders, tmp_path):
     (tmp_path / "pairs").mkdir()
-    with pytest.raises(UserError, match=r"pairs is no folder of pairs .*delete it, or name another"):
+    with pytest.raises(UserError, match=r"pairs holds no pairs: delete it, or name another"):
         write_pairs(*folders, SELECTION, tmp_path / "pairs", seed=42)
 
 
 def test_stages_that_are_missing_are_named(folders, tmp_path):
     responses, scores = folders
     nothing = tmp_path / "nothing"
-    with pytest.raises(UserError, match=r"nothing holds no scores: run align annotate first"):
+    with pytest.raises(UserError, match=r"nothing holds no scores: type align annotate run_dir=.* scorer=\.\.\. first"):
         write_pairs(responses, nothing, SELECTION, tmp_path / "pairs", seed=42)
     with pytest.raises(UserError, match="nothing holds no responses"):
         write_pairs(nothing, scores, SELECTION, tmp_path / "pairs", seed=42)

@@ -12,21 +12,21 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_tiny, save_tiny
+from sampling import RANK, policy_of, sample_by
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align import engine
 from align.choices import Backend, Layout
-from align.config import SamplingConfig
+from align.config import RunConfig, SamplingConfig
 from align.data.prompts import Candidate, PromptRow
 from align.model.chat import prompt_ids, stop_token_ids
-from align.onpolicy.sample import check_sampling, open_sampler, read_samples, sample_prompts
+from align.onpolicy.sample import check_sampling, read_samples, sample_from
 from align.onpolicy.samplers import Prompt, Sample, hf_sampler, openai_sampler, seeds, servers, vllm_sampler
 from align.onpolicy.samplers.hf import _choose, _least_kept
 from align.say import UserError
@@ -385,7 +385,6 @@ def test_the_key_is_sent_and_never_shown(server, tokenizer, monkeypatch, capsys)
 
 PROMPTS = [PromptRow(id=f"p{i}", text=[{"role": "user", "content": f"name {i} 猫"}], split="train") for i in range(20)]
 SETTINGS = SamplingConfig(samples=3, temperature=0.9, max_new_tokens=8, prompts_per_shard=4)
-INPUTS = {"policy": "a policy", "seed": 7, "iteration": 2, "silent": True}
 
 
 def job(model: Path, folder: Path, seconds: float) -> None:
@@ -400,7 +399,7 @@ def job(model: Path, folder: Path, seconds: float) -> None:
         time.sleep(seconds)
         return draw(prompts, **options)
 
-    sample_prompts(PROMPTS, nullcontext(slowly), SETTINGS, folder, tokenizer=tokenizer, **INPUTS)
+    sample_by(slowly, PROMPTS, SETTINGS, folder, tokenizer)
 
 
 def start_job(*arguments) -> multiprocessing.Process:
@@ -442,7 +441,7 @@ def test_a_finished_folder_is_not_sampled_again(llama, tokenizer, tmp_path):
         raise AssertionError("opened")
         yield
 
-    sample_prompts(PROMPTS, opening(), SETTINGS, folder, tokenizer=tokenizer, **INPUTS)
+    sample_by(None, PROMPTS, SETTINGS, folder, tokenizer, opening=opening())
 
 
 @pytest.mark.slow
@@ -483,40 +482,40 @@ def test_a_killed_job_is_continued_without_a_row_twice_or_missing(uninterrupted,
 @pytest.mark.parametrize(
     "what, change",
     [
-        ("temperature 0.9, now 0.5", {"settings": replace(SETTINGS, temperature=0.5)}),
-        ("row_count 60, now 80; samples 3, now 4", {"settings": replace(SETTINGS, samples=4)}),
-        ("prompts_per_shard 4, now 5", {"settings": replace(SETTINGS, prompts_per_shard=5)}),
-        ("policy a policy, now another", {"policy": "another"}),
-        ("seed 7, now 8", {"seed": 8}),
-        ("iteration 2, now 3", {"iteration": 3}),
-        ("prompts .*, now .*; prompt_count 20, now 19; row_count 60, now 57", {"prompts": PROMPTS[1:]}),
+        ("temperature: 0.9 -> 0.5", {"settings": replace(SETTINGS, temperature=0.5)}),
+        ("rows: 60 -> 80; samples: 3 -> 4", {"settings": replace(SETTINGS, samples=4)}),
+        ("prompts_per_shard: 4 -> 5; shards: 5 -> 4", {"settings": replace(SETTINGS, prompts_per_shard=5)}),
+        ("policy: .* -> .*", {"fingerprint": "another"}),
+        ("seed: 7 -> 8", {"seed": 8}),
+        ("iteration: 2 -> 3", {"iteration": 3}),
+        ("prompts: .* -> .*; rows: 60 -> 57", {"prompts": PROMPTS[1:]}),
     ],
 )
 def test_other_inputs_are_not_mixed_with_old_shards(what, change, llama, tokenizer, tmp_path):
     folder = tmp_path / "responses"
     job(llama, folder, 0.0)
-    inputs = {"prompts": PROMPTS, "settings": SETTINGS, **INPUTS, **change}
-    with pytest.raises(UserError, match=f"other inputs \\({what}\\)"):
-        sample_prompts(opening=nullcontext(None), folder=folder, tokenizer=tokenizer, **inputs)
+    inputs = {"prompts": PROMPTS, "settings": SETTINGS, **change}
+    with pytest.raises(UserError, match=f"holds responses of other inputs \\({what}\\): delete it, or name another"):
+        sample_by(None, folder=folder, tokenizer=tokenizer, **inputs)
 
 
 def test_knobs_of_speed_may_change_between_runs(llama, tokenizer, tmp_path):
     job(llama, tmp_path / "responses", 0.0)
     faster = replace(SETTINGS, tokens_per_batch=64, requests_at_once=2)
-    sample_prompts(PROMPTS, nullcontext(None), faster, tmp_path / "responses", tokenizer=tokenizer, **INPUTS)
+    sample_by(None, PROMPTS, faster, tmp_path / "responses", tokenizer)
 
 
 def test_bad_prompts_and_folders_are_one_line(tokenizer, tmp_path):
     def run(prompts, folder):
-        sample_prompts(prompts, nullcontext(None), SETTINGS, folder, tokenizer=tokenizer, **INPUTS)
+        sample_by(None, prompts, SETTINGS, folder, tokenizer)
 
     with pytest.raises(UserError, match="'p0' comes twice"):
         run([PROMPTS[0], PROMPTS[0]], tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         run(PROMPTS, tmp_path / "file")
-    with pytest.raises(UserError, match="holds no responses"):
-        read_samples(tmp_path)
+    with pytest.raises(UserError, match=r"made.responses holds no responses: type align sample run_dir=.*made first"):
+        read_samples(tmp_path / "made" / "responses")
 
 
 def test_a_damaged_shard_is_named(llama, tmp_path):
@@ -525,10 +524,10 @@ def test_a_damaged_shard_is_named(llama, tmp_path):
     shard = folder / "00001-of-00005.jsonl"
     rows = shard.read_text().splitlines(keepends=True)
     shard.write_text("".join(rows[:-1]) + rows[-1][:20])
-    with pytest.raises(UserError, match=r"00001-of-00005.jsonl is damaged"):
+    with pytest.raises(UserError, match=r"00001-of-00005.jsonl is damaged .*: delete it, and type the command that"):
         read_samples(folder)
     shard.write_text("".join(rows[:-1]))
-    with pytest.raises(UserError, match="holds 59 rows in place of 60"):
+    with pytest.raises(UserError, match="holds 59 responses in place of 60: delete it"):
         read_samples(folder)
 
 
@@ -548,16 +547,11 @@ def test_settings_that_cannot_be_are_refused(change, message):
 
 
 def test_the_settings_open_their_backend(server, llama, tokenizer, tmp_path, uninterrupted):
-    def never():
-        raise AssertionError("loaded")
-
-    served = replace(SETTINGS, backend=Backend.openai, urls=[server.url])
-    sample_prompts(
-        PROMPTS, open_sampler(served, tokenizer, never, ""), served, tmp_path / "a", tokenizer=tokenizer, **INPUTS
-    )
-    sampler = open_sampler(SETTINGS, tokenizer, lambda: load(llama), "")
-    sample_prompts(PROMPTS, sampler, SETTINGS, tmp_path / "b", tokenizer=tokenizer, **INPUTS)
-    assert read_samples(tmp_path / "a") == read_samples(tmp_path / "b") == uninterrupted
+    policy, cfg = policy_of(tokenizer, llama), RunConfig(seed=7)
+    for settings in (SETTINGS, replace(SETTINGS, backend=Backend.openai, urls=[server.url])):
+        folder = tmp_path / settings.backend.name
+        sample_from(policy, PROMPTS, cfg, settings, folder, 2, "responses", RANK)
+        assert read_samples(folder) == uninterrupted
 
 
 # Candidates and splits ---------------------------------------------------------------------------------------------
@@ -575,7 +569,7 @@ def said(prompts, **options):
 
 
 def test_candidates_are_rows_behind_the_samples_and_every_row_knows_its_split(tokenizer, tmp_path):
-    sample_prompts(two_prompts(), nullcontext(said), SETTINGS, tmp_path, tokenizer=tokenizer, **INPUTS)
+    sample_by(said, two_prompts(), SETTINGS, tmp_path, tokenizer)
     rows = read_samples(tmp_path)
     assert [(row.prompt_id, row.k, row.origin, row.response, row.split) for row in rows] == [
         ("p0", 0, "policy", "owl", "train"),
@@ -588,19 +582,18 @@ def test_candidates_are_rows_behind_the_samples_and_every_row_knows_its_split(to
         ("p1", 2, "policy", "owl", "held_out"),
     ]
     assert [row.prompt for row in rows] == [PROMPTS[0].text] * 5 + [PROMPTS[1].text] * 3
-    assert json.loads((tmp_path / "manifest.json").read_text())["row_count"] == 3 + 2 + 3
+    assert json.loads((tmp_path / "manifest.json").read_text())["rows"] == 3 + 2 + 3
 
 
 def test_a_candidate_is_as_long_as_if_the_policy_had_said_it(tokenizer, tmp_path):
-    sample_prompts(two_prompts(), nullcontext(said), SETTINGS, tmp_path, tokenizer=tokenizer, **INPUTS)
+    sample_by(said, two_prompts(), SETTINGS, tmp_path, tokenizer)
     for row in read_samples(tmp_path)[3:5]:
         assert row.finished and row.response_ids[-1] in stop_token_ids(tokenizer)
         assert tokenizer.decode(row.response_ids[:-1]) == row.response, "and one token that ends it"
 
 
 def test_a_prompts_samples_do_not_depend_on_its_candidates(llama, tokenizer, uninterrupted, tmp_path):
-    sampler = nullcontext(hf_sampler(load(llama), tokenizer))
-    sample_prompts(two_prompts(), sampler, SETTINGS, tmp_path, tokenizer=tokenizer, **INPUTS)
+    sample_by(hf_sampler(load(llama), tokenizer), two_prompts(), SETTINGS, tmp_path, tokenizer)
     own = [row for row in read_samples(tmp_path) if row.origin == "policy"]
     assert [replace(row, split="train") for row in own] == uninterrupted[:6]
 
@@ -615,9 +608,9 @@ def test_a_prompts_samples_do_not_depend_on_its_candidates(llama, tokenizer, uni
     ids=["origin", "split", "candidate"],
 )
 def test_other_candidates_or_splits_are_not_mixed_with_old_shards(other, tokenizer, tmp_path):
-    sample_prompts(two_prompts(), nullcontext(said), SETTINGS, tmp_path, tokenizer=tokenizer, **INPUTS)
-    with pytest.raises(UserError, match=r"other inputs \(prompts .*\): delete it, or name another"):
-        sample_prompts(other, nullcontext(said), SETTINGS, tmp_path, tokenizer=tokenizer, **INPUTS)
+    sample_by(said, two_prompts(), SETTINGS, tmp_path, tokenizer)
+    with pytest.raises(UserError, match=r"other inputs \(prompts: .*\): delete it, or name another"):
+        sample_by(said, other, SETTINGS, tmp_path, tokenizer)
 
 
 # Servers that may hold another policy ------------------------------------------------------------------------------

@@ -169,9 +169,9 @@ def test_what_is_not_finite_is_null_in_the_file_and_nan_when_read(tmp_path):
         (Giving([1.0, 2.0, "good"]), "scorer length, prompt 'p-0': must be real number, not str"),
         (Giving([1.0, 2.0, 3.0], times=2), "scorer length answered 8 of 4 prompts"),
         (Giving([1.0, 2.0, 3.0], Kind.pairwise), "scorer length, prompt 'p-0': .*"),
-        (Giving([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5]], Kind.pairwise), "the wins of 3 responses must be that many rows"),
+        (Giving([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5]], Kind.pairwise), "preferences of 3 candidates must be 3 rows of as many"),
         (Giving([[0.5, 0.9, 0.5], [0.9, 0.5, 0.5], [0.5, 0.5, 0.5]], Kind.pairwise),
-         r"P\(0 beats 1\) is 0.9 and P\(1 beats 0\) is 0.9: both orders must add up to 1"),
+         r"P\(0 beats 1\) is 0.9 and P\(1 beats 0\) is 0.9; they must add up to 1"),
         (Giving([[0.5, 1.9, 0.5], [-0.9, 0.5, 0.5], [0.5, 0.5, 0.5]], Kind.pairwise), r"P\(0 beats 1\) is 1.9"),
         (Giving([[1.0, 0.5, 0.5], [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]], Kind.pairwise), r"P\(0 beats 0\) is 1.0 and"),
     ],
@@ -208,7 +208,9 @@ def test_after_a_failure_only_the_missing_shards_are_scored(tmp_path):
         annotate(ROWS, scorer, tmp_path)
     before = {file: file.stat().st_mtime_ns for file in shards(tmp_path)}
     assert len(before) == 2
-    with pytest.raises(UserError, match=r"is not finished, 00002-of-00006.jsonl is missing: run align annotate again"):
+    with pytest.raises(
+        UserError, match=r"is not finished, 00002-of-00006.jsonl is missing: type the command that makes it again"
+    ):
         read_scores(tmp_path)
     (tmp_path / "00002-of-00006.unfinished").write_text("half a shard")  # of one that was killed while it wrote
     again = Length()
@@ -221,11 +223,11 @@ def test_after_a_failure_only_the_missing_shards_are_scored(tmp_path):
 @pytest.mark.parametrize(
     "identity, what",
     [
-        ({"revision": "2"}, "revision was 1, is now 2"),
-        ({"name": "other"}, "name was length, is now other"),
-        ({"template": "another"}, "template was a text, is now another"),
-        ({"settings": {"max_length": 3}}, "settings was {}, is now {'max_length': 3}"),
-        ({"kind": Kind.pairwise}, "kind was pointwise, is now pairwise"),
+        ({"revision": "2"}, "scorer.revision: 1 -> 2"),
+        ({"name": "other"}, "scorer.name: length -> other"),
+        ({"template": "another"}, "scorer.template: a text -> another"),
+        ({"settings": {"max_length": 3}}, "scorer.settings.max_length: None -> 3"),
+        ({"kind": Kind.pairwise}, "scorer.kind: pointwise -> pairwise"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -233,7 +235,7 @@ def test_scores_of_another_scorer_are_not_mixed_in(tmp_path, identity, what):
     annotate(ROWS, Length(), tmp_path)
     shards(tmp_path)[2].unlink()
     other = Length(**identity)
-    with pytest.raises(UserError, match=rf"holds scores of another scorer \({what}\): delete it to score anew, or"):
+    with pytest.raises(UserError, match=rf"holds scores of other inputs \({what}\): delete it, or name another"):
         annotate(ROWS, other, tmp_path)
     assert other.asked == 0 and len(shards(tmp_path)) == 5
 
@@ -250,7 +252,7 @@ def test_scores_of_another_scorer_are_not_mixed_in(tmp_path, identity, what):
 )
 def test_scores_of_other_responses_are_not_taken(tmp_path, other):
     annotate(ROWS, Length(), tmp_path)
-    with pytest.raises(UserError, match="holds scores of other responses: delete it to score anew, or name another"):
+    with pytest.raises(UserError, match=r"holds scores of other inputs \((prompts.*|)responses: .* -> .*\): delete it"):
         annotate(other, Length(), tmp_path)
 
 
@@ -259,21 +261,23 @@ def test_damage_is_said_and_not_taken_for_scores(tmp_path):
     third = shards(tmp_path)[2]
     whole = third.read_text()
     third.write_text(whole[:-30])
-    with pytest.raises(UserError, match=rf"{third.name} is damaged .*: delete it and run align annotate again"):
+    with pytest.raises(UserError, match=rf"{third.name} is damaged .*: delete it, and type the command that makes"):
         read_scores(tmp_path)
     third.write_text(whole[: whole.rindex("\n", 0, -1) + 1])
-    with pytest.raises(UserError, match="has 65 scores of 66"):
+    with pytest.raises(UserError, match="holds 65 scores in place of 66"):
         read_scores(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match=r"manifest.json is damaged .*: delete .* and start again"):
+    with pytest.raises(
+        UserError, match=r"manifest.json is damaged .*: delete .*, and type the command that makes it again"
+    ):
         read_scores(tmp_path)
-    with pytest.raises(UserError, match=r"holds no scores: run align annotate first"):
+    with pytest.raises(UserError, match=r"holds no scores: type align annotate run_dir=.* scorer=\.\.\. first"):
         read_scores(tmp_path / "nowhere")
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").write_text("a file")
-    with pytest.raises(UserError, match=r"cannot write scores to .*file.*: name another folder"):
+    with pytest.raises(UserError, match=r"cannot write .*file.*: name another folder"):
         annotate(ROWS, Length(), tmp_path / "file" / "scores")
 
 
@@ -298,7 +302,7 @@ def work(folder: str, log: str, url: str) -> None:
 
 def start(folder: Path, log: Path, url: str = "") -> subprocess.Popen:
     log.touch()
-    code = "import sys, test_annotate; test_annotate.work(*sys.argv[1:])"
+    code = "import sys, test_score; test_score.work(*sys.argv[1:])"
     paths = os.pathsep.join(map(str, [ROOT, ROOT / "tests", ROOT / "tests" / "onpolicy"]))
     line = [sys.executable, "-c", code, str(folder), str(log), url]
     return subprocess.Popen(line, env={**os.environ, "PYTHONPATH": paths}, stderr=subprocess.PIPE, text=True)

@@ -268,7 +268,6 @@ def test_wins_ties_and_win_rate_are_those_of_the_samples(tmp_path):
 def write_selfplay(folder: Path, wins: list[list[float]] | None = None) -> Path:
     """Two iterations, two prompts, one answer each; the scorer gives scores, or P(i beats j) among the three policies."""
     write_run(folder, state="incomplete")
-    manifest = {"row_count": 2, "shards": ["0.jsonl"], "rows": 6}
     for number in range(3):
         responses = folder / f"iter_{number}" / "evaluation" / "responses"
         responses.mkdir(parents=True)
@@ -279,11 +278,12 @@ def write_selfplay(folder: Path, wins: list[list[float]] | None = None) -> Path:
                 "k": 0,
                 "prompt": [{"role": "user", "content": p}],
                 "response": f"{p}{number}",
+                "response_ids": [7],
             }
             for p in ("p", "q")
         ]
-        (responses / "0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (responses / "manifest.json").write_text(json.dumps(manifest))
+        (responses / "00000-of-00001.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (responses / "manifest.json").write_text(json.dumps({"shards": 1, "rows": 2}))
     scores = folder / "iter_2" / "evaluation" / "scores"
     scores.mkdir()
     rows = [
@@ -296,8 +296,8 @@ def write_selfplay(folder: Path, wins: list[list[float]] | None = None) -> Path:
         for p in ("p", "q")
         for k in range(3)  # the new policy, the one before, the start model
     ]
-    (scores / "0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (scores / "manifest.json").write_text(json.dumps(manifest))
+    (scores / "00000-of-00001.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (scores / "manifest.json").write_text(json.dumps({"shards": 1, "rows": 6}))
     for number in (1, 2):
         (folder / f"iter_{number}" / "summary.json").write_text("{}")
         (folder / f"iter_{number}" / "metrics.jsonl").write_text(
@@ -309,9 +309,7 @@ def write_selfplay(folder: Path, wins: list[list[float]] | None = None) -> Path:
     return folder
 
 
-def test_self_play_is_read_as_one_run_with_the_answers_of_its_last_iteration(tmp_path, monkeypatch):
-    monkeypatch.setattr("align.onpolicy.sample._files", lambda folder, manifest: [folder / "0.jsonl"])
-    monkeypatch.setattr("align.onpolicy.score._files", lambda folder, shards: [folder / "0.jsonl"])
+def test_self_play_is_read_as_one_run_with_the_answers_of_its_last_iteration(tmp_path):
     (run,) = read_runs([write_selfplay(tmp_path / "play")])
     assert [(a.prompt, a.policy, a.start, a.wins, a.ties) for a in run.answers] == [
         ("p", ["p2"], ["p0"], 1.0, 0.0),

@@ -1,5 +1,6 @@
 """The reference's column: right, in shards, each computed once by whoever comes first, whatever is killed meanwhile."""
 
+import json
 import os
 import signal
 import subprocess
@@ -14,12 +15,12 @@ import torch
 from conftest import ROOT
 from filelock import FileLock
 from oracle import group, oracle, tiny
-from safetensors.torch import load_file
 
 from align import engine
 from align.choices import Layout, Strategy
 from align.data.pairs import as_group, pair_lengths
 from align.engine.batching import fed_tokens
+from align.files import Shards
 from align.launch.rank import Rank
 from align.say import UserError
 from align.train import reference
@@ -66,14 +67,14 @@ def logps(cache: Path, *, policy=None, layout=Layout.shared, number=0, world=1, 
 
 
 def shards(cache: Path) -> list[Path]:
-    return sorted(cache.glob("reference/*/*.safetensors"))
+    return sorted(cache.glob("reference/*/*.jsonl"))
 
 
 @pytest.fixture
 def seen(monkeypatch):
     """Tokens of the responses of every forward, as it is made."""
     made = []
-    original = engine.response_statistics
+    original = reference.response_statistics
 
     def count(policy, batch, statistics):
         made.append(tuple(batch.length.tolist()))
@@ -100,13 +101,17 @@ def test_the_column_is_each_responses_logp_by_the_models_own_logits(layout, tmp_
 def test_shards_are_files_of_pairs_in_order_of_length_longest_first(tmp_path):
     column = logps(tmp_path)
     files = shards(tmp_path)
-    assert [file.name for file in files] == [f"0000{i}-of-00006.safetensors" for i in range(6)]
-    stored = [load_file(file)["logp"] for file in files]
-    assert [len(values) for values in stored] == [4, 4, 4, 4, 4, 2]
+    assert [file.name for file in files] == [f"0000{i}-of-00006.jsonl" for i in range(6)]
+    stored = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    assert [len(rows) for rows in stored] == [4, 4, 4, 4, 4, 2]
     lengths = pair_lengths(made_pairs())
     order = sorted(range(PAIRS), key=lambda i: (-fed_tokens([lengths[i]], Layout.shared), i))
-    assert torch.equal(torch.cat(stored), column[order])
-    assert not [file for file in files[0].parent.iterdir() if file.suffix not in (".safetensors", ".lock")]
+    assert [[row["chosen"], row["rejected"]] for rows in stored for row in rows] == column[order].tolist(), "to the bit"
+    assert {path.name for path in files[0].parent.iterdir()} == {
+        "manifest.json",
+        "locks",
+        *(file.name for file in files),
+    }
 
 
 def test_a_second_call_reads_what_the_first_computed_and_runs_no_forward(tmp_path, seen):
@@ -151,7 +156,7 @@ def test_strategies_share_a_column_where_their_forwards_round_alike(bf16, alike,
 def test_after_a_failure_only_the_missing_shards_are_computed(tmp_path, monkeypatch, seen):
     whole = logps(tmp_path / "whole")
     seen.clear()
-    counting = engine.response_statistics
+    counting = reference.response_statistics
 
     def stop(*args):
         if len(shards(tmp_path / "killed")) == 2:
@@ -174,12 +179,12 @@ def test_after_a_failure_only_the_missing_shards_are_computed(tmp_path, monkeypa
 def test_what_others_left_in_the_folder_is_harmless_and_stays(tmp_path, seen):
     whole = logps(tmp_path)
     folder = shards(tmp_path)[0].parent
-    third = folder / "00002-of-00006.safetensors"
+    third = folder / "00002-of-00006.jsonl"
     third.unlink()
     left = {
         "00002-of-00006.unfinished": b"half a shard",  # of a process that was killed while it wrote
         "notes.txt": b"mine",
-        "00000-of-00003.safetensors": b"of shards of another size",
+        "00000-of-00003.jsonl": b"of shards of another size",
     }
     for name, content in left.items():
         (folder / name).write_bytes(content)
@@ -187,16 +192,16 @@ def test_what_others_left_in_the_folder_is_harmless_and_stays(tmp_path, seen):
     assert torch.equal(logps(tmp_path), whole)
     assert responses(seen) == 2 * OF_A_SHARD and third.exists()
     assert not (folder / "00002-of-00006.unfinished").exists()  # written anew and put in its place
-    assert {
-        name: (folder / name).read_bytes() for name in left if name in ("notes.txt", "00000-of-00003.safetensors")
-    } == {name: left[name] for name in ("notes.txt", "00000-of-00003.safetensors")}
+    assert {name: (folder / name).read_bytes() for name in left if name in ("notes.txt", "00000-of-00003.jsonl")} == {
+        name: left[name] for name in ("notes.txt", "00000-of-00003.jsonl")
+    }
 
 
 def test_two_runs_at_once_share_the_shards_out(tmp_path, monkeypatch, seen):
     """Two runs of a sweep: threads with a policy each. The first waits until the second is there."""
     whole = logps(tmp_path / "whole")
     seen.clear()
-    counting, both, who = engine.response_statistics, threading.Barrier(2, timeout=60), []
+    counting, both, who = reference.response_statistics, threading.Barrier(2, timeout=60), []
 
     def together(*args):
         if threading.get_ident() not in who:
@@ -222,7 +227,7 @@ def test_two_runs_at_once_share_the_shards_out(tmp_path, monkeypatch, seen):
 def test_one_that_is_done_waits_for_the_shard_that_another_is_about(tmp_path, monkeypatch, seen):
     whole = logps(tmp_path / "whole")
     seen.clear()
-    counting, begun, go_on = engine.response_statistics, threading.Event(), threading.Event()
+    counting, begun, go_on = reference.response_statistics, threading.Event(), threading.Event()
     slow = threading.Thread(target=lambda: made.append(logps(tmp_path / "shared")))
     made = []
 
@@ -245,7 +250,7 @@ def test_a_damaged_shard_is_said_and_not_taken_for_numbers(tmp_path):
     logps(tmp_path)
     third = shards(tmp_path)[2]
     third.write_bytes(third.read_bytes()[:40])
-    with pytest.raises(UserError, match=rf"{third.name} is damaged .*: delete it and start again"):
+    with pytest.raises(UserError, match=rf"{third.name} is damaged .*: delete it, and type the command"):
         logps(tmp_path)
     third.unlink()
     logps(tmp_path)
@@ -253,7 +258,7 @@ def test_a_damaged_shard_is_said_and_not_taken_for_numbers(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "reference").write_text("a file")
-    with pytest.raises(UserError, match=r"cache_dir: cannot write .*reference.*set cache_dir= or ALIGN_CACHE"):
+    with pytest.raises(UserError, match=r"cannot write .*reference.*; set cache_dir= or ALIGN_CACHE"):
         logps(tmp_path)
 
 
@@ -264,7 +269,7 @@ def work(cache: str, log: str, stop_after: str) -> None:
     """What a process below does: the column; a line of `log` for every forward; after some shards it only waits."""
     reference._SHARD_PAIRS = OF_A_SHARD
     torch.set_num_threads(1)
-    original = engine.response_statistics
+    original = reference.response_statistics
 
     def statistics(policy, batch, names):
         if len(shards(Path(cache))) >= int(stop_after):
@@ -274,13 +279,13 @@ def work(cache: str, log: str, stop_after: str) -> None:
         time.sleep(0.05)  # so that the other process gets its share
         return original(policy, batch, names)
 
-    engine.response_statistics = statistics
+    reference.response_statistics = statistics
     logps(Path(cache))
 
 
 def start(cache: Path, log: Path, stop_after: int = 99) -> subprocess.Popen:
     code = "import sys, test_reference; test_reference.work(*sys.argv[1:])"
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    paths = os.pathsep.join(map(str, [ROOT, ROOT / "tests", ROOT / "tests" / "train"]))
     line = [sys.executable, "-c", code, str(cache), str(log), str(stop_after)]
     return subprocess.Popen(line, env={**os.environ, "PYTHONPATH": paths}, stderr=subprocess.PIPE, text=True)
 
@@ -323,7 +328,7 @@ def take_part(rank: int, world: int, store: str, folder: str) -> None:
     out = Path(folder)
     reference._SHARD_PAIRS = OF_A_SHARD
     torch.set_num_threads(1)
-    statistics, write = engine.response_statistics, reference._write
+    statistics, write = reference.response_statistics, Shards.write
 
     def note(what: str, number: int) -> None:
         with (out / "log").open("a") as file:
@@ -333,11 +338,11 @@ def take_part(rank: int, world: int, store: str, folder: str) -> None:
         note("forward", len(batch.length))
         return statistics(policy, batch, names)
 
-    def count_files(file, values):
-        note("wrote", int(file.name[:5]))
-        write(file, values)
+    def count_shards(shards, number, rows):
+        note("wrote", number)
+        write(shards, number, rows)
 
-    engine.response_statistics, reference._write = count, count_files
+    reference.response_statistics, Shards.write = count, count_shards
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     torch.save(logps(out / "cache", number=rank, world=world), out / f"{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -350,8 +355,8 @@ def test_the_ranks_of_a_run_work_on_one_shard_in_step_and_get_the_column_of_one_
     """Another run, which is the test, holds the first shard and lets go of it: rank 0 alone may wait for its lock."""
     whole = logps(tmp_path / "whole")
     cache = tmp_path / "cache" / "reference" / shards(tmp_path / "whole")[0].parent.name
-    cache.mkdir(parents=True)
-    with FileLock(cache / "00000-of-00006.safetensors.lock"):
+    (cache / "locks").mkdir(parents=True)
+    with FileLock(cache / "locks" / "00000-of-00006.jsonl.lock"):
         args = (world, str(tmp_path / "store"), str(tmp_path))
         ranks = torch.multiprocessing.spawn(take_part, args=args, nprocs=world, join=False)
         until = time.monotonic() + 120
@@ -359,7 +364,7 @@ def test_the_ranks_of_a_run_work_on_one_shard_in_step_and_get_the_column_of_one_
             assert time.monotonic() < until and all(process.is_alive() for process in ranks.processes)
             time.sleep(0.02)
         time.sleep(0.3)
-        assert not (cache / "00000-of-00006.safetensors").exists()
+        assert not (cache / "00000-of-00006.jsonl").exists()
     while not ranks.join(timeout=1):
         assert time.monotonic() < until
     columns = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
