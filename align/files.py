@@ -263,6 +263,17 @@ def file_fingerprint(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
+def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted keys, as they are typed."""
+    made: dict[str, Any] = {}
+    for name, value in node.items():
+        if isinstance(value, Mapping) and value:
+            made |= flat(value, f"{prefix}{name}.")
+        else:
+            made[f"{prefix}{name}"] = value
+    return made
+
+
 def differences(before: Any, now: Any, key: str = "") -> list[str]:
     """Return "key: was -> is" for every value that differs, long ones cut."""
     if isinstance(before, dict) and isinstance(now, dict):

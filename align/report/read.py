@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from align.files import flat
 from align.say import UserError
 from align.stats.length_control import length_controlled_win_rate
 
@@ -228,17 +229,6 @@ def read_run(folder: Path, name: str) -> Run:
         made_with=made_with[1] if made_with else "",
         command=str(config.get("command", "")),
     )
-
-
-def flat(node: Values, prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted keys, as they are typed."""
-    made: dict[str, Any] = {}
-    for name, value in node.items():
-        if isinstance(value, Mapping) and value:
-            made |= flat(value, f"{prefix}{name}.")
-        else:
-            made[f"{prefix}{name}"] = value
-    return made
 
 
 # Parts of a run -------------------------------------------------------------------------------------------------------

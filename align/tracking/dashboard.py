@@ -21,27 +21,18 @@ from align.say import UserError, closest
 from align.tracking import trackers
 
 _USAGE = "python -m align dashboard entity/project [name=...] [group=...] [metric=result/win_rate] [--dry-run]"
-
-
 _X_AXIS = "train/global_step"
-
-
 _BY = "objective.name"
-
-
 _BY_RUN = ("Hyperparameters", "Runs")  # sections of the report in which runs stand alone
+_DRAWN = {"__id__", "id", "ref"}  # keys whose values wandb draws at random at every call
 
-
-_DRAWN = {"__id__", "id", "ref"}  # keys whose values are made up anew at every call
-
-
-#: Settings that are held against the metric; whether their axis is logarithmic.
+#: Settings that are drawn against the metric -> whether their axis is logarithmic.
 _SETTINGS = {"objective.beta": True, "objective.gamma_beta_ratio": False, "optimizer.learning_rate": True}
 
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """What is shown of which project."""
+    """The words of the command: which runs of which project are shown, by which metric."""
 
     entity: str
     project: str
@@ -63,10 +54,10 @@ class View:
 
 
 def view(words: Sequence[str]) -> View:
-    """What the words ask for.
+    """Parse the words of the command.
 
     Raises:
-        UserError: a word that is none, or a metric that is a curve.
+        UserError: an unknown word, or a metric that is a curve.
     """
     flags = {word for word in words if word.startswith("-")}
     options = dict(word.split("=", 1) for word in words if "=" in word and word not in flags)
@@ -102,31 +93,31 @@ def dashboard(words: Sequence[str]) -> None:
     if not wanted.dry_run and not trackers.has_wandb_key():
         raise UserError("no wandb key: type `wandb login`, or set WANDB_API_KEY; --dry-run does without")
     try:
-        made = {"workspace": workspace(wanted), "report": report(wanted)}
+        built = {"workspace": workspace(wanted), "report": report(wanted)}
         if wanted.dry_run:
-            print(json.dumps({name: spec(one) for name, one in made.items()}, indent=1))
+            print(json.dumps({name: spec(one) for name, one in built.items()}, indent=1))
             return
-        for one in made.values():
+        for one in built.values():
             one.save()
             print(one.url)
     except Exception as error:  # wandb's own, of many kinds
         raise UserError(f"wandb does not take it: {' '.join(str(error).split())[:300]}") from error
 
 
-def spec(made: Any) -> dict[str, Any]:
-    """A workspace or report as wandb stores it, without what is drawn anew each time."""
+def spec(built: Any) -> dict[str, Any]:
+    """Return a workspace or report as wandb stores it, without what differs at every call."""
 
     def lasting(node: Any) -> Any:
         if isinstance(node, dict):
             return {key: lasting(value) for key, value in node.items() if key not in _DRAWN}
         return [lasting(value) for value in node] if isinstance(node, list) else node
 
-    stored: dict[str, Any] = lasting(json.loads(made._to_model().model_dump_json(by_alias=True, exclude_none=True)))
+    stored: dict[str, Any] = lasting(json.loads(built._to_model().model_dump_json(by_alias=True, exclude_none=True)))
     return stored
 
 
 def workspace(wanted: View) -> Any:
-    """The saved view of the project: all panels, runs grouped by objective, the best first."""
+    """Build the saved view of the project: all panels, runs grouped by objective, the best first."""
     import wandb_workspaces.workspaces as ws
 
     return ws.Workspace(
@@ -147,7 +138,7 @@ def workspace(wanted: View) -> Any:
 
 
 def report(wanted: View) -> Any:
-    """A page to write on: the same panels under headings, with what the numbers mean."""
+    """Build a page to write on: the same panels under headings, with what the numbers mean."""
     import wandb_workspaces.reports.v2 as wr
 
     # A run set is looked up in its project, which needs a login; without one it means the report's own.
@@ -184,7 +175,7 @@ def _filter(wanted: View) -> str:
 
 
 def _panels(wanted: View) -> dict[str, list[Any]]:
-    """Panels by section, made anew at every call: each has an identity of its own."""
+    """Build the panels of each section, new ones at every call: each has an identity of its own."""
     import wandb_workspaces.reports.v2 as wr
 
     metric = wr.SummaryMetric(wanted.metric)
@@ -226,7 +217,7 @@ def _title(metric: Metric, place: str) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command on the words of the command line."""
     words = sys.argv[1:]
     if {"-h", "--help"} & {*words}:
         print(__doc__)

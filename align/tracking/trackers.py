@@ -1,8 +1,8 @@
 """Experiment trackers behind one interface. The only file that imports wandb, trackio or tensorboard.
 
-A tracker never costs a run: without a key or a network wandb writes to disk and says how to upload, and a tracker that
-fails is said once, since metrics.jsonl has everything. The x axis is `train/global_step`, as an offline run that is
-resumed starts its own counter again. Left out: the answers of self-play, which are in its folders only.
+A tracker never costs a run: without a key or a network wandb writes to disk and says how to upload, and the failure of a
+tracker is one line, since metrics.jsonl has everything. The x axis is `train/global_step`, as an offline run that is
+resumed starts its own counter again. Left out: the answers of self-play's iterations, which are in its folders only.
 """
 
 import contextlib
@@ -11,11 +11,7 @@ import json
 import os
 import re
 import secrets
-import ssl
 import sys
-import threading
-import urllib.request
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -24,70 +20,40 @@ from urllib.parse import urlparse
 
 from align.choices import Source, TrackerMode, TrackerName
 from align.config import RunConfig, is_group, plain
+from align.files import flat
 from align.metrics import goal
 from align.say import UserError
 
+CURVES = ("train/", "eval/", "selfplay/", "sentinel/")  # places of which a run has several values
+_WITH_BEST = ("eval/", "selfplay/")  # those whose best value stands in the summary beside the last
+_SUMMARY = {"maximize": "last,max", "minimize": "last,min"}
 _X_AXIS = "train/global_step"
 
-
-CURVES = ("train/", "eval/", "selfplay/", "sentinel/")  # of which a run has several values
-
-
-_WITH_BEST = ("eval/", "selfplay/")  # whose best value stands in the summary beside the last
-
-
-_SUMMARY = {"maximize": "last,max", "minimize": "last,min"}
-
-
-_ANSWER_TIMEOUT = 5.0  # seconds in which a server says anything
-
-
 _INIT_TIMEOUT = 15  # seconds; wandb's own 90 and retries are a hang to who sits before it
-
-
 _FINISH_TIMEOUT = 120  # seconds that the last upload may take; what is not sent stays on disk
 
-
 _SAMPLES = 64  # prompts whose answers are shown
-
-
 _SAMPLE_COLUMNS = ["prompt", "start", "policy", "start_score", "policy_score", "win"]
 
-
 _TAG_LENGTH, _PROJECT_LENGTH = 64, 128  # what wandb takes
-
-
 _NOT_IN_PROJECT = r"[/\\#?%:]"
 
 
-class Tracker(ABC):
-    """One run's metrics, sent somewhere."""
+class Tracker:
+    """Metrics of one run, sent somewhere. This one sends them nowhere."""
 
-    @abstractmethod
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Metrics of a step, under the names they have in metrics.jsonl."""
+        """Send the metrics of a step, under the names they have in metrics.jsonl."""
 
-    @abstractmethod
     def show(self, samples: list[list[Any]]) -> None:
-        """Answers to some prompts, rows of `_SAMPLE_COLUMNS`, where there are tables."""
+        """Send answers to some prompts, rows of `_SAMPLE_COLUMNS`, where there are tables."""
 
-    @abstractmethod
     def finish(self, results: Mapping[str, float], failed: bool) -> None:
         """Close the run; `results` become its summary."""
 
 
-class NoTracker(Tracker):
-    """Nobody is told."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
-
-    def show(self, samples: list[list[Any]]) -> None: ...
-
-    def finish(self, results: Mapping[str, float], failed: bool) -> None: ...
-
-
 class Stretch(Tracker):
-    """A stretch of a run: its steps follow those before it, and its end is not the run's."""
+    """A training within a longer run: its steps follow those before it, and its end is not the run's."""
 
     def __init__(self, tracker: Tracker, steps_before: int) -> None:
         self._tracker, self._steps_before = tracker, steps_before
@@ -95,30 +61,22 @@ class Stretch(Tracker):
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._tracker.log(self._steps_before + step, metrics)
 
-    def show(self, samples: list[list[Any]]) -> None: ...
-
-    def finish(self, results: Mapping[str, float], failed: bool) -> None: ...
-
 
 class _Careful(Tracker):
-    """The tracker of a run folder, which costs the run nothing: its failure is said once, and the run goes on without.
+    """The tracker of a run folder, which costs the run nothing: its failure is one line, and the run goes on without.
 
     At a good end it shows the answers that the run has left in samples.jsonl.
     """
 
     def __init__(self, name: str, run_dir: Path, make: Callable[[], Tracker]) -> None:
         self._name, self._samples = name, run_dir / "samples.jsonl"
-        self._tracker: Tracker = NoTracker()
+        self._tracker = Tracker()
         with self._saying_failures():
             self._tracker = make()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         with self._saying_failures():
             self._tracker.log(step, metrics)
-
-    def show(self, samples: list[list[Any]]) -> None:
-        with self._saying_failures():
-            self._tracker.show(samples)
 
     def finish(self, results: Mapping[str, float], failed: bool) -> None:
         with self._saying_failures():
@@ -132,7 +90,7 @@ class _Careful(Tracker):
         try:
             yield
         except Exception as error:
-            self._tracker = NoTracker()
+            self._tracker = Tracker()
             print(f"align: {self._name} failed ({_brief(error)}); metrics.jsonl goes on", file=sys.stderr)
 
 
@@ -140,6 +98,7 @@ class WandbTracker(Tracker):
     """Weights & Biases, online or on disk."""
 
     def __init__(self, cfg: RunConfig, run_dir: Path, config: dict[str, Any], labels: dict[str, Any]) -> None:
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it holds up the end of a run whose server is silent
         import wandb
 
         folder = run_dir / "wandb"
@@ -160,18 +119,13 @@ class WandbTracker(Tracker):
             **labels,
         }
         mode: Any = _wandb_mode(cfg)
-        why = _unanswered(_wandb_url()) if mode == "online" else ""
-        if not why:
-            try:
-                self._run = wandb.init(mode=mode, **options)
-            except Exception as error:  # a wrong key, a server error: the run matters more
-                if mode != "online":
-                    raise
-                why = _brief(error)
-                options["id"] = secrets.token_hex(4)  # the first one counts as in use
-                identity.write_text(options["id"])
-        if why:
-            print(f"align: wandb cannot go online ({why}); writing to disk", file=sys.stderr)
+        try:
+            self._run = wandb.init(mode=mode, **options)
+        except Exception as error:  # no network, a wrong key, a server error: the run matters more
+            if mode != "online":
+                raise
+            print(f"align: wandb cannot go online ({_brief(error)}); writing to disk", file=sys.stderr)
+            wandb.teardown()  # for its service the run's id would be in use
             mode = "offline"
             self._run = wandb.init(mode=mode, **options)
         if mode == "offline":  # all stretches of a run that was stopped, in their order
@@ -212,7 +166,7 @@ class TrackioTracker(Tracker):
             project=cfg.tracker.project,
             name=labels["name"],
             group=labels["group"],
-            config=_dotted(config),  # its dashboard groups by plain values only
+            config=flat(config),  # its dashboard groups by plain values only
             resume="allow" if known.exists() else "never",
             embed=False,
         )
@@ -247,8 +201,6 @@ class TensorboardTracker(Tracker):
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
-    def show(self, samples: list[list[Any]]) -> None: ...
-
     def finish(self, results: Mapping[str, float], failed: bool) -> None:
         self.log(self._step, results)
         self._writer.close()
@@ -262,14 +214,18 @@ _TRACKERS: dict[TrackerName, Callable[[RunConfig, Path, dict[str, Any], dict[str
 
 
 def start(cfg: RunConfig, run_dir: Path, config: dict[str, Any], rank: int) -> Tracker:
-    """The configured tracker on rank 0, silence elsewhere. `config` is the resolved configuration, nested."""
+    """Open the configured tracker on rank 0, elsewhere one that sends nothing.
+
+    Args:
+        config: the resolved configuration, nested.
+    """
     if cfg.tracker.name is TrackerName.none or rank != 0:
-        return NoTracker()
+        return Tracker()
     return _Careful(cfg.tracker.name.value, run_dir, lambda: _open(cfg, run_dir, config))
 
 
 def add_results(run_dir: Path, cfg: RunConfig, results: Mapping[str, float]) -> None:
-    """Results that came after the run, into the summary of the run that the folder has in its tracker."""
+    """Put results that came after the run into the summary of the run that the folder has in its tracker."""
     if cfg.tracker.name is TrackerName.none:
         return
     try:
@@ -314,12 +270,31 @@ def check(cfg: RunConfig) -> None:
         )
 
 
+def has_wandb_key() -> bool:
+    """True when wandb will find a key, in the environment or in .netrc."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    import netrc
+
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _wandb_mode(cfg: RunConfig) -> str:
+    if cfg.tracker.mode is not TrackerMode.auto:
+        return cfg.tracker.mode.name
+    return os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
+
+
 def _tags(cfg: RunConfig) -> list[str]:
     return list(dict.fromkeys([str(cfg.objective["name"]), cfg.model.name, cfg.dataset.name, *cfg.tracker.tags]))
 
 
 def _first_answers(file: Path) -> list[list[Any]]:
-    """Rows of `_SAMPLE_COLUMNS`: to each prompt the first answer of start model and policy, and what the judge says.
+    """Read rows of `_SAMPLE_COLUMNS`: to each prompt the first answer of start model and policy, and the judge's word.
 
     That is a score of each, or P(the policy's wins) where the judge only compares.
     """
@@ -334,65 +309,5 @@ def _first_answers(file: Path) -> list[list[Any]]:
     return rows
 
 
-def _dotted(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by the keys that are typed: objective.beta."""
-    made: dict[str, Any] = {}
-    for name, value in node.items():
-        made |= _dotted(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return made
-
-
 def _brief(error: Exception) -> str:
     return " ".join(str(error).split())[:120] or type(error).__name__
-
-
-def _wandb_mode(cfg: RunConfig) -> str:
-    if cfg.tracker.mode is not TrackerMode.auto:
-        return cfg.tracker.mode.name
-    return os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
-
-
-def _wandb_url() -> str:
-    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-
-
-def has_wandb_key() -> bool:
-    """Whether wandb will find a key, in the environment or in .netrc."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    import netrc
-
-    host = urlparse(_wandb_url()).hostname or ""
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def _unanswered(url: str) -> str:
-    """Why a server says nothing, in words; "" where it says anything at all: what it means is for wandb to judge."""
-    said = [f"no answer from {url} in {_ANSWER_TIMEOUT:g} s"]
-
-    def ask() -> None:
-        try:
-            urllib.request.build_opener(_Stay).open(url, timeout=_ANSWER_TIMEOUT).close()  # by a proxy, if one is set
-        except urllib.error.URLError as error:
-            answered = isinstance(error, urllib.error.HTTPError)
-            certificate = isinstance(error.reason, ssl.SSLError)  # wandb has its own
-            said.append("" if answered or certificate else f"{url}: {error.reason}")
-        except TimeoutError:
-            pass
-        else:
-            said.append("")
-
-    asking = threading.Thread(target=ask, daemon=True)  # a name server that is silent heeds no timeout
-    asking.start()
-    asking.join(_ANSWER_TIMEOUT)
-    return said[-1]
-
-
-class _Stay(urllib.request.HTTPRedirectHandler):
-    """Where a redirect leads is no matter: it is an answer."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
