@@ -1,4 +1,4 @@
-"""What an iteration came to, in figures: who wins, how good, long and varied the answers are. Pure: no files, no models.
+"""Figures of answers: who wins, how good, long and varied they are. Pure: no files, no models.
 
 All policies answer the same held-out prompts, each with random numbers of its own, since answers that share them are no
 independent samples; and one scorer sees all answers to a prompt together, so a pairwise scorer can say who wins. Left out: what a training says of itself (accuracies, its results.json).
@@ -12,13 +12,13 @@ from typing import Any
 
 from align.metrics import shown
 from align.onpolicy.sample import ResponseRow
-from align.onpolicy.select import Matrix, ScoredPrompt, preferences
+from align.onpolicy.select import ScoredPrompt, matrix_of
 
 _GRAM = 4  # tokens of what counts as repeated
 
 
 def side_by_side(answers: Mapping[str, Sequence[ResponseRow]], iteration: int) -> list[ResponseRow]:
-    """The answers of several policies as candidates for the same prompts, each policy's name as their origin."""
+    """Return the answers of several policies as candidates for the same prompts, each policy's name as their origin."""
     rows: list[ResponseRow] = []
     for name, own in answers.items():
         offset = 1 + max((row.k for row in rows), default=-1)
@@ -28,7 +28,7 @@ def side_by_side(answers: Mapping[str, Sequence[ResponseRow]], iteration: int) -
 
 
 def figures(rows: Sequence[ResponseRow], scored: Sequence[ScoredPrompt], name: str) -> dict[str, float]:
-    """Of a policy's own answers.
+    """Return the figures of a policy's own answers.
 
     Returns:
         `sample_length` in tokens; `distinct`, the share of different answers to a prompt; `unfinished`, the share that
@@ -56,7 +56,7 @@ def figures(rows: Sequence[ResponseRow], scored: Sequence[ScoredPrompt], name: s
 
 
 def repetition(token_ids: Sequence[int]) -> float:
-    """seq-rep-4: the share of an answer's 4-grams that were there before; 0 where it has none.
+    """Return seq-rep-4: the share of an answer's 4-grams that were there before; 0 where it has none.
 
     1 - distinct / all 4-grams, Welleck et al. 2019, https://arxiv.org/abs/1908.04319.
     """
@@ -65,7 +65,7 @@ def repetition(token_ids: Sequence[int]) -> float:
 
 
 def win_rate(scored: Sequence[ScoredPrompt], ours: str, theirs: str) -> float:
-    """P(an answer of `ours` beats one of `theirs`), over all pairs of answers to a prompt, then over prompts.
+    """Return P(an answer of `ours` beats one of `theirs`), over all pairs of answers to a prompt, then over prompts.
 
     Of two scores the higher one wins surely, and equal ones are half a win each. NaN where nothing is scored.
     """
@@ -74,7 +74,7 @@ def win_rate(scored: Sequence[ScoredPrompt], ours: str, theirs: str) -> float:
 
 
 def ties(scored: Sequence[ScoredPrompt], ours: str, theirs: str) -> float:
-    """The share of pairs of answers to a prompt that are equally good, then over prompts.
+    """Return the share of pairs of answers to a prompt that are equally good, then over prompts.
 
     An answer is no pair with itself. NaN where there is no pair, or nothing is scored.
     """
@@ -87,8 +87,8 @@ def ties(scored: Sequence[ScoredPrompt], ours: str, theirs: str) -> float:
 
 
 def chances(prompt: ScoredPrompt, ours: str, theirs: str) -> list[list[float]]:
-    """Row i, column j: P(the i-th answer of `ours` beats the j-th of `theirs`)."""
-    matrix = _matrix(prompt)
+    """Return in row i, column j P(the i-th answer of `ours` beats the j-th of `theirs`)."""
+    matrix = matrix_of(prompt, temperature=0.0)
     rows, columns = (
         [i for i, candidate in enumerate(prompt.candidates) if candidate.origin == name] for name in (ours, theirs)
     )
@@ -101,16 +101,10 @@ def line(made: Mapping[str, Any]) -> str:
 
 
 def usable(scored: Sequence[ScoredPrompt]) -> list[ScoredPrompt]:
-    """Prompts whose answers all have finite scores."""
+    """Return the prompts whose answers all have finite scores."""
     return [
         prompt
         for prompt in scored
         if all(math.isfinite(p) for row in prompt.preferences or () for p in row)
         and all(c.score is None or math.isfinite(c.score) for c in prompt.candidates)
     ]
-
-
-def _matrix(prompt: ScoredPrompt) -> Matrix:
-    if prompt.preferences is not None:
-        return prompt.preferences
-    return preferences([c.score for c in prompt.candidates if c.score is not None], temperature=0.0)

@@ -57,7 +57,7 @@ def write_pairs(
 
 
 def _manifest_of(folder: Path) -> str | None:
-    """A fingerprint of what the rows of a folder depend on; None where it has not begun."""
+    """Return a fingerprint of what the rows of a folder depend on; None where it has not begun."""
     file = folder / MANIFEST
     return fingerprint(file.read_text()) if file.is_file() else None
 
@@ -65,7 +65,7 @@ def _manifest_of(folder: Path) -> str | None:
 def choose(
     responses: Sequence[ResponseRow], scores: Sequence[Mapping[str, Any]], settings: SelectionConfig, seed: int
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, dict[str, Any]]]:
-    """Rows of pairs by split, and what `write_pairs` returns. Pure."""
+    """Return rows of pairs by split, and what `write_pairs` returns. Pure."""
     rows: dict[str, list[dict[str, Any]]] = {}
     counts = {}
     for split in SPLITS:
@@ -78,7 +78,7 @@ def choose(
 
 
 def scored_prompts(responses: Sequence[ResponseRow], scores: Sequence[Mapping[str, Any]]) -> Iterator[ScoredPrompt]:
-    """Each prompt's responses with their scores, in the order of the responses.
+    """Yield each prompt's responses with their scores, in the order of the responses.
 
     Raises:
         UserError: a response has no score.
@@ -103,13 +103,13 @@ def scored_prompts(responses: Sequence[ResponseRow], scores: Sequence[Mapping[st
 
 
 def _row(prompt: ResponseRow, pair: Selection) -> dict[str, Any]:
-    """As rows.py reads it."""
+    """Return a pair as data/rows.py reads it."""
     chosen = {key: value for key, value in asdict(pair).items() if not key.endswith("_index")}
     return {"id": prompt.prompt_id, "iteration": prompt.iteration, "prompt": prompt.prompt, **chosen}
 
 
 def describe_counts(counts: dict[str, dict[str, Any]]) -> str:
-    """What became of the prompts of each split, in a line."""
+    """Return in a line what became of the prompts of each split."""
     lines = []
     for split, of_split in counts.items():
         dropped = ", ".join(f"{count} {reason}" for reason, count in of_split["dropped"].items())

@@ -13,7 +13,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +22,13 @@ from align.files import Shards, fingerprint
 from align.launch.rank import Rank, free
 from align.onpolicy.sample import ResponseRow
 from align.onpolicy.scorers import registry
-from align.onpolicy.scorers.base import Item, Kind, Prompt, Scorer, Scores
+from align.onpolicy.scorers.base import Item, Kind, Scorer, Scores
 from align.onpolicy.select import check_preferences
 from align.say import UserError
 
 _SHARD_PROMPTS = 32  # what a killed run loses at most, and pays a judge for twice
-_VERSION = 1  # of what a shard holds: raise it when that changes
+_VERSION = 2  # of what a shard holds: raise it when that changes
 _COLUMNS = ("iteration", "prompt_id", "k", "score", "wins", "scorer", "revision", "template")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Group:
-    """A prompt of an iteration and its K responses, in the order of k."""
-
-    iteration: int
-    prompt_id: str
-    ks: list[int]
-    item: Item
 
 
 def score_responses(rows: Sequence[ResponseRow], cfg: RunConfig, folder: Path, rank: Rank) -> None:
@@ -67,7 +57,8 @@ def annotate(responses: Sequence[ResponseRow], scorer: Scorer, folder: Path, *, 
     chunks = [groups[at : at + _SHARD_PROMPTS] for at in range(0, len(groups), _SHARD_PROMPTS)]
     digest = hashlib.sha256()
     for group in groups:
-        digest.update(json.dumps(asdict(group), sort_keys=True).encode())
+        rows = [[row.iteration, row.prompt_id, row.k, row.prompt, row.response] for row in group]
+        digest.update(json.dumps(rows).encode())
     shards = Shards(folder=folder, what="scores", count=len(chunks), rows=len(responses))
     shards.begin(
         {
@@ -109,55 +100,40 @@ def counts(rows: Sequence[Mapping[str, Any]]) -> Counter[str]:
     return total
 
 
-def _by_prompt(responses: Sequence[ResponseRow]) -> list[_Group]:
-    """Return the responses of each prompt together, prompts in the order of their first response."""
-    found: dict[tuple[int, str], dict[int, str]] = {}
-    prompts: dict[tuple[int, str], Prompt] = {}
+def _by_prompt(responses: Sequence[ResponseRow]) -> list[list[ResponseRow]]:
+    """Return the responses of each prompt together, by k, the prompts in the order of their first response."""
+    found: dict[tuple[int, str], dict[int, ResponseRow]] = {}
     for row in responses:
-        key = (row.iteration, row.prompt_id)
-        texts = found.setdefault(key, {})
-        if row.k in texts:
+        own = found.setdefault((row.iteration, row.prompt_id), {})
+        if row.k in own:
             raise UserError(f"response {row.k} to prompt {row.prompt_id!r} of iteration {row.iteration} comes twice")
-        if prompts.setdefault(key, row.prompt) != row.prompt:
+        if own and next(iter(own.values())).prompt != row.prompt:
             raise UserError(f"prompt {row.prompt_id!r} of iteration {row.iteration} stands for two different prompts")
-        texts[row.k] = row.response
+        own[row.k] = row
     if not found:
         raise UserError("there are no responses to score")
-    return [
-        _Group(
-            iteration=iteration,
-            prompt_id=prompt_id,
-            ks=sorted(texts),
-            item=Item(prompt=prompts[iteration, prompt_id], responses=[texts[k] for k in sorted(texts)]),
-        )
-        for (iteration, prompt_id), texts in found.items()
-    ]
+    return [[own[k] for k in sorted(own)] for own in found.values()]
 
 
-def _score(groups: list[_Group], scorer: Scorer) -> list[dict[str, Any]]:
+def _score(groups: list[list[ResponseRow]], scorer: Scorer) -> list[dict[str, Any]]:
     """Return the rows of a shard."""
     identity = scorer.identity
-    scored = scorer([group.item for group in groups])
+    scored = scorer([Item(prompt=group[0].prompt, responses=[row.response for row in group]) for group in groups])
     if len(scored) != len(groups):
         raise UserError(f"scorer {identity.name} answered {len(scored)} of {len(groups)} prompts")
-    signature = {
-        "scorer": identity.name,
-        "revision": identity.revision,
-        "template": fingerprint(identity.template),
-    }
+    signature = {"scorer": identity.name, "revision": identity.revision, "template": fingerprint(identity.template)}
     rows = []
     for group, scores in zip(groups, scored, strict=True):
         try:
-            _check(scores, identity.kind, len(group.ks))
+            _check(scores, identity.kind, len(group))
         except (TypeError, ValueError) as error:
-            raise UserError(f"scorer {identity.name}, prompt {group.prompt_id!r}: {error}") from error
-        for i, k in enumerate(group.ks):
-            key = {"iteration": group.iteration, "prompt_id": group.prompt_id, "k": k}
-            value: Any = scores.values[i]
-            said = (
-                {"score": _finite(value)} if identity.kind is Kind.pointwise else {"wins": [_finite(p) for p in value]}
-            )
-            rows.append({**key, **said, **signature, **(scores.counts[i] if scores.counts else {})})
+            raise UserError(f"scorer {identity.name}, prompt {group[0].prompt_id!r}: {error}") from error
+        values: Any = scores.values
+        for row, value, counted in zip(group, values, scores.counts or [{}] * len(group), strict=True):
+            key = {"iteration": row.iteration, "prompt_id": row.prompt_id, "k": row.k}
+            pointwise = identity.kind is Kind.pointwise
+            said = {"score": _finite(value)} if pointwise else {"wins": [_finite(p) for p in value]}
+            rows.append({**key, **said, **signature, **counted})
     return rows
 
 

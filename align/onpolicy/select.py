@@ -1,4 +1,4 @@
-"""Which two of a prompt's K candidates become its pair, and how likely each is to win. Pure: no files, no models.
+"""The choice of a pair among a prompt's K candidates, and how likely each of the two is to win. Pure: no files, no models.
 
 The rules are the published ones:
 
@@ -30,8 +30,6 @@ from align.data.prompts import POLICY
 from align.say import UserError
 
 Matrix = Sequence[Sequence[float]]  # [K][K]: row i, column j is P(candidate i beats candidate j)
-
-
 ROUNDING = 1e-3  # by which P(i beats j) + P(j beats i) may miss 1: scorers round, but an order effect is no rounding
 
 
@@ -47,7 +45,7 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredPrompt:
-    """A prompt's K candidates with what the scorer said of them."""
+    """A prompt's K candidates with their scores, or with P(i beats j)."""
 
     id: str
     candidates: Sequence[Candidate]
@@ -71,7 +69,7 @@ class Selection:
 
 
 class Dropped(Enum):
-    """Why a prompt has no pair, in the order in which it is looked at; the value is what people read."""
+    """The reason why a prompt has no pair, in the order of the checks; the value is for people to read."""
 
     too_few = "fewer than two candidates"
     not_finite = "a score is not a finite number"
@@ -82,7 +80,7 @@ class Dropped(Enum):
 
 
 def preferences(scores: Sequence[float], temperature: float) -> list[list[float]]:
-    """[K][K] P(i beats j) = sigmoid((s_i - s_j) / temperature); at temperature 0 it is 1, 0, or 1/2 for a tie.
+    """Return [K][K] P(i beats j) = sigmoid((s_i - s_j) / temperature); at temperature 0 it is 1, 0, or 1/2 for a tie.
 
     A score that is not finite makes its row and column NaN or certain: `select_pair` drops such prompts.
 
@@ -100,7 +98,7 @@ def preferences(scores: Sequence[float], temperature: float) -> list[list[float]
 
 
 def win_probs(preferences: Matrix, weights: Sequence[float] | None = None) -> list[float]:
-    """[K] P(i beats an opponent): the mean over all K, itself included, which makes their mean 1/2.
+    """Return [K] P(i beats an opponent): the mean over all K, itself included, which makes their mean 1/2.
 
     `weights` [K] says how often each of the K is met as an opponent; None: equally often, as samples are.
     """
@@ -112,7 +110,7 @@ def win_probs(preferences: Matrix, weights: Sequence[float] | None = None) -> li
 def select_pair(
     candidates: Sequence[Candidate], preferences: Matrix, config: SelectionConfig, rng: Random
 ) -> Selection | Dropped:
-    """The pair of one prompt, or why it has none. What ties leave open goes to the first candidate.
+    """Choose the pair of one prompt, or say why it has none. What ties leave open goes to the first candidate.
 
     `preferences` is [K][K], P(candidate i beats candidate j); `rng` is for a rejected one at random.
 
@@ -160,7 +158,7 @@ def select_pair(
 def select(
     prompts: Iterable[ScoredPrompt], config: SelectionConfig, seed: int
 ) -> tuple[dict[str, Selection], dict[str, int]]:
-    """Pairs by prompt id, in the order of the prompts, and how many prompts were dropped for which reason.
+    """Return pairs by prompt id, in the order of the prompts, and how many prompts were dropped for which reason.
 
     A prompt's pair depends on the seed and its id, not on the other prompts; iterations give seeds of their own.
 
@@ -175,7 +173,8 @@ def select(
             raise UserError(f"prompt {prompt.id!r} comes twice")
         seen.add(prompt.id)
         try:
-            made = select_pair(prompt.candidates, _preferences(prompt, config), config, Random(f"{seed} {prompt.id}"))
+            matrix = matrix_of(prompt, config.temperature)
+            made = select_pair(prompt.candidates, matrix, config, Random(f"{seed} {prompt.id}"))
         except UserError as error:
             raise UserError(f"prompt {prompt.id!r}: {error}") from error
         if isinstance(made, Dropped):
@@ -185,14 +184,14 @@ def select(
     return pairs, {reason.value: dropped[reason] for reason in Dropped if dropped[reason]}
 
 
-def _preferences(prompt: ScoredPrompt, config: SelectionConfig) -> Matrix:
-    """The scorer's [K][K], or that of its scores."""
+def matrix_of(prompt: ScoredPrompt, temperature: float) -> Matrix:
+    """Return [K][K] P(i beats j): the scorer's, or that of its scores at this temperature."""
     if prompt.preferences is not None:
         return prompt.preferences
     scores = [candidate.score for candidate in prompt.candidates if candidate.score is not None]
     if len(scores) < len(prompt.candidates):
         raise UserError("it has neither a score for every candidate nor preferences")
-    return preferences(scores, config.temperature)
+    return preferences(scores, temperature)
 
 
 def check_preferences(preferences: Matrix, count: int) -> None:
@@ -217,7 +216,7 @@ def check_preferences(preferences: Matrix, count: int) -> None:
 def _rejected(
     chosen: int, candidates: Sequence[Candidate], scores: Sequence[float], config: SelectionConfig, rng: Random
 ) -> int:
-    """Index of the rejected candidate. Its text can be the chosen one's, where a scorer contradicts itself."""
+    """Return the index of the rejected candidate. Its text can be the chosen one's, where a scorer contradicts itself."""
     others = [i for i in range(len(candidates)) if i != chosen]
     if config.rejected is Rejected.random:
         # In the order of texts, not of candidates: the choice is then the same however they are listed.
@@ -230,7 +229,7 @@ def _rejected(
 def _pair_win_probs(
     chosen: int, rejected: int, candidates: Sequence[Candidate], preferences: Matrix, config: SelectionConfig
 ) -> tuple[float, float]:
-    """Win probabilities of the chosen and the rejected candidate."""
+    """Return the win probabilities of the chosen and the rejected candidate."""
     if config.win_prob is WinProb.pair:
         return preferences[chosen][rejected], 1 - preferences[chosen][rejected]
     own = [float(candidate.origin == POLICY) for candidate in candidates]

@@ -8,14 +8,12 @@ vllm      vLLM in this process, while a `with` block lasts; an extra
 from align.onpolicy.samplers.base import Prompt, Sample, Sampler, seeds
 from align.onpolicy.samplers.hf import hf_sampler
 from align.onpolicy.samplers.openai import openai_sampler
-from align.onpolicy.samplers.servers import Servers
 from align.onpolicy.samplers.vllm import vllm_sampler
 
 __all__ = [
     "Prompt",
     "Sample",
     "Sampler",
-    "Servers",
     "hf_sampler",
     "openai_sampler",
     "seeds",

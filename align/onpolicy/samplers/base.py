@@ -1,4 +1,4 @@
-"""What every sampler is given and returns. A sampler knows nothing of files, iterations or scores.
+"""The interface of a sampler: prompts as token ids in, responses out. A sampler knows nothing of files, iterations or scores.
 
 Prompts enter as token ids, never as text, so there is one BOS. Every response has a seed of its own, from
 (seed, iteration, prompt id, k), so that it does not depend on what it is drawn together with, except by rounding.
@@ -9,7 +9,7 @@ penalties) is left out, since samples would not be on-policy.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +18,7 @@ _SEEDS = 2**31  # what every server takes
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A prompt as token ids, and a seed for each response that is wanted."""
+    """A prompt as token ids, and a seed for each response to draw."""
 
     token_ids: Sequence[int]
     seeds: Sequence[int]  # in [0, 2^31)
@@ -39,7 +39,7 @@ class Sampler(Protocol):
     def __call__(
         self, prompts: Sequence[Prompt], *, temperature: float, top_p: float, max_new_tokens: int
     ) -> list[list[Sample]]:
-        """To each prompt a response for each of its seeds.
+        """Return for each prompt a response for each of its seeds.
 
         Args:
             temperature: above 0; logits are divided by it.
@@ -49,7 +49,7 @@ class Sampler(Protocol):
 
 
 def seeds(seed: int, iteration: int, prompt_id: str, samples: int) -> list[int]:
-    """The seeds of a prompt's K responses. The k-th does not depend on K."""
+    """Return the seeds of a prompt's K responses. The k-th does not depend on K."""
 
     def of(k: int) -> int:
         digest = hashlib.sha256(f"{seed} {iteration} {k} {prompt_id}".encode()).digest()
@@ -59,8 +59,18 @@ def seeds(seed: int, iteration: int, prompt_id: str, samples: int) -> list[int]:
 
 
 def as_sample(drawn: Sequence[int], tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> Sample:
-    """The sample that these token ids are; what was drawn behind the first stop token is left out."""
+    """Return the sample that these token ids are; what was drawn behind the first stop token is left out."""
     end = next((at for at, token in enumerate(drawn, 1) if token in stops), len(drawn))
     ids = list(drawn[:end])
     text = tokenizer.decode(ids, skip_special_tokens=True)
     return Sample(text=str(text), response_ids=ids, finished=bool(ids) and ids[-1] in stops)
+
+
+def with_stop(drawn: Sequence[int], reason: Any, stops: Sequence[int]) -> list[int]:
+    """Return the token ids of a response that ended by itself, with the stop token that some servers leave out.
+
+    `reason` is the token that the server names, where it names one.
+    """
+    if set(drawn) & set(stops):
+        return list(drawn)
+    return [*drawn, reason if reason in stops else stops[0]]

@@ -8,23 +8,19 @@ A server that decodes greedily whatever it is asked is refused, after a probe.
 Left out: that a server really serves this policy, which is whoever starts it to see to.
 """
 
-import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from align.model.chat import stop_token_ids
-from align.onpolicy.samplers.base import Prompt, Sample, Sampler, as_sample
-from align.onpolicy.samplers.servers import Send, Servers
+from align.onpolicy.samplers.base import Prompt, Sample, Sampler, as_sample, with_stop
+from align.onpolicy.samplers.servers import Send, Servers, in_threads
 from align.say import UserError
 
 _PROBES = 8  # responses at a temperature at which no model gives so many alike
-
-
 _PROBE = {"temperature": 2.0, "top_p": 1.0, "max_tokens": 16}
-
 
 Body = dict[str, Any]  # of a request
 
@@ -38,7 +34,7 @@ def openai_sampler(
     path: str = "",
     requests_at_once: int = 64,
 ) -> Sampler:
-    """A sampler of the model that the servers serve, whose tokenizer this is.
+    """Return a sampler of the model that the servers serve, whose tokenizer this is.
 
     Args:
         served_model: its name there; None: the first that a server lists.
@@ -68,7 +64,6 @@ def openai_sampler(
     def sample(
         prompts: Sequence[Prompt], *, temperature: float, top_p: float, max_new_tokens: int
     ) -> list[list[Sample]]:
-        over = threading.Event()
         rest: Body = {"n": 1, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "return_token_ids": True}
         rest |= {"temperature": temperature, "top_p": top_p, "max_tokens": max_new_tokens, "stop_token_ids": stops}
         rest["model"] = served_model or _first_model(servers)
@@ -79,10 +74,10 @@ def openai_sampler(
             )
         jobs = [{**rest, "prompt": list(p.token_ids), "seed": seed} for p in prompts for seed in p.seeds]
 
-        def draw(body: Body) -> Sample:
+        def draw(body: Body, over: threading.Event) -> Sample:
             return _as_sample(_choice(servers.ask("/completions", body, over)), tokenizer, stops)
 
-        drawn = iter(_in_threads(draw, jobs, requests_at_once, over))
+        drawn = iter(in_threads(draw, jobs, requests_at_once))
         return [[next(drawn) for _ in prompt.seeds] for prompt in prompts]
 
     return sample
@@ -97,7 +92,7 @@ def _first_model(servers: Servers) -> str:
 
 
 def _choice(answer: Any) -> Body:
-    """The one response of an answer.
+    """Return the one response of an answer.
 
     Raises:
         UserError: the server speaks another protocol, or ended the response for a reason of its own.
@@ -116,41 +111,6 @@ def _as_sample(choice: Body, tokenizer: PreTrainedTokenizerBase, stops: Sequence
     ids = choice.get("token_ids")
     if ids is None:
         ids = tokenizer(choice["text"], add_special_tokens=False).input_ids
-    if choice["finish_reason"] == "stop" and not set(ids) & set(stops):  # some leave out the token they stopped at
-        told = choice.get("stop_reason", choice.get("matched_stop"))
-        ids = [*ids, told if told in stops else stops[0]]
+    if choice["finish_reason"] == "stop":
+        ids = with_stop(ids, choice.get("stop_reason", choice.get("matched_stop")), stops)
     return as_sample(ids, tokenizer, stops)
-
-
-def _in_threads(
-    function: Callable[[Body], Sample], jobs: Sequence[Body], threads: int, over: threading.Event
-) -> list[Sample]:
-    """`[function(job) for job in jobs]`. After the first exception `over` is set, and nobody waits for the others:
-    a pool of the standard library would, for as long as a server is silent."""
-    todo = iter(list(enumerate(jobs)))
-    lock = threading.Lock()
-    done: queue.SimpleQueue[tuple[int, Sample | BaseException]] = queue.SimpleQueue()
-
-    def work() -> None:
-        while not over.is_set():
-            with lock:
-                number, job = next(todo, (-1, {}))
-            if number < 0:
-                return
-            try:
-                done.put((number, function(job)))
-            except BaseException as error:
-                done.put((number, error))
-
-    for _ in range(min(threads, len(jobs))):
-        threading.Thread(target=work, daemon=True).start()
-    results: dict[int, Sample] = {}
-    try:
-        while len(results) < len(jobs):
-            number, result = done.get()
-            if isinstance(result, BaseException):
-                raise result
-            results[number] = result
-    finally:
-        over.set()
-    return [results[number] for number in range(len(jobs))]

@@ -10,6 +10,7 @@ import http.client
 import itertools
 import json
 import os
+import queue
 import sys
 import threading
 import time
@@ -26,27 +27,16 @@ from align.say import UserError
 #: (path, body or None for GET) -> the parsed answer of one server
 Send = Callable[[str, dict[str, Any] | None], Any]
 
-
 TIMEOUT = 600.0  # seconds of silence after which a request is tried again: a model may think for long
-
-
 PATIENCE = 900.0  # seconds after which a request that no server answers is an error: one may be started again
-
-
 _PAUSES = (0.25, 30.0)  # seconds for which a server is left alone: after its first failure in a row, and at most
-
-
 _WORTH_A_LINE = 2  # failures in a row after which one more is said: a server that is busy now and then is no news
-
-
 _TRIES = 5  # of a request at least, where servers take longer to fail than that
-
-
 _TRY_LATER = (408, 425, 429)  # statuses below 500 that say nothing about the request
 
 
 class _Silent(Exception):  # noqa: N818 - read in `except _Silent`
-    """A server did not answer; the text says how."""
+    """Raised when a server did not answer; the text says how."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -88,11 +78,11 @@ class Servers:
         self._opener = urllib.request.build_opener(_NoRedirect())
 
     def ask(self, path: str, body: dict[str, Any] | None = None, over: threading.Event | None = None) -> Any:
-        """The parsed answer of one of the servers to a POST of `body`, or to a GET where there is none.
+        """Return the parsed answer of one of the servers to a POST of `body`, or to a GET where there is none.
 
         Args:
             path: behind /v1, e.g. "/completions".
-            over: the caller's word that nobody waits for the answer any more.
+            over: set when nobody waits for the answer any more.
 
         Raises:
             UserError: a server refuses the request, or none has answered for `PATIENCE` seconds.
@@ -120,7 +110,7 @@ class Servers:
                 return answer
 
     def _next(self) -> tuple[str, float]:
-        """The server whose turn it is among those that do not rest, and how long to wait for it."""
+        """Return the server whose turn it is among those that do not rest, and how long to wait for it."""
         with self._lock:
             at = next(self._turns) % len(self._urls)
             in_turn = self._urls[at:] + self._urls[:at]
@@ -169,8 +159,42 @@ class Servers:
             raise _Silent(str(reason) or type(reason).__name__) from error
 
 
+def in_threads(ask: Callable[[Any, threading.Event], Any], jobs: Sequence[Any], threads: int) -> list[Any]:
+    """Return `[ask(job, over) for job in jobs]`, `threads` at a time.
+
+    After the first exception, Ctrl-C included, `over` is set, and nobody waits for the other threads: a pool of the
+    standard library would, for as long as a server is silent.
+    """
+    over, lock = threading.Event(), threading.Lock()
+    todo = iter(list(enumerate(jobs)))
+    done: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        while not over.is_set():
+            with lock:
+                number, job = next(todo, (-1, None))
+            if number < 0:
+                return
+            try:
+                done.put((number, ask(job, over), None))
+            except BaseException as error:
+                done.put((number, None, error))
+
+    for _ in range(min(threads, len(jobs))):
+        threading.Thread(target=work, daemon=True).start()
+    results: dict[int, Any] = {}
+    try:
+        while len(results) < len(jobs):
+            number, results[number], error = done.get()
+            if error is not None:
+                raise error
+    finally:
+        over.set()
+    return [results[number] for number in range(len(jobs))]
+
+
 def _said(error: urllib.error.HTTPError) -> str:
-    """The start of what a server wrote beside a status."""
+    """Return the start of what a server wrote beside a status."""
     try:
         return " ".join(error.read(2000).decode(errors="replace").split())[:300]
     except (OSError, http.client.HTTPException):
@@ -178,7 +202,7 @@ def _said(error: urllib.error.HTTPError) -> str:
 
 
 def _base(url: str, setting: str) -> str:
-    """The URL with its path, without a slash at the end."""
+    """Return the URL with its path, without a slash at the end."""
     parts = urlsplit(url)
     if parts.username or parts.password or parts.query:
         raise UserError(f"{setting}: an address holds more than host, port and path; a key goes into OPENAI_API_KEY")

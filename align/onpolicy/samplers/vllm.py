@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from align.model.chat import stop_token_ids
-from align.onpolicy.samplers.base import Prompt, Sample, Sampler, as_sample
+from align.onpolicy.samplers.base import Prompt, Sample, Sampler, as_sample, with_stop
 from align.say import UserError
 
 
@@ -21,7 +21,7 @@ from align.say import UserError
 def vllm_sampler(
     model: str, tokenizer: PreTrainedTokenizerBase, revision: str | None = None, bf16: bool = False
 ) -> Iterator[Sampler]:
-    """A sampler of the policy in a folder, or of that name and revision on the hub.
+    """Yield a sampler of the policy in a folder, or of that name and revision on the hub.
 
     Raises:
         UserError: vLLM is not installed here.
@@ -56,8 +56,8 @@ def vllm_sampler(
             [SamplingParams(seed=seed, **options) for _, seed in asked],  # one each: a request of n has one seed
             use_tqdm=False,
         )
-        drawn = (_with_stop(answer.outputs[0], stops) for answer in answers)  # in the order of the prompts
-        return [[as_sample(next(drawn), tokenizer, stops) for _ in prompt.seeds] for prompt in prompts]
+        outputs = (answer.outputs[0] for answer in answers)  # in the order of the prompts
+        return [[_as_sample(next(outputs), tokenizer, stops) for _ in prompt.seeds] for prompt in prompts]
 
     try:
         yield sample
@@ -67,9 +67,8 @@ def vllm_sampler(
         cleanup_dist_env_and_memory()
 
 
-def _with_stop(output: Any, stops: Sequence[int]) -> list[int]:
-    """The token ids of an output, with the token that ended it, where vLLM has not kept it."""
+def _as_sample(output: Any, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> Sample:
     ids = list(output.token_ids)
-    if output.finish_reason == "stop" and not set(ids) & set(stops):
-        ids.append(output.stop_reason if output.stop_reason in stops else stops[0])
-    return ids
+    if output.finish_reason == "stop":
+        ids = with_stop(ids, output.stop_reason, stops)
+    return as_sample(ids, tokenizer, stops)

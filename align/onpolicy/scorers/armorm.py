@@ -26,17 +26,15 @@ Left out: the nineteen rewards one by one, and the gate.
 
 import math
 from collections.abc import Sequence
-from functools import cached_property
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel, PreTrainedModel
+from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel
 
 from align.config import ScorerConfig
 from align.launch.rank import Rank
-from align.onpolicy.scorers import models
-from align.onpolicy.scorers.base import Item, Scores
+from align.onpolicy.scorers.models import PointwiseModel
 from align.say import UserError
 
 _BOUNDARY = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
@@ -81,51 +79,27 @@ class ArmoRM(LlamaPreTrainedModel):
         return (self.gating(states[row, boundary]) * (rewards @ self.reward_transform_matrix.to(rewards.dtype))).sum(-1)
 
 
-class ArmoRMScorer:
-    """ArmoRM over the conversation and each response."""
+class ArmoRMScorer(PointwiseModel):
+    """ArmoRM over the conversation and each response; NaN for a response so long that its prompt was cut away."""
+
+    kind = ArmoRM
 
     def __init__(self, cfg: ScorerConfig, rank: Rank) -> None:
-        self._cfg, self._rank = cfg, rank
-        self._config = models.load_config(cfg)
+        super().__init__(cfg, rank)
         if self._config.model_type != "llama":
             raise UserError(f"scorer.path={cfg.path} is a {self._config.model_type} and not the Llama that ArmoRM is")
-        self._tokenizer = models.load_tokenizer(cfg)
         self._boundary: list[int] = self._tokenizer(_BOUNDARY, add_special_tokens=False).input_ids
-        self._max_length = models.max_length(cfg, self._config, self._tokenizer)
-        self.identity = models.identity(cfg, self._config, self._tokenizer, self._max_length, rank)
 
-    @cached_property
-    def _model(self) -> PreTrainedModel:
-        return models.load_weights(ArmoRM, self._cfg, self._config, self._rank)
-
-    @torch.inference_mode()
-    def __call__(self, items: Sequence[Item]) -> list[Scores]:
-        """[K] scores; NaN where a response is so long that its prompt was cut away; `cut_tokens` says what was."""
-        texts = [ids for item in items for ids in models.render(item, self._tokenizer, self._cfg)]
-        rows = [models.cut(ids, self._max_length) for ids in texts]
-        boundaries = [self._find_boundary(ids, lost) for ids, lost in rows]
-        scores = [math.nan] * len(rows)
-        usable = [i for i, at in enumerate(boundaries) if at is not None]
-        for some in models.batches([len(rows[i][0]) for i in usable], self._cfg.tokens_per_batch):
-            chosen = [usable[at] for at in some]
-            ids, mask = models.pad([rows[i][0] for i in chosen], 0, self._rank.device)
-            last, boundary = (
-                torch.tensor(at, device=self._rank.device)
-                for at in ([len(rows[i][0]) - 1 for i in chosen], [boundaries[i] for i in chosen])
-            )
-            for i, value in zip(chosen, self._model(ids, mask, last, boundary).float().tolist(), strict=True):
-                scores[i] = value
-        values, lost_tokens = iter(scores), iter([lost for _, lost in rows])
-        return [
-            Scores(
-                values=[next(values) for _ in item.responses],
-                counts=[{"cut_tokens": next(lost_tokens)} for _ in item.responses],
-            )
-            for item in items
-        ]
+    def _numbers(self, rows: Sequence[tuple[list[int], int]]) -> list[float]:
+        found = [self._find_boundary(ids, lost) for ids, lost in rows]
+        usable = [i for i, at in enumerate(found) if at is not None]
+        texts = [rows[i][0] for i in usable]
+        last, boundary = [len(ids) - 1 for ids in texts], [found[i] for i in usable]
+        values = dict(zip(usable, self._forward(texts, 0, last=last, boundary=boundary), strict=True))
+        return [values.get(i, math.nan) for i in range(len(rows))]
 
     def _find_boundary(self, ids: list[int], lost: int) -> int | None:
-        """Where the last boundary begins; None where it was cut away.
+        """Return where the last boundary begins; None where it was cut away.
 
         Raises:
             UserError: there is none, so the chat template is not Llama-3's.

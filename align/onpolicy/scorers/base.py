@@ -1,20 +1,23 @@
-"""What a scorer is: told a prompt and its K responses, it gives each a number, or each pair a probability.
+"""The interface of a scorer: for a prompt and its K responses it gives each a number, or each pair a probability.
 
 Two kinds, as the published data were made with both: ArmoRM gives a number per response, PairRM says who beats whom.
 `select.py` turns either into what a pair needs, so nothing here does. Left out: files, shards and resuming
-(annotate.py); how a scorer is named and made (registry.py).
+(score.py); how a scorer is named and made (registry.py).
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any, Protocol
+
+from align.say import UserError
 
 Prompt = list[dict[str, str]] | str  # messages of {role, content}, the last of them the user's; or a plain text
 
 
 class Kind(Enum):
-    """What a scorer says."""
+    """The two kinds of scorers."""
 
     pointwise = "pointwise"  # a number per response; higher is better, in the scorer's own unit
     pairwise = "pairwise"  # P(a beats b) for every ordered pair of a prompt's responses
@@ -22,7 +25,7 @@ class Kind(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """Who scored. Recorded with the scores: two scorers that could disagree differ in it.
+    """The identity of a scorer, recorded with its scores: two that could disagree differ in it.
 
     Attributes:
         name: the kind of scorer and what it loaded: "reward_model:Skywork/...".
@@ -48,7 +51,7 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What is said of an item.
+    """The scores of an item.
 
     Attributes:
         values: pointwise [K]; pairwise [K][K], row i, column j is P(response i beats response j), with
@@ -62,26 +65,26 @@ class Scores:
 
 
 class Scorer(Protocol):
-    """Scores items. Loads what it needs at the first call, so that one whose scores are all there costs nothing.
+    """Scores items. It loads weights at the first call, so that one whose scores are all there costs nothing.
 
-    A third party's is made by a function of (`ScorerConfig`, `align.launch.rank.Place`): see registry.py.
+    A third party's is made by a function of (`ScorerConfig`, `align.launch.rank.Rank`): see registry.py.
     """
 
     @property
     def identity(self) -> Identity:
-        """Who scores; known before anything heavy is loaded."""
+        """The scorer's identity, known before anything heavy is loaded."""
 
     def __call__(self, items: Sequence[Item]) -> list[Scores]:
-        """Scores of each item, in their order; of an item alone they are the same as among others."""
+        """Return the scores of each item, in order; an item alone scores the same as among others."""
 
 
 def last_turn(prompt: Prompt) -> str:
-    """What was asked: the last message of a conversation, or the plain text."""
+    """Return the last message of a conversation, or the plain text."""
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 def as_text(prompt: Prompt) -> str:
-    """A conversation as plain text: one user turn is its content, more are "role: content" with a blank line between."""
+    """Return a conversation as plain text: one user turn as its content, more as "role: content" paragraphs."""
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:
@@ -90,5 +93,19 @@ def as_text(prompt: Prompt) -> str:
 
 
 def as_messages(prompt: Prompt) -> list[dict[str, str]]:
-    """A plain text becomes one user turn."""
+    """Return the messages of a conversation; a plain text becomes one user turn."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def read_template(template: str) -> str:
+    """Return the text of `scorer.template`: itself, or that of the file which it names.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if "{" in template:
+        return template
+    file = Path(template).expanduser()
+    if not file.is_file():
+        raise UserError(f"scorer.template={template} is neither a template nor a file that holds one")
+    return file.read_text()

@@ -15,22 +15,17 @@ import math
 import re
 import threading
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from align.config import ScorerConfig
 from align.launch.rank import Rank
-from align.onpolicy.samplers.servers import Servers
-from align.onpolicy.scorers.base import Identity, Item, Kind, Scores, as_text
+from align.onpolicy.samplers.servers import Servers, in_threads
+from align.onpolicy.scorers.base import Identity, Item, Kind, Scores, as_text, read_template
 from align.say import UserError
 
 FIRST, SECOND = "m", "M"  # {first} is called m, {second} M
-
-
 PLACES = ("{prompt}", "{first}", "{second}")
-
 
 TEMPLATE = '''Two assistants were given the same prompt. Decide whose output a careful person would prefer: the one that \
 does what was asked, is right, and says no more than helps. Neither the order nor the length of the outputs counts.
@@ -42,7 +37,6 @@ does what was asked, is right, and says no more than helps. Neither the order no
 {"model": "M", "output": """{second}"""}
 
 Answer with one letter and nothing else: m if the output of model m is better, M if that of model M is.'''
-
 
 _ASK = {"temperature": 0.0, "max_tokens": 8, "logprobs": True, "top_logprobs": 5}
 
@@ -78,7 +72,7 @@ class JudgeScorer:
         )
 
     def __call__(self, items: Sequence[Item]) -> list[Scores]:
-        """[K][K] P(i beats j) of each item.
+        """Return [K][K] P(i beats j) for each item.
 
         Raises:
             UserError: the server refuses the request, or none has answered for `servers.PATIENCE` seconds.
@@ -90,23 +84,12 @@ class JudgeScorer:
             for j, second in enumerate(item.responses)
             if first != second
         }
-        verdicts = dict(zip(asked, self._ask_all(list(asked.values())), strict=True))
+        answers = in_threads(self._ask, list(asked.values()), self._cfg.requests_at_once)
+        verdicts: dict[tuple[int, int, int], Verdict] = dict(zip(asked, answers, strict=True))
         return [_scores(number, len(item.responses), verdicts) for number, item in enumerate(items)]
 
-    def _ask_all(self, texts: list[str]) -> list[Verdict]:
-        """The verdicts, in order, `requests_at_once` at a time; the first failure stops the others."""
-        over = threading.Event()
-        with ThreadPoolExecutor(self._cfg.requests_at_once) as pool:
-            try:
-                futures = [pool.submit(self._ask, text, over) for text in texts]
-                failed = [f for f in wait(futures, return_when=FIRST_EXCEPTION).done if f.exception() is not None]
-                return [future.result() for future in failed[:1] or futures]
-            finally:
-                over.set()  # those that wait to ask again, also after Ctrl-C
-                pool.shutdown(cancel_futures=True)
-
     def _ask(self, text: str, over: threading.Event) -> Verdict:
-        """The verdict on one filled template."""
+        """Return the verdict on one filled template."""
         body = {
             "model": self._cfg.served_model,
             "messages": [{"role": "user", "content": text}],
@@ -125,13 +108,13 @@ class JudgeScorer:
 
 
 def fill(template: str, prompt: str, first: str, second: str) -> str:
-    """The judge's message. In one pass: a response may itself speak of {second}."""
+    """Return the judge's message. In one pass: a response may itself speak of {second}."""
     values = dict(zip(PLACES, (prompt, first, second), strict=True))
     return re.sub("|".join(map(re.escape, PLACES)), lambda place: values[place[0]], template)
 
 
 def read_answer(answer: Any) -> Verdict:
-    """The verdict in a chat completion.
+    """Return the verdict in a chat completion.
 
     Raises:
         UserError: it is no chat completion.
@@ -153,7 +136,7 @@ def read_answer(answer: Any) -> Verdict:
 
 
 def _by_logprobs(tokens: list[dict[str, Any]]) -> float | None:
-    """P(first) at the first token that is a verdict; None where none is."""
+    """Return P(first) at the first token that is a verdict; None where none is."""
     for token in tokens:
         if token["token"].strip() not in (FIRST, SECOND):
             continue
@@ -168,13 +151,13 @@ def _by_logprobs(tokens: list[dict[str, Any]]) -> float | None:
 
 
 def _by_text(text: str) -> float | None:
-    """1 or 0 by the one letter that stands alone in the text; None where there is none, or both."""
+    """Return 1 or 0 by the one letter that stands alone in the text; None where there is none, or both."""
     letters = set(re.findall(rf"(?<![\w'])[{FIRST}{SECOND}](?!\w)", text))
     return float(letters == {FIRST}) if len(letters) == 1 else None
 
 
 def _scores(number: int, count: int, verdicts: dict[tuple[int, int, int], Verdict]) -> Scores:
-    """The K x K matrix of one item; pairs that were not asked about are equal."""
+    """Return the K x K matrix of one item; pairs that were not asked about are equal."""
 
     def first_wins(i: int, j: int) -> float:
         verdict = verdicts.get((number, i, j))
@@ -192,19 +175,11 @@ def _scores(number: int, count: int, verdicts: dict[tuple[int, int, int], Verdic
     return Scores(values=wins, counts=[spent(i) for i in range(count)])
 
 
-def _template(given: str | None) -> str:
-    """The template itself, or that of a file.
-
-    Raises:
-        UserError: no such file, or a place is missing.
-    """
-    if given is None:
+def _template(setting: str | None) -> str:
+    """Return the judge's template: the one above, or that of `scorer.template`, in which no place may be missing."""
+    if setting is None:
         return TEMPLATE
-    file = Path(given).expanduser()
-    is_template = "{" in given
-    if not is_template and not file.is_file():
-        raise UserError(f"scorer.template={given} is neither a template nor a file that holds one")
-    template = given if is_template else file.read_text()
+    template = read_template(setting)
     if missing := [place for place in PLACES if place not in template]:
         raise UserError(
             f"scorer.template lacks {', '.join(missing)}; it must ask for {FIRST} if the first is better, else {SECOND}"

@@ -1,4 +1,4 @@
-"""What the scorers that are models share: loading without guesses, batches by tokens, and padding that changes nothing.
+"""The shared part of scorers that are models: loading without guesses, batches by tokens, and padding that changes nothing.
 
 Weights are safetensors and no remote code runs. A model whose checkpoint lacks a weight, or has one that nothing
 reads, is refused: transformers would fill the head with random numbers and only log it, and scores of a random head
@@ -7,6 +7,7 @@ Left out: models that do not fit one device, quantisation.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,84 @@ from align.config import ScorerConfig
 from align.launch.rank import Rank
 from align.model.chat import merge_system_message
 from align.model.load import NotHereError, is_local
-from align.onpolicy.scorers.base import Identity, Item, Kind, as_messages
+from align.onpolicy.scorers.base import Identity, Item, Kind, Scores, as_messages, read_template
 from align.say import UserError
 
 _DECIDES = ("*.safetensors", "config.json", "tokenizer*.json", "special_tokens_map.json", "chat_template.jinja")
-
-
 _SOME = 3  # names in an error
 
 
+class ModelScorer:
+    """A scorer that is a model: its configuration and tokenizer are loaded at once, its weights at the first call."""
+
+    kind: Any  # what its weights are loaded by: `kind.from_pretrained`
+
+    def __init__(self, cfg: ScorerConfig, rank: Rank) -> None:
+        self._cfg, self._rank = cfg, rank
+        self._config = load_config(cfg)
+        self._tokenizer = load_tokenizer(cfg)
+
+    @cached_property
+    def _model(self) -> PreTrainedModel:
+        return load_weights(self.kind, self._cfg, self._config, self._rank)
+
+    def _forward(
+        self, rows: Sequence[list[int]], pad_token_id: int, equal: bool = False, **at: Sequence[Any]
+    ) -> list[float]:
+        """Return the model's number for each row of token ids.
+
+        Args:
+            equal: only rows of one length together, for models that padding would confuse.
+            at: further arguments of its forward, a value for each row.
+        """
+        values = [0.0] * len(rows)
+        for some in batches([len(row) for row in rows], self._cfg.tokens_per_batch, equal):
+            ids, mask = pad([rows[i] for i in some], pad_token_id, self._rank.device)
+            more = {name: torch.tensor([each[i] for i in some], device=ids.device) for name, each in at.items()}
+            out = self._model(input_ids=ids, attention_mask=mask, **more)
+            numbers = out if torch.is_tensor(out) else out.logits[:, 0]  # [b]
+            for i, value in zip(some, numbers.float().tolist(), strict=True):
+                values[i] = value
+        return values
+
+
+class PointwiseModel(ModelScorer):
+    """A model that gives a number to a conversation, as its chat template writes it."""
+
+    def __init__(self, cfg: ScorerConfig, rank: Rank) -> None:
+        super().__init__(cfg, rank)
+        longest = self._tokenizer.model_max_length
+        positions = getattr(self._config.get_text_config(), "max_position_embeddings", None) or longest
+        self._max_length = int(min(cfg.max_length or positions, positions, longest))
+        self.identity = Identity(
+            kind=Kind.pointwise,
+            name=name(cfg),
+            revision=revision(cfg, self._config),
+            template=str(self._tokenizer.chat_template),
+            settings={"max_length": self._max_length, "system_message": cfg.system_message.name, "bf16": rank.bf16},
+        )
+
+    @torch.inference_mode()
+    def __call__(self, items: Sequence[Item]) -> list[Scores]:
+        """Return [K] numbers for each item; `cut_tokens` says what a text that was too long has lost."""
+        texts = [ids for item in items for ids in render(item, self._tokenizer, self._cfg)]
+        rows = [cut(ids, self._max_length) for ids in texts]
+        scored = iter(zip(self._numbers(rows), rows, strict=True))
+        made = []
+        for item in items:
+            own = [next(scored) for _ in item.responses]
+            made.append(
+                Scores(values=[value for value, _ in own], counts=[{"cut_tokens": lost} for _, (_, lost) in own])
+            )
+        return made
+
+    def _numbers(self, rows: Sequence[tuple[list[int], int]]) -> list[float]:
+        """Return a number for each text, of (its token ids, how many were cut)."""
+        raise NotImplementedError
+
+
 def load_config(cfg: ScorerConfig) -> PretrainedConfig:
-    """The model's configuration, and with it the commit of a hub model.
+    """Load the model's configuration, and with it the commit of a hub model.
 
     Raises:
         UserError: no path, or nothing there that can be read.
@@ -45,19 +113,24 @@ def load_config(cfg: ScorerConfig) -> PretrainedConfig:
 
 
 def load_tokenizer(cfg: ScorerConfig) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer.
+    """Load the model's own tokenizer, with the template of `scorer.template` where one is given.
 
     Raises:
         UserError: it cannot be loaded.
     """
     try:
-        return AutoTokenizer.from_pretrained(_path(cfg), revision=cfg.revision, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            _path(cfg), revision=cfg.revision, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(_cannot_load(cfg, error)) from error
+    if cfg.template is not None:
+        tokenizer.chat_template = read_template(cfg.template)
+    return tokenizer
 
 
 def load_weights(kind: Any, cfg: ScorerConfig, config: PretrainedConfig, rank: Rank) -> PreTrainedModel:
-    """The model on its device, ready to score: `kind.from_pretrained` with every weight accounted for.
+    """Load the model onto its device by `kind.from_pretrained`, with every weight accounted for.
 
     Raises:
         UserError: it cannot be loaded, or the checkpoint and the model do not have the same weights; they are named.
@@ -89,7 +162,7 @@ def load_weights(kind: Any, cfg: ScorerConfig, config: PretrainedConfig, rank: R
 
 
 def revision(cfg: ScorerConfig, config: PretrainedConfig) -> str:
-    """The commit of a hub model, or sixteen hex digits of a folder's weights, configuration and tokenizer."""
+    """Return the commit of a hub model, or sixteen hex digits of a folder's weights, configuration and tokenizer."""
     folder = Path(_path(cfg))
     if not folder.is_dir():
         return str(getattr(config, "_commit_hash", None) or cfg.revision or "unknown")
@@ -103,26 +176,13 @@ def revision(cfg: ScorerConfig, config: PretrainedConfig) -> str:
 
 
 def name(cfg: ScorerConfig) -> str:
-    """The kind of scorer and its model; a folder by its last name, so that moving it makes no other scorer."""
+    """Return the kind of scorer and its model; a folder by its last name, so that moving it makes no other scorer."""
     folder = Path(_path(cfg))
     return f"{cfg.name}:{folder.resolve().name if folder.is_dir() else cfg.path}"
 
 
-def identity(
-    cfg: ScorerConfig, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, rank: Rank
-) -> Identity:
-    """Who scores, for a model that gives a number to a conversation."""
-    return Identity(
-        kind=Kind.pointwise,
-        name=name(cfg),
-        revision=revision(cfg, config),
-        template=str(tokenizer.chat_template),
-        settings={"max_length": max_length, "system_message": cfg.system_message.name, "bf16": rank.bf16},
-    )
-
-
 def render(item: Item, tokenizer: PreTrainedTokenizerBase, cfg: ScorerConfig) -> list[list[int]]:
-    """[K] token ids of the conversation with each response, by the chat template, which alone decides about the BOS.
+    """Return [K] token ids of the conversation with each response, by the chat template, which alone adds a BOS.
 
     Raises:
         UserError: the template refuses the conversation.
@@ -143,21 +203,15 @@ def render(item: Item, tokenizer: PreTrainedTokenizerBase, cfg: ScorerConfig) ->
     return ids
 
 
-def max_length(cfg: ScorerConfig, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens that a text may have: what was asked for, within what the model can take."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
-    return int(min(cfg.max_length or positions, positions, tokenizer.model_max_length))
-
-
 def cut(ids: list[int], length: int) -> tuple[list[int], int]:
-    """At most `length` tokens, and how many were cut: behind the first, a BOS mostly, so that the response is kept."""
+    """Return at most `length` tokens, and how many were cut: behind the first, a BOS mostly, so that the response is kept."""
     if len(ids) <= length:
         return ids, 0
     return [*ids[:1], *ids[len(ids) - length + 1 :]], len(ids) - length
 
 
 def batches(lengths: Sequence[int], budget: int, equal: bool = False) -> Iterator[list[int]]:
-    """Indices of rows that go through the model together, longest first: at most `budget` tokens, padding included.
+    """Yield the indices of rows that go through the model together, longest first: at most `budget` tokens, padding included.
 
     `equal`: only rows of one length together, for models that padding would confuse.
     """
@@ -173,7 +227,7 @@ def batches(lengths: Sequence[int], budget: int, equal: bool = False) -> Iterato
 
 
 def pad(rows: Sequence[list[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`[b, width]` token ids, padded on the right, and their mask: a causal model then never sees the padding."""
+    """Return `[b, width]` token ids, padded on the right, and their mask: a causal model then never sees the padding."""
     width = max(map(len, rows))
     ids = torch.tensor([row + [pad_token_id] * (width - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
@@ -181,7 +235,7 @@ def pad(rows: Sequence[list[int]], pad_token_id: int, device: torch.device) -> t
 
 
 def _head_in_float32(model: PreTrainedModel) -> None:
-    """Everything outside the backbone: weights and what it is given. Nothing to do where all is float32."""
+    """Cast everything outside the backbone, weights and inputs, to float32."""
 
     def cast(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs)
@@ -196,7 +250,7 @@ def _path(cfg: ScorerConfig) -> str:
 
 
 def _some(keys: Any) -> str:
-    """`a, b, c and 7 more`."""
+    """Return `a, b, c and 7 more`."""
     names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
     more = f" and {len(names) - _SOME} more" if len(names) > _SOME else ""
     return ", ".join(names[:_SOME]) + more
@@ -204,5 +258,5 @@ def _some(keys: Any) -> str:
 
 def _cannot_load(cfg: ScorerConfig, error: Exception) -> str:
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    rank = "as a folder with config.json, safetensors and a tokenizer, or from the hub (network, access, HF_TOKEN?)"
-    return f"scorer.path={cfg.path} cannot be loaded {rank}: {reason}"
+    how = "as a folder with config.json, safetensors and a tokenizer, or from the hub (network, access, HF_TOKEN?)"
+    return f"scorer.path={cfg.path} cannot be loaded {how}: {reason}"

@@ -31,23 +31,20 @@ Left out: llm-blender itself, which does not import on transformers 5, and its o
 """
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from transformers import DebertaV2Config, DebertaV2Model, DebertaV2PreTrainedModel, PreTrainedModel
+from transformers import DebertaV2Config, DebertaV2Model, DebertaV2PreTrainedModel
 
 from align.config import ScorerConfig
 from align.launch.rank import Rank
 from align.onpolicy.scorers import models
 from align.onpolicy.scorers.base import Identity, Item, Kind, Scores, as_text
+from align.onpolicy.select import preferences
 from align.say import UserError
 
 MARKERS = ("<|source|>", "<|candidate1|>", "<|candidate2|>")
-
-
 MAX_SOURCE, MAX_TOKENS = 1224, 2048  # of the prompt, and of all three parts; special ones included
 
 
@@ -74,17 +71,17 @@ class PairRM(DebertaV2PreTrainedModel):
         return (scores[0] - scores[1])[:, 0]
 
 
-class PairRMScorer:
+class PairRMScorer(models.ModelScorer):
     """P(a beats b) of every pair, from the comparisons of all different responses in both orders."""
 
+    kind = PairRM
+
     def __init__(self, cfg: ScorerConfig, rank: Rank) -> None:
-        self._cfg, self._rank = cfg, rank
-        self._config = models.load_config(cfg)
+        super().__init__(cfg, rank)
         if self._config.model_type != "deberta-v2":
             raise UserError(
                 f"scorer.path={cfg.path} is a {self._config.model_type} and not the deberta-v2 that PairRM is"
             )
-        self._tokenizer = models.load_tokenizer(cfg)
         self._marker_ids = [self._tokenizer.convert_tokens_to_ids(marker) for marker in MARKERS]
         special = {None, self._tokenizer.unk_token_id, self._tokenizer.sep_token_id, *self._marker_ids}
         if len(special) < len(MARKERS) + 3:
@@ -104,13 +101,9 @@ class PairRMScorer:
             },
         )
 
-    @cached_property
-    def _model(self) -> PreTrainedModel:
-        return models.load_weights(PairRM, self._cfg, self._config, self._rank)
-
     @torch.inference_mode()
     def __call__(self, items: Sequence[Item]) -> list[Scores]:
-        """[K][K] P(i beats j); `cut_tokens` of response i: lost in the comparisons in which it stood first."""
+        """Return [K][K] P(i beats j) for each item; `cut_tokens` of response i: lost in the comparisons in which it stood first."""
         rows, markers, compared = [], [], []  # `compared`: of each row the number of the item, and the two texts
         cuts: list[dict[tuple[str, str], int]] = [{} for _ in items]
         for number, item in enumerate(items):
@@ -128,7 +121,8 @@ class PairRMScorer:
                 compared.append((number, a, b))
                 cuts[number][a, b] = lost + first[a][1] + second[b][1]
         logits: list[dict[tuple[str, str], float]] = [{} for _ in items]
-        for (number, a, b), logit in zip(compared, self._logits(rows, markers), strict=True):
+        pad = self._config.pad_token_id or 0
+        for (number, a, b), logit in zip(compared, self._forward(rows, pad, markers=markers), strict=True):
             logits[number][a, b] = logit
         return [
             Scores(values=_wins(item.responses, of), counts=_counts(item.responses, cut))
@@ -136,7 +130,7 @@ class PairRMScorer:
         ]
 
     def _encode(self, part: int, text: str, limit: int) -> tuple[list[int], int]:
-        """Token ids of one of the three parts, within its limit, and how many tokens were cut off."""
+        """Return the token ids of one of the three parts, within its limit, and how many tokens were cut off."""
         text = text.replace(self._tokenizer.sep_token, " ")  # as llm-blender does: it would read as the part's end
         ids = self._tokenizer(MARKERS[part] + text, add_special_tokens=True, truncation=False).input_ids
         if len(ids) <= limit:
@@ -144,27 +138,17 @@ class PairRMScorer:
         end = ids[-1:] if ids[-1] == self._tokenizer.sep_token_id else []
         return [*ids[: limit - len(end)], *end], len(ids) - limit
 
-    def _logits(self, rows: list[list[int]], markers: list[list[int]]) -> list[float]:
-        logits = [0.0] * len(rows)
-        for some in models.batches([len(row) for row in rows], self._cfg.tokens_per_batch):
-            ids, mask = models.pad([rows[i] for i in some], self._config.pad_token_id or 0, self._rank.device)
-            at = torch.tensor([markers[i] for i in some], device=self._rank.device)
-            for i, value in zip(some, self._model(ids, mask, at).float().tolist(), strict=True):
-                logits[i] = value
-        return logits
-
 
 def _wins(responses: Sequence[str], logits: Mapping[tuple[str, str], float]) -> list[list[float]]:
-    """[K][K] P(i beats j) from the logits of all ordered pairs of different texts."""
+    """Return [K][K] P(i beats j) from the logits of all ordered pairs of different texts."""
 
     def lead(a: str, b: str) -> float:
         return 0.0 if a == b else logits[a, b] - logits[b, a]
 
     scores = [sum(lead(a, b) for b in responses) / len(responses) for a in responses]
-    # The sigmoid, without its overflow.
-    return [[0.5 * (1 + math.tanh((s_i - s_j) / 2)) for s_j in scores] for s_i in scores]
+    return preferences(scores, temperature=1.0)
 
 
 def _counts(responses: Sequence[str], cuts: Mapping[tuple[str, str], int]) -> list[dict[str, int]]:
-    """[K] tokens lost in the comparisons of response i with each other text, i first."""
+    """Return [K] tokens lost in the comparisons of response i with each other text, i first."""
     return [{"cut_tokens": sum(cuts.get((a, b), 0) for b in responses)} for a in responses]
