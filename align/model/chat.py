@@ -1,6 +1,7 @@
 """How a model speaks: its chat template, its one BOS, the tokens that end its turn."""
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -8,6 +9,20 @@ from transformers import PreTrainedTokenizerBase
 from align.choices import SystemMessage
 from align.files import fingerprint
 from align.say import UserError
+
+
+def read_template(key: str, value: str) -> str:
+    """Return the template that the knob `key` holds, or that of the file which it names.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if "{" in value:
+        return value
+    file = Path(value).expanduser()
+    if not file.is_file():
+        raise UserError(f"{key}={value} is neither a template nor a file that holds one")
+    return file.read_text()
 
 
 def merge_system_message(messages: list[dict[str, str]], policy: SystemMessage) -> list[dict[str, str]]:

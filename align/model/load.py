@@ -6,6 +6,7 @@ papers train without it, and a log-ratio to the start model is only 0 at step 0 
 """
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from align.config import ModelConfig, RunConfig
 from align.files import build_once, file_fingerprint, fingerprint
-from align.model.chat import stop_token_ids, tokenizer_fingerprint
+from align.model.chat import read_template, stop_token_ids, tokenizer_fingerprint
 from align.say import UserError, resolve, say
 
 
@@ -80,8 +81,13 @@ def _start_fingerprint(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> 
     folder = Path(str(cfg.path)).expanduser()
     if not folder.is_dir():
         return fingerprint(cfg.path, cfg.revision, tokenizer.init_kwargs.get("_commit_hash"))
+    return content_fingerprint(folder, ("*.safetensors", "config.json"))
+
+
+def content_fingerprint(folder: Path, patterns: Sequence[str]) -> str:
+    """Return sixteen hex digits of the files in a folder that match any of the patterns, by name and content."""
     digest = xxhash.xxh3_128()
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]):
+    for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
         digest.update(file.name.encode())
         with file.open("rb") as content:
             while block := content.read(2**24):
@@ -134,7 +140,7 @@ def load_policy(cfg: ModelConfig, start: Start, seed: int, dtype: torch.dtype = 
             raise UserError(
                 f"model.attn_implementation={cfg.attn_implementation}: {' '.join(str(error).split())}"
             ) from error
-        raise UserError(_cannot_load("model.path", start.path, error)) from error
+        raise UserError(cannot_load("model.path", start.path, error)) from error
     if loading["missing_keys"]:
         some = ", ".join(sorted(loading["missing_keys"])[:3])
         raise UserError(
@@ -202,7 +208,7 @@ def _load_tokenizer(cfg: ModelConfig, path: str, revision: str | None) -> PreTra
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=cfg.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         kind = UserError if is_local(path) else NotHereError
-        raise kind(_cannot_load("model.tokenizer" if cfg.tokenizer else "model.path", path, error)) from error
+        raise kind(cannot_load("model.tokenizer" if cfg.tokenizer else "model.path", path, error)) from error
     if not tokenizer.is_fast:
         raise UserError(f"tokenizer {path} has no tokenizer.json: align needs a fast tokenizer")
     if tokenizer.eos_token_id is None:
@@ -210,13 +216,7 @@ def _load_tokenizer(cfg: ModelConfig, path: str, revision: str | None) -> PreTra
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked and never scored: any token serves
     if cfg.chat_template is not None:
-        file = Path(cfg.chat_template).expanduser()
-        is_template = "{" in cfg.chat_template
-        if not is_template and not file.is_file():
-            raise UserError(
-                f"model.chat_template={cfg.chat_template} is neither a Jinja template nor a file that holds one"
-            )
-        tokenizer.chat_template = cfg.chat_template if is_template else file.read_text()
+        tokenizer.chat_template = read_template("model.chat_template", cfg.chat_template)
     return tokenizer
 
 
@@ -225,8 +225,8 @@ def is_local(path: str) -> bool:
     return path.startswith(("/", ".", "~")) or Path(path).is_dir()
 
 
-def _cannot_load(key: str, path: str, error: Exception) -> str:
-    """One line: which knob, what was tried, and why it failed."""
+def cannot_load(key: str, path: str, error: Exception) -> str:
+    """Return one line: which knob, what was tried, and why it failed."""
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     folder = Path(path).expanduser()
     if is_local(path) and not folder.is_dir():

@@ -145,7 +145,7 @@ def test_no_policy_is_in_memory_when_the_judge_is_asked(judged, monkeypatch):
         (["scorer=program"], "scorer.name=program needs scorer.path=module:function"),
         (["scorer=program", "scorer.path=my_programs:none"], "scorer.path=my_programs:none is not"),
         (["scorer.name=pairrmm"], "scorer.name=pairrmm is unknown (did you mean pairrm?)"),
-        (["scorer=reward_model", "scorer.path=/nowhere"], "scorer.path=/nowhere cannot be loaded"),
+        (["scorer=reward_model", "scorer.path=/nowhere"], "scorer.path=/nowhere does not exist"),
     ],
 )
 def test_a_judge_that_cannot_be_is_refused_before_anything_starts(judged, words, says):

@@ -200,7 +200,7 @@ def test_a_function_of_ones_own_makes_a_scorer():
         ({"name": "pairrm", "path": "x", "template": "y"}, "scorer.template does nothing with scorer.name=pairrm"),
         ({"name": "program", "judge": JudgeConfig(served_model="x")}, "scorer.judge does nothing"),
         ({"name": "reward_model"}, "scorer.name=reward_model needs scorer.path: a hub name or a folder"),
-        ({"name": "reward_model", "path": "/nowhere"}, "scorer.path=/nowhere cannot be loaded"),
+        ({"name": "reward_model", "path": "/nowhere"}, "scorer.path=/nowhere does not exist"),
         ({"name": "reward_model", "path": "x", "tokens_per_batch": 0}, "scorer.tokens_per_batch must be above 0, not 0"),
         ({"name": "llm_judge"}, "needs scorer.judge.served_model"),
         ({"name": "llm_judge", "judge": JudgeConfig(served_model="x")}, "scorer.judge.urls is empty"),

@@ -8,10 +8,7 @@ Two kinds, as the published data were made with both: ArmoRM gives a number per 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
 from typing import Any, Protocol
-
-from align.say import UserError
 
 Prompt = list[dict[str, str]] | str  # messages of {role, content}, the last of them the user's; or a plain text
 
@@ -95,17 +92,3 @@ def as_text(prompt: Prompt) -> str:
 def as_messages(prompt: Prompt) -> list[dict[str, str]]:
     """Return the messages of a conversation; a plain text becomes one user turn."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-
-def read_template(template: str) -> str:
-    """Return the text of `scorer.template`: itself, or that of the file which it names.
-
-    Raises:
-        UserError: there is no such file.
-    """
-    if "{" in template:
-        return template
-    file = Path(template).expanduser()
-    if not file.is_file():
-        raise UserError(f"scorer.template={template} is neither a template nor a file that holds one")
-    return file.read_text()

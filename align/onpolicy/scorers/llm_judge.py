@@ -20,8 +20,9 @@ from typing import Any
 
 from align.config import ScorerConfig
 from align.launch.rank import Rank
+from align.model.chat import read_template
 from align.onpolicy.samplers.servers import Servers, in_threads
-from align.onpolicy.scorers.base import Identity, Item, Kind, Scores, as_text, read_template
+from align.onpolicy.scorers.base import Identity, Item, Kind, Scores, as_text
 from align.say import UserError
 
 FIRST, SECOND = "m", "M"  # {first} is called m, {second} M
@@ -179,7 +180,7 @@ def _template(setting: str | None) -> str:
     """Return the judge's template: the one above, or that of `scorer.template`, in which no place may be missing."""
     if setting is None:
         return TEMPLATE
-    template = read_template(setting)
+    template = read_template("scorer.template", setting)
     if missing := [place for place in PLACES if place not in template]:
         raise UserError(
             f"scorer.template lacks {', '.join(missing)}; it must ask for {FIRST} if the first is better, else {SECOND}"

@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from align.config import ScorerConfig
 from align.launch.rank import Rank
-from align.model.chat import merge_system_message
-from align.model.load import NotHereError, is_local
-from align.onpolicy.scorers.base import Identity, Item, Kind, Scores, as_messages, read_template
+from align.model.chat import merge_system_message, read_template
+from align.model.load import NotHereError, cannot_load, content_fingerprint, is_local
+from align.onpolicy.scorers.base import Identity, Item, Kind, Scores, as_messages
 from align.say import UserError
 
 _DECIDES = ("*.safetensors", "config.json", "tokenizer*.json", "special_tokens_map.json", "chat_template.jinja")
@@ -109,7 +108,7 @@ def load_config(cfg: ScorerConfig) -> PretrainedConfig:
         return AutoConfig.from_pretrained(_path(cfg), revision=cfg.revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         kind = UserError if is_local(cfg.path) else NotHereError
-        raise kind(_cannot_load(cfg, error)) from error
+        raise kind(cannot_load("scorer.path", str(cfg.path), error)) from error
 
 
 def load_tokenizer(cfg: ScorerConfig) -> PreTrainedTokenizerBase:
@@ -123,9 +122,9 @@ def load_tokenizer(cfg: ScorerConfig) -> PreTrainedTokenizerBase:
             _path(cfg), revision=cfg.revision, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(_cannot_load(cfg, error)) from error
+        raise UserError(cannot_load("scorer.path", str(cfg.path), error)) from error
     if cfg.template is not None:
-        tokenizer.chat_template = read_template(cfg.template)
+        tokenizer.chat_template = read_template("scorer.template", cfg.template)
     return tokenizer
 
 
@@ -145,7 +144,7 @@ def load_weights(kind: Any, cfg: ScorerConfig, config: PretrainedConfig, rank: R
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(_cannot_load(cfg, error)) from error
+        raise UserError(cannot_load("scorer.path", str(cfg.path), error)) from error
     problems = {
         "lacks": loading["missing_keys"],
         "has weights that this model does not read:": loading["unexpected_keys"],
@@ -164,15 +163,9 @@ def load_weights(kind: Any, cfg: ScorerConfig, config: PretrainedConfig, rank: R
 def revision(cfg: ScorerConfig, config: PretrainedConfig) -> str:
     """Return the commit of a hub model, or sixteen hex digits of a folder's weights, configuration and tokenizer."""
     folder = Path(_path(cfg))
-    if not folder.is_dir():
-        return str(getattr(config, "_commit_hash", None) or cfg.revision or "unknown")
-    digest = xxhash.xxh3_128()
-    for file in sorted({file for pattern in _DECIDES for file in folder.glob(pattern)}):
-        digest.update(file.name.encode())
-        with file.open("rb") as content:
-            while block := content.read(2**24):
-                digest.update(block)
-    return digest.hexdigest()[:16]
+    if folder.is_dir():
+        return content_fingerprint(folder, _DECIDES)
+    return str(getattr(config, "_commit_hash", None) or cfg.revision or "unknown")
 
 
 def name(cfg: ScorerConfig) -> str:
@@ -254,9 +247,3 @@ def _some(keys: Any) -> str:
     names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
     more = f" and {len(names) - _SOME} more" if len(names) > _SOME else ""
     return ", ".join(names[:_SOME]) + more
-
-
-def _cannot_load(cfg: ScorerConfig, error: Exception) -> str:
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    how = "as a folder with config.json, safetensors and a tokenizer, or from the hub (network, access, HF_TOKEN?)"
-    return f"scorer.path={cfg.path} cannot be loaded {how}: {reason}"
