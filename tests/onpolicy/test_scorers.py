@@ -415,8 +415,14 @@ def test_the_revision_changes_with_weights_and_template_but_not_with_the_folders
 
 def test_weights_are_loaded_at_the_first_call_only(reward_folder, monkeypatch):
     loaded = []
-    monkeypatch.setattr(models, "load_weights", lambda *args: loaded.append(args))
-    assert reward_scorer(reward_folder).identity.kind is Kind.pointwise and loaded == []
+    monkeypatch.setattr(
+        AutoModelForSequenceClassification, "from_pretrained", lambda *_, **__: loaded.append(1) or 1 / 0
+    )
+    scorer = reward_scorer(reward_folder)
+    assert scorer.identity.kind is Kind.pointwise and loaded == []
+    with pytest.raises(ZeroDivisionError):
+        scorer(ITEMS)
+    assert loaded == [1]
 
 
 # ArmoRM ---------------------------------------------------------------------------------------------------------------

@@ -28,18 +28,74 @@ _SOME = 3  # names in an error
 
 
 class ModelScorer:
-    """A scorer that is a model: its configuration and tokenizer are loaded at once, its weights at the first call."""
+    """A scorer that is a model: its configuration and tokenizer are loaded at once, its weights at the first call.
+
+    Raises:
+        UserError: no path, or nothing there that can be read.
+    """
 
     kind: Any  # what its weights are loaded by: `kind.from_pretrained`
 
     def __init__(self, cfg: ScorerConfig, rank: Rank) -> None:
         self._cfg, self._rank = cfg, rank
-        self._config = load_config(cfg)
-        self._tokenizer = load_tokenizer(cfg)
+        if cfg.path is None:
+            raise UserError(f"scorer.name={cfg.name} needs scorer.path: a hub name or a folder")
+        self._path = str(Path(cfg.path).expanduser()) if cfg.path.startswith("~") else cfg.path
+        where: dict[str, Any] = {"revision": cfg.revision, "trust_remote_code": False}
+        try:
+            self._config: PretrainedConfig = AutoConfig.from_pretrained(self._path, **where)
+            self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self._path, **where)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            kind = UserError if is_local(cfg.path) else NotHereError
+            raise kind(cannot_load("scorer.path", cfg.path, error)) from error
+        if cfg.template is not None:
+            self._tokenizer.chat_template = read_template("scorer.template", cfg.template)
+
+    def _identify(self, kind: Kind, template: str, **settings: Any) -> Identity:
+        """Return the scorer's identity; a folder goes by its last name, so that moving it makes no other scorer."""
+        name, folder = self._path, Path(self._path)
+        revision = str(getattr(self._config, "_commit_hash", None) or self._cfg.revision or "unknown")
+        if folder.is_dir():
+            name, revision = folder.resolve().name, content_fingerprint(folder, _DECIDES)
+        return Identity(
+            kind=kind,
+            name=f"{self._cfg.name}:{name}",
+            revision=revision,
+            template=template,
+            settings={**settings, "bf16": self._rank.bf16},
+        )
 
     @cached_property
     def _model(self) -> PreTrainedModel:
-        return load_weights(self.kind, self._cfg, self._config, self._rank)
+        """The model on its device, with every weight accounted for.
+
+        Raises:
+            UserError: it cannot be loaded, or checkpoint and model do not have the same weights; they are named.
+        """
+        try:
+            model, loading = self.kind.from_pretrained(
+                self._path,
+                revision=self._cfg.revision,
+                config=self._config,
+                dtype=torch.bfloat16 if self._rank.bf16 else torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+            raise UserError(cannot_load("scorer.path", self._path, error)) from error
+        problems = {
+            "lacks": loading["missing_keys"],
+            "has weights that this model does not read:": loading["unexpected_keys"],
+            "has weights of another shape:": loading["mismatched_keys"],
+        }
+        if said := [f"{problem} {_some(keys)}" for problem, keys in problems.items() if keys]:
+            raise UserError(
+                f"scorer.path={self._path} is no checkpoint for scorer.name={self._cfg.name}: it {'; it '.join(said)}; "
+                "its scores would come from random weights"
+            )
+        _head_in_float32(model)
+        ready: PreTrainedModel = model.to(self._rank.device).eval()
+        return ready
 
     def _forward(
         self, rows: Sequence[list[int]], pad_token_id: int, equal: bool = False, **at: Sequence[Any]
@@ -69,13 +125,12 @@ class PointwiseModel(ModelScorer):
         longest = self._tokenizer.model_max_length
         positions = getattr(self._config.get_text_config(), "max_position_embeddings", None) or longest
         self._max_length = int(min(cfg.max_length or positions, positions, longest))
-        self.identity = Identity(
-            kind=Kind.pointwise,
-            name=name(cfg),
-            revision=revision(cfg, self._config),
-            template=str(self._tokenizer.chat_template),
-            settings={"max_length": self._max_length, "system_message": cfg.system_message.name, "bf16": rank.bf16},
-        )
+
+    @cached_property
+    def identity(self) -> Identity:
+        """The scorer's identity, made when its subclass has found the model to be of its kind."""
+        template, merged = str(self._tokenizer.chat_template), self._cfg.system_message.name
+        return self._identify(Kind.pointwise, template, max_length=self._max_length, system_message=merged)
 
     @torch.inference_mode()
     def __call__(self, items: Sequence[Item]) -> list[Scores]:
@@ -94,84 +149,6 @@ class PointwiseModel(ModelScorer):
     def _numbers(self, rows: Sequence[tuple[list[int], int]]) -> list[float]:
         """Return a number for each text, of (its token ids, how many were cut)."""
         raise NotImplementedError
-
-
-def load_config(cfg: ScorerConfig) -> PretrainedConfig:
-    """Load the model's configuration, and with it the commit of a hub model.
-
-    Raises:
-        UserError: no path, or nothing there that can be read.
-    """
-    if cfg.path is None:
-        raise UserError(f"scorer.name={cfg.name} needs scorer.path: a hub name or a folder")
-    try:
-        return AutoConfig.from_pretrained(_path(cfg), revision=cfg.revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        kind = UserError if is_local(cfg.path) else NotHereError
-        raise kind(cannot_load("scorer.path", str(cfg.path), error)) from error
-
-
-def load_tokenizer(cfg: ScorerConfig) -> PreTrainedTokenizerBase:
-    """Load the model's own tokenizer, with the template of `scorer.template` where one is given.
-
-    Raises:
-        UserError: it cannot be loaded.
-    """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            _path(cfg), revision=cfg.revision, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(cannot_load("scorer.path", str(cfg.path), error)) from error
-    if cfg.template is not None:
-        tokenizer.chat_template = read_template("scorer.template", cfg.template)
-    return tokenizer
-
-
-def load_weights(kind: Any, cfg: ScorerConfig, config: PretrainedConfig, rank: Rank) -> PreTrainedModel:
-    """Load the model onto its device by `kind.from_pretrained`, with every weight accounted for.
-
-    Raises:
-        UserError: it cannot be loaded, or the checkpoint and the model do not have the same weights; they are named.
-    """
-    try:
-        model, loading = kind.from_pretrained(
-            _path(cfg),
-            revision=cfg.revision,
-            config=config,
-            dtype=torch.bfloat16 if rank.bf16 else torch.float32,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(cannot_load("scorer.path", str(cfg.path), error)) from error
-    problems = {
-        "lacks": loading["missing_keys"],
-        "has weights that this model does not read:": loading["unexpected_keys"],
-        "has weights of another shape:": loading["mismatched_keys"],
-    }
-    said = [f"{problem} {_some(keys)}" for problem, keys in problems.items() if keys]
-    if said:
-        raise UserError(
-            f"scorer.path={cfg.path} is no checkpoint for scorer.name={cfg.name}: it {'; it '.join(said)}; "
-            "its scores would come from random weights"
-        )
-    _head_in_float32(model)
-    return model.to(rank.device).eval()
-
-
-def revision(cfg: ScorerConfig, config: PretrainedConfig) -> str:
-    """Return the commit of a hub model, or sixteen hex digits of a folder's weights, configuration and tokenizer."""
-    folder = Path(_path(cfg))
-    if folder.is_dir():
-        return content_fingerprint(folder, _DECIDES)
-    return str(getattr(config, "_commit_hash", None) or cfg.revision or "unknown")
-
-
-def name(cfg: ScorerConfig) -> str:
-    """Return the kind of scorer and its model; a folder by its last name, so that moving it makes no other scorer."""
-    folder = Path(_path(cfg))
-    return f"{cfg.name}:{folder.resolve().name if folder.is_dir() else cfg.path}"
 
 
 def render(item: Item, tokenizer: PreTrainedTokenizerBase, cfg: ScorerConfig) -> list[list[int]]:
@@ -236,10 +213,6 @@ def _head_in_float32(model: PreTrainedModel) -> None:
     for part in model.children():
         if part is not model.base_model:
             part.float().register_forward_pre_hook(cast)
-
-
-def _path(cfg: ScorerConfig) -> str:
-    return str(Path(str(cfg.path)).expanduser()) if str(cfg.path).startswith("~") else str(cfg.path)
 
 
 def _some(keys: Any) -> str:

@@ -39,8 +39,8 @@ from transformers import DebertaV2Config, DebertaV2Model, DebertaV2PreTrainedMod
 
 from align.config import ScorerConfig
 from align.launch.rank import Rank
-from align.onpolicy.scorers import models
-from align.onpolicy.scorers.base import Identity, Item, Kind, Scores, as_text
+from align.onpolicy.scorers.base import Item, Kind, Scores, as_text
+from align.onpolicy.scorers.models import ModelScorer
 from align.onpolicy.select import preferences
 from align.say import UserError
 
@@ -71,7 +71,7 @@ class PairRM(DebertaV2PreTrainedModel):
         return (scores[0] - scores[1])[:, 0]
 
 
-class PairRMScorer(models.ModelScorer):
+class PairRMScorer(ModelScorer):
     """P(a beats b) of every pair, from the comparisons of all different responses in both orders."""
 
     kind = PairRM
@@ -88,17 +88,12 @@ class PairRMScorer(models.ModelScorer):
             raise UserError(
                 f"the tokenizer of {cfg.path} lacks PairRM's special tokens {', '.join(MARKERS)} or a separator"
             )
-        self.identity = Identity(
-            kind=Kind.pairwise,
-            name=models.name(cfg),
-            revision=models.revision(cfg, self._config),
-            template=" ".join((MARKERS[0], "prompt", MARKERS[1], "A", MARKERS[2], "B")),
-            settings={
-                "wins": "sigmoid(score_i - score_j), score_i = mean_j(logit_ij - logit_ji)",
-                "max_source": MAX_SOURCE,
-                "max_tokens": MAX_TOKENS,
-                "bf16": rank.bf16,
-            },
+        self.identity = self._identify(
+            Kind.pairwise,
+            " ".join((MARKERS[0], "prompt", MARKERS[1], "A", MARKERS[2], "B")),
+            wins="sigmoid(score_i - score_j), score_i = mean_j(logit_ij - logit_ji)",
+            max_source=MAX_SOURCE,
+            max_tokens=MAX_TOKENS,
         )
 
     @torch.inference_mode()

@@ -31,7 +31,7 @@ class ProgramScorer:
         )
 
     def __call__(self, items: Sequence[Item]) -> list[Scores]:
-        """[K] what the function returns.
+        """Return [K] what the function says, for each item.
 
         Raises:
             UserError: it returns no number.

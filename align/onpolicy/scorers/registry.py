@@ -1,7 +1,7 @@
 """Scorers by name: those here, those of installed packages, and "module:function".
 
 A package registers through the entry-point group `align.scorers`; the entry point names a function of
-(`ScorerConfig`, `Place`) that returns a `Scorer`, the same that "module:function" names. A setting that the chosen
+(`ScorerConfig`, `Rank`) that returns a `Scorer`, the same that "module:function" names. A setting that the chosen
 scorer would not read is refused, as whoever wrote it believes that it does something.
 Left out: torch, until a scorer is made.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # torch: not needed to look a name up
 
 @dataclass(frozen=True, kw_only=True)
 class _BuiltIn:
-    """Where a scorer is made, and the keys of `ScorerConfig` that it reads; of a nested node the first word."""
+    """A scorer of align: where it is made, and the keys of `ScorerConfig` that it reads; of a nested node the first word."""
 
     make: str
     reads: tuple[str, ...]
@@ -29,11 +29,7 @@ class _BuiltIn:
 
 
 _HERE = "align.onpolicy.scorers"
-
-
 _MODEL = ("path", "revision", "max_length", "tokens_per_batch", "system_message")
-
-
 _BUILT_IN = {
     "program": _BuiltIn(make=f"{_HERE}.program:ProgramScorer", reads=("path",)),
     "reward_model": _BuiltIn(make=f"{_HERE}.reward_model:RewardModelScorer", reads=(*_MODEL, "template")),
@@ -48,12 +44,12 @@ _BUILT_IN = {
 
 
 def available() -> list[str]:
-    """Names of all scorers: ours and those of installed packages."""
+    """Return the names of all scorers: ours and those of installed packages."""
     return sorted({*_BUILT_IN, *(entry.name for entry in importlib.metadata.entry_points(group="align.scorers"))})
 
 
 def scorer_of(cfg: RunConfig) -> ScorerConfig:
-    """Who scores: as configured, or else the dataset's own judge."""
+    """Return the scorer that is configured, or else the dataset's own judge."""
     if cfg.scorer.name is not None:
         return cfg.scorer
     if cfg.dataset.judge is None:
@@ -66,7 +62,7 @@ def scorer_of(cfg: RunConfig) -> ScorerConfig:
 
 
 def build(cfg: ScorerConfig, rank: "Rank") -> Scorer:
-    """The scorer that the configuration describes; models run on `where.device`.
+    """Build the scorer that the configuration describes; models run on `rank.device`.
 
     Raises:
         UserError: an unknown name, a setting that it does not read or that is out of range, a model that is not there.
@@ -92,7 +88,7 @@ def build(cfg: ScorerConfig, rank: "Rank") -> Scorer:
 
 
 def stand_in(cfg: ScorerConfig) -> Identity:
-    """For plans where the hub cannot be reached: what is known of a scorer without its files."""
+    """Return what is known of a scorer without its files, for plans where the hub cannot be reached."""
     kind = _BUILT_IN[str(cfg.name)].kind if cfg.name in _BUILT_IN else Kind.pointwise
     return Identity(kind=kind, name=f"{cfg.name}:{cfg.path}", revision="unknown", template="unknown")
 
