@@ -9,7 +9,7 @@ from align.config import RunConfig
 from align.data.prompts import PromptRow, prompts_of
 from align.launch import slurm
 from align.launch.cluster import cluster_of
-from align.launch.local import in_each_process, logs_of
+from align.launch.local import each, logs_of
 from align.launch.rank import Cluster, alone
 from align.model.policy import Policy
 from align.onpolicy.pairs import describe_counts, write_pairs
@@ -29,7 +29,7 @@ def annotate(cfg: RunConfig) -> None:
     folder = folder_of(cfg)
     read_samples(folder / "responses")
     cluster = cluster_of(cfg.cluster)
-    in_each_process(cluster, logs_of(folder), _annotate, cfg, folder, cluster)
+    each(cluster, logs_of(folder), _annotate, cfg, folder, cluster)
     say(f"scores  {folder / 'scores'}")
 
 
@@ -48,7 +48,7 @@ def sample(cfg: RunConfig) -> None:
     start, prompts, cluster = prepare_answers(cfg)
     policy = Policy(iteration=0, cfg=cfg.model, start=start)
     asked = prompts_of(cfg, prompts, 1)
-    in_each_process(cluster, logs_of(folder), _sample, cfg, policy, asked, folder, cluster)
+    each(cluster, logs_of(folder), _sample, cfg, policy, asked, folder, cluster)
     say(f"responses  {folder / 'responses'}")
 
 

@@ -1,1 +1,1 @@
-"""Where a run runs: its processes, their strategy, SLURM."""
+"""Processes of a run: starting them, their ranks, the strategy they share, SLURM."""

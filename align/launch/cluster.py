@@ -1,4 +1,4 @@
-"""The processes that the `cluster` node comes to on this machine; refuses what cannot work, before anything runs."""
+"""From the `cluster` node of the configuration to the processes of a run. Refuses a cluster that cannot work."""
 
 import os
 
@@ -11,7 +11,7 @@ from align.say import UserError
 
 
 def cluster_of(cfg: ClusterConfig, plan: bool = False) -> Cluster:
-    """What the `cluster` node comes to: here, or for a plan or a batch job on the machines that it describes.
+    """Resolve the `cluster` node, on this machine or, for a plan or a batch job, on the machines that it describes.
 
     Raises:
         UserError: more GPUs than there are, bf16 without a GPU, a strategy that contradicts the number of processes.
@@ -45,9 +45,9 @@ def cluster_of(cfg: ClusterConfig, plan: bool = False) -> Cluster:
 
 
 def _processes(cfg: ClusterConfig, gpus: int | None, elsewhere: bool) -> tuple[int, int]:
-    """(nodes, processes per node); `gpus` of this machine, None for a run on CPUs."""
+    """Return (nodes, processes per node). `gpus` is the number on this machine, None for a run on CPUs."""
     per_node = cfg.processes or max(gpus or 0, 1)
-    if inside():  # as started from outside; what the command says must agree
+    if inside():  # the processes are running already, and the command must agree with them
         world = int(os.environ["WORLD_SIZE"])
         local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
         if cfg.processes is not None and cfg.nodes * cfg.processes != world:
@@ -70,7 +70,7 @@ def _processes(cfg: ClusterConfig, gpus: int | None, elsewhere: bool) -> tuple[i
 
 
 def _strategy(cfg: ClusterConfig, world: int, on_gpu: bool) -> Strategy:
-    """The strategy, or `auto` where memory will decide."""
+    """Return the strategy, or `auto` if memory will decide."""
     strategy = cfg.strategy
     if world == 1 and strategy is Strategy.ddp:
         strategy = Strategy.single

@@ -1,15 +1,9 @@
-"""Where a run runs: its processes, this process's place among them, and how they start, stop and fail together.
+"""Processes of a run on this machine: start them, watch them, pass signals on, name the first that fails.
 
-    fleet(cfg)      what the `cluster` node comes to on this machine: refuses what cannot work, before anything runs
-    start(...)      runs a function once per process of this machine, and watches them: torch's elastic agent without
-                    its restarts, whose one signal could not tell "a neighbour died" (die too) from "stop" (save first)
-    join(fleet)     this process's place: alone, a worker of `start`, or one of torchrun's, accelerate's or srun's;
-                    a process may `leave` and join again, as often as it likes
-    apart(fleet)    the same place for work without the others, before, between and after
-
-A worker that fails is one line in the parent's terminal, with its rank; the others are ended at once, since they would
-wait for it in a collective. A worker whose parent is gone ends itself. Left out: starting processes on other machines,
-which is SLURM's (slurm.py) or torchrun's part.
+Like torch's elastic agent without its restarts, whose one signal could not tell "a neighbour died" (end too) from "stop"
+(write a checkpoint first). A worker that fails is one line in the parent's terminal, with its rank, and the others are
+ended at once, since they would wait for it in a collective. A worker whose parent is gone ends itself (lifeline.py).
+Left out: starting processes on other machines, which SLURM (slurm.py) or torchrun does.
 """
 
 import contextlib
@@ -33,34 +27,36 @@ import torch
 from tqdm import tqdm
 
 from align.choices import Strategy
+from align.files import write_json
 from align.launch import lifeline
-from align.launch.rank import Cluster, inside
+from align.launch.rank import Cluster, handling, inside
 from align.say import Stopped, UserError
 
-_LAST_WORDS = 1.0  # seconds that the others get to say what they know once one has failed
-
-
+_LAST_WORDS = 1.0  # seconds in which the others may report once one process has failed
 _TO_CHECKPOINT = 600.0  # seconds from a stop to its checkpoint, at most; a second Ctrl-C does not wait
 
 
-# Starting -----------------------------------------------------------------------------------------------------------
+def each(cluster: Cluster, logs: Path, function: Callable[..., Any], *args: Any) -> Any:
+    """Run `function(*args)` once in each process of the cluster. Returns the result, of rank 0 if there are several.
 
-
-def start_processes(cluster: Cluster, logs: Path, function: Callable[..., Any], *args: Any) -> Any:
-    """Run `function(*args)` once in each process of the fleet, all on this machine. Returns what rank 0's returns.
+    It runs in this process if that is the only one, or if it was started from outside (torchrun, srun) as one of
+    several. Otherwise a process is started for each rank, all on this machine.
 
     Args:
-        logs: folder for what processes other than rank 0 print, and for the traceback of one that fails.
-        function: importable, and all that it takes can be pickled. It may call `join`.
+        logs: folder for the output of processes other than rank 0, and for the traceback of one that fails.
+        function: importable, with arguments that can be pickled. It may call `join`.
 
     Raises:
-        UserError: a process failed; the message names it. The others are gone by then.
+        UserError: a process failed; the message names it. The others have ended by then.
         Stopped: the processes were asked to stop, and did.
     """
+    alone = cluster.world == 1 and cluster.strategy in (Strategy.single, Strategy.auto)  # auto: nothing is trained
+    if inside() or alone:
+        return function(*args)
     logs.mkdir(parents=True, exist_ok=True)
     for old in logs.glob("*.outcome"):
         old.unlink()
-    # The parent keeps the store at which the processes meet: a port that the system picks, and gone with the parent.
+    # The parent holds the store at which the processes meet: on a port that the system picks, closed with the parent.
     store = torch.distributed.TCPStore("127.0.0.1", 0, cluster.world, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
     processes: list[BaseProcess] = [
@@ -85,7 +81,7 @@ def start_processes(cluster: Cluster, logs: Path, function: Callable[..., Any], 
 
 
 def _watch(processes: list[BaseProcess], asked: list[float]) -> dict[int, int]:
-    """Wait until all processes have ended, one has failed, or they took too long to stop. {rank: exit status}."""
+    """Wait until all processes have ended, one has failed, or a stop took too long. Returns {rank: exit status}."""
 
     def ended() -> dict[int, int]:
         return {rank: p.exitcode for rank, p in enumerate(processes) if p.exitcode is not None}
@@ -103,7 +99,7 @@ def _watch(processes: list[BaseProcess], asked: list[float]) -> dict[int, int]:
 
 @contextlib.contextmanager
 def _passing_on_signals(processes: list[BaseProcess]) -> Iterator[list[float]]:
-    """Ctrl-C and SIGTERM become SIGTERM for every process. Yields the moments when they came."""
+    """Turn Ctrl-C and SIGTERM into SIGTERM for every process. Yields the times at which they came."""
     asked: list[float] = []
 
     def pass_on(number: int, frame: Any) -> None:
@@ -112,17 +108,12 @@ def _passing_on_signals(processes: list[BaseProcess]) -> Iterator[list[float]]:
             if process.pid is not None and process.is_alive():
                 os.kill(process.pid, signal.SIGTERM)
 
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, pass_on) for number in numbers}
-    try:
+    with handling(pass_on, signal.SIGINT, signal.SIGTERM):
         yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _verdict(world: int, ended: dict[int, int], logs: Path, asked: list[float]) -> Any:
-    """What rank 0 returned, or the failure that came first."""
+    """Return the result of rank 0, or raise the failure that came first."""
     said: dict[int, dict[str, Any]] = {}
     for rank in range(world):
         with contextlib.suppress(OSError, ValueError):
@@ -135,9 +126,9 @@ def _verdict(world: int, ended: dict[int, int], logs: Path, asked: list[float]) 
         raise UserError(texts["user"][0])
     if texts["stopped"]:
         raise Stopped(texts["stopped"][0])
-    of_stop = signal.SIGTERM if asked else None  # what it comes to wherever no training is under way
-    for rank, status in ended.items():  # one that a signal ended could not speak; the others only say that it is gone
-        if status < 0 and -status != of_stop:
+    stop = signal.SIGTERM if asked else None  # ends a process in which no training is under way
+    for rank, status in ended.items():  # a process ended by a signal reports nothing; the others report its absence
+        if status < 0 and -status != stop:
             memory = "; out of memory? try a smaller engine.tokens_per_micro_batch or fewer cluster.processes"
             hint = memory if -status == signal.SIGKILL else f"; what it printed last is in {logs / f'{rank}.log'}"
             raise UserError(f"process {rank} of {world} was ended by {signal.Signals(-status).name}{hint}")
@@ -155,13 +146,13 @@ def _verdict(world: int, ended: dict[int, int], logs: Path, asked: list[float]) 
 def _work(
     rank: int, cluster: Cluster, port: int, logs: Path, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
-    """The body of a process: take the place, run, and leave word of how it ended."""
+    """Run the function as one process of the cluster, and write `<rank>.outcome`: how it ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to everyone; the parent passes on SIGTERM
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": cluster.world, "LOCAL_WORLD_SIZE": cluster.per_node}
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": cluster.world, "LOCAL_WORLD_SIZE": cluster.per_node}
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    tqdm.set_lock(threading.RLock())  # its own outlives a process that is killed, and the system complains
-    os.environ |= {name: str(value) for name, value in {**places, **meeting}.items()}
+    tqdm.set_lock(threading.RLock())  # tqdm's own lock outlives a process that is killed, and the system complains
+    os.environ |= {name: str(value) for name, value in {**ranks, **meeting}.items()}
     if rank > 0:
         log = os.open(logs / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
@@ -179,23 +170,15 @@ def _work(
         trace.write_text(traceback.format_exc())
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]} ({Path(at.filename).name}:{at.lineno})"
         outcome = {"kind": "failed", "text": f"process {rank} of {cluster.world}: {text}; traceback in {trace}"}
-    unfinished = logs / f"{rank}.unfinished"
-    unfinished.write_text(json.dumps({**outcome, "time": time.time()}))
-    unfinished.replace(logs / f"{rank}.outcome")
+    write_json(logs / f"{rank}.outcome", {**outcome, "time": time.time()})
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0 if outcome["kind"] in ("done", "stopped") else 1)  # nothing that is connected may keep it here
+    os._exit(0 if outcome["kind"] in ("done", "stopped") else 1)  # at once: an open connection must not delay it
 
 
 def logs_of(folder: Path) -> Path:
-    """Where the processes of a stage alone write: of each command its own, as several may share a folder."""
+    """Return the log folder of a stage that runs by itself; each command has its own, as several may share `folder`."""
     return folder / "logs" / f"{socket.gethostname()}-{os.getpid()}"
 
 
-def in_each_process(cluster: Cluster, logs: Path, function: Callable[..., None], *args: Any) -> None:
-    """Call `function(*args)` here, in processes of ours, or as one of several that were started from outside."""
-    alone = cluster.world == 1 and cluster.strategy in (Strategy.single, Strategy.auto)  # auto: nothing is trained
-    if inside() or alone:
-        function(*args)
-    else:
-        start_processes(cluster, logs, function, *args)
+in_each_process = start_processes = each  # earlier names

@@ -1,4 +1,10 @@
-"""This process among those of a run: its rank, device and precision; how it joins, leaves and is stopped."""
+"""This process among those of a run: its rank, device and precision; joining the others, leaving them, stopping.
+
+    join(cluster)    this process's rank, connected to the others; it may `leave` and join again any number of times
+    alone(cluster)   the same rank in a world of one, for work before, between and after that needs no others
+
+It works in one process, in a worker of local.py, and under torchrun, accelerate launch and srun.
+"""
 
 import contextlib
 import gc
@@ -15,12 +21,11 @@ from typing import Any
 import torch
 
 from align.choices import Strategy
-from align.say import UserError
+from align.say import UserError, is_first
 
-#: Processes wait for each other that long: more than the first of them takes to write or read anything alone.
-_PATIENCE = timedelta(hours=2)
-#: The stores at which this process has met the others, one for each time. They are kept: in srun's rank 0 the first is
-#: what listens, and the others come to it again. Each time has one of its own, as some network may drop an idle one.
+_PATIENCE = timedelta(hours=2)  # for which processes wait for each other: longer than rank 0 reads or writes alone
+#: A store for each time that this process has joined. They are kept: in srun's rank 0 the first one listens, and the
+#: others connect to it again. Every time has a new one, as a network may drop an idle connection.
 _stores: list[torch.distributed.Store] = []
 
 
@@ -31,8 +36,8 @@ class Cluster:
     Attributes:
         per_node: processes on each of the `nodes`.
         device: "cuda" or "cpu".
-        bf16: forwards in bfloat16; master weights are float32 all the same.
-        memory: bytes of a GPU; None on a CPU, or where a plan does not know.
+        bf16: forwards in bfloat16; master weights are float32.
+        memory: bytes of a GPU; None on a CPU, or if a plan does not know.
     """
 
     device: str
@@ -46,7 +51,7 @@ class Cluster:
 
     @property
     def world(self) -> int:
-        """How many processes."""
+        """Number of processes."""
         return self.nodes * self.per_node
 
 
@@ -55,7 +60,7 @@ class Rank:
     """This process among those of the run."""
 
     device: torch.device
-    bf16: bool  # autocast; master weights are float32 all the same
+    bf16: bool  # autocast; master weights are float32
     number: int
     world: int
     strategy: Strategy = Strategy.single
@@ -68,25 +73,25 @@ class Rank:
 
     @property
     def sharded(self) -> bool:
-        """Weights are divided among the processes: every forward is one of all of them, in step."""
+        """True if the weights are divided among the processes, which must then run every forward together."""
         return self.strategy in (Strategy.fsdp, Strategy.zero3)
 
     @property
     def numerics(self) -> str:
-        """What decides how a forward rounds."""
+        """Name of the rounding of a forward."""
         if not self.bf16:
             return "fp32"
         deepspeed = self.strategy in (Strategy.zero2, Strategy.zero3)
         return "bf16 weights" if self.sharded or deepspeed else "bf16 autocast"
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
-        """The precision that forwards run in, in training, evaluation and the reference pass alike."""
+        """Enter the precision of forwards, the same in training, evaluation and the reference pass."""
         if not self.bf16:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def least(self, number: int) -> int:
-        """The smallest of all processes' numbers, once they are connected."""
+        """Return the smallest of all processes' numbers."""
         if self.world == 1:
             return number
         smallest = torch.tensor(number, device=self.device)
@@ -94,7 +99,7 @@ class Rank:
         return int(smallest.item())
 
     def gathered(self, values: list[Any]) -> list[Any]:
-        """The values of all processes, in the order of their ranks."""
+        """Return the values of all processes, in the order of their ranks."""
         if self.world == 1:
             return values
         lists: list[Any] = [None] * self.world
@@ -102,7 +107,7 @@ class Rank:
         return [value for some in lists for value in some]
 
     def from_first(self, decide: Callable[[], Any]) -> Any:
-        """What rank 0's `decide()` returns, or its `UserError`, on every process."""
+        """Call `decide` on rank 0 only. Returns its result, or raises its `UserError`, on every process."""
         if self.world == 1:
             return decide()
         box: list[Any] = [None, None]
@@ -117,16 +122,13 @@ class Rank:
         return box[0]
 
 
-# What the cluster comes to ------------------------------------------------------------------------------------------
-
-
 def inside() -> bool:
-    """Whether somebody else has started this process as one of several: torchrun, accelerate launch, srun."""
+    """Return True in one of several processes that torchrun, accelerate launch, srun or local.py has started."""
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
 def join(cluster: Cluster) -> Rank:
-    """This process's place in the fleet, connected to the others; also again, after `leave`.
+    """Connect to the other processes, for the first time or again after `leave`. Returns this one's rank.
 
     Raises:
         UserError: the processes cannot meet.
@@ -138,36 +140,32 @@ def join(cluster: Cluster) -> Rank:
 
 
 def alone(cluster: Cluster) -> Rank:
-    """This process's place while it works without the others: its device, its cores, its rank, and a world of one."""
+    """Return this process's rank while it works without the others: its device, its number, and a world of one."""
     rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cpu") if cluster.device == "cpu" else torch.device("cuda", local)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        _share_cores(cluster)
+        shared = max(1, (os.cpu_count() or 1) // cluster.per_node) if cluster.world > 1 else None
+        if threads := cluster.cpu_threads or shared:
+            torch.set_num_threads(threads)
+            os.environ["OMP_NUM_THREADS"] = str(threads)  # without it accelerate sets another number, and warns
     if cluster.strategy is Strategy.single:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-            os.environ.pop(name, None)  # of torchrun or srun with one process, which accelerate would take for many
+            os.environ.pop(name, None)  # set by torchrun or srun for one process, which accelerate would take for many
     return Rank(device=device, bf16=cluster.bf16, number=rank, world=1)
-
-
-def _share_cores(cluster: Cluster) -> None:
-    shared = max(1, (os.cpu_count() or 1) // cluster.per_node) if cluster.world > 1 else None
-    if threads := cluster.cpu_threads or shared:
-        torch.set_num_threads(threads)
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # else accelerate sets its own number, and warns
 
 
 def _connect(device: torch.device) -> None:
     if device.type == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # FSDP2 would shard onto a GPU that is there
-    warnings.simplefilter("ignore", FutureWarning)  # torch's, at accelerate and DeepSpeed
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # FSDP2 would shard onto a GPU of this machine
+    warnings.simplefilter("ignore", FutureWarning)  # torch's, about accelerate and DeepSpeed
     try:
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         store, rank, world = next(torch.distributed.rendezvous("env://", timeout=_PATIENCE))
         store.set_timeout(_PATIENCE)
         _stores.append(store)
-        # What a group has written at the store is still there: by its addresses the next would look for who is gone.
+        # The store still holds the addresses of an earlier group, at which a new one would look for closed sockets.
         own = torch.distributed.PrefixStore(f"align-{len(_stores)}", store)
         torch.distributed.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
@@ -181,7 +179,7 @@ def _connect(device: torch.device) -> None:
 
 
 def free() -> None:
-    """Give the device back what a model or a stage has used."""
+    """Release memory of the device that a model or a stage has used."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -191,24 +189,20 @@ def leave() -> None:
     """Disconnect from the other processes, so that none waits for this one. All may `join` again."""
     if torch.distributed.is_initialized():
         deepspeed: Any = sys.modules.get("deepspeed.comm")  # it keeps groups of its own, and would use them again
-        whose = deepspeed if deepspeed is not None and deepspeed.is_initialized() else torch.distributed
-        whose.destroy_process_group()
-
-
-# Stopping -----------------------------------------------------------------------------------------------------------
+        owner = deepspeed if deepspeed is not None and deepspeed.is_initialized() else torch.distributed
+        owner.destroy_process_group()
 
 
 class StopRequest:
-    """Whether this process was asked to stop: SIGTERM, Ctrl-C, or SLURM's warning that the time is up (SIGUSR2)."""
+    """Record of a request to stop: SIGTERM, Ctrl-C, or SLURM's warning that the time is up (SIGUSR2)."""
 
-    def __init__(self) -> None:
-        self.came = self.time_is_up = False
+    came = time_is_up = False
 
     def __call__(self, number: int, frame: Any) -> None:
-        """The signal handler: remember, and say that it was heard. A second Ctrl-C does not wait."""
+        """Handle a signal: record it, and tell the user. A second Ctrl-C does not wait."""
         if self.came and number == signal.SIGINT and not inside():
             raise KeyboardInterrupt
-        if not self.came and os.environ.get("RANK", "0") == "0":
+        if not self.came and is_first():
             print("align: stopping at the end of this step, with a checkpoint", file=sys.stderr)
         self.came = True
         self.time_is_up |= number == signal.SIGUSR2
@@ -216,17 +210,20 @@ class StopRequest:
 
 @contextlib.contextmanager
 def heeding_signals() -> Iterator[StopRequest]:
-    """A request to stop is noted, not obeyed at once; where Ctrl-C is ignored (a worker of `start`) it stays so."""
+    """Record requests to stop instead of obeying them at once. A signal that is ignored, in workers Ctrl-C, stays so."""
     request = StopRequest()
-    before: dict[int, Any] = {}
-    numbers: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-    if threading.current_thread() is threading.main_thread():
-        for number in numbers:
-            before[number] = signal.getsignal(number)
-            if before[number] is not signal.SIG_IGN:
-                signal.signal(number, request)
-    try:
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+    with handling(request, *(number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN)):
         yield request
+
+
+@contextlib.contextmanager
+def handling(handler: Callable[[int, Any], None], *numbers: int) -> Iterator[None]:
+    """Handle signals by `handler` for the length of a block; in another thread than the main one do nothing."""
+    in_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in numbers if in_main}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

@@ -1,8 +1,8 @@
-"""SLURM: submit prepared runs, one job each, a sweep as one array; and what a task does once it runs.
+"""SLURM: submit prepared runs, one job each or a sweep as one array, and run a task of a job.
 
-What can be wrong is found where the command is typed, and data are prepared there: compute nodes often have no network.
-A job that is preempted is queued again by SLURM, and one whose time is up asks for it itself; either way the same run
-folder goes on from its last checkpoint. Jobs are submitit's; left out: waiting for them.
+Runs are checked and their data prepared where the command is typed, as compute nodes often have no network. SLURM queues
+a preempted job again, and a job whose time is up requeues itself; both continue in the same run folder from the last
+checkpoint. Jobs are submitit's. Left out: waiting for them.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +25,15 @@ from align.config import ClusterConfig, RunConfig
 from align.say import Stopped, UserError, resolve
 
 _TO_CHECKPOINT = 300  # seconds between SLURM's warning that the time is up and the end
+_TO_REPORT = 30  # seconds that the first task has for its tracker, and to queue the job again
 
 
-_TO_SPEAK = 30  # seconds that the first task has for its tracker, and to queue the job again
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Queued:
-    run: Callable[[RunConfig], object]
-    cfg: RunConfig
-    per_node: int
-    on_gpu: bool
-
-
-_queue: list[_Queued] = []
+#: (function, its run, processes per node, on GPUs) of each run that waits for `submit`
+_queue: list[tuple[Callable[[RunConfig], object], RunConfig, int, bool]] = []
 
 
 def check() -> None:
-    """Raise `UserError` where nothing can be submitted."""
+    """Raise `UserError` on a machine that cannot submit."""
     if importlib.util.find_spec("submitit") is None:
         raise UserError("cluster.launcher=slurm needs submitit: pip install submitit")
     if missing := [name for name in ("sbatch", "srun", "scontrol") if shutil.which(name) is None]:
@@ -53,19 +44,19 @@ def check() -> None:
 
 
 def enqueue(run: Callable[[RunConfig], object], cfg: RunConfig, per_node: int, on_gpu: bool) -> None:
-    """Take a checked run whose `run_dir` is set, and what runs it; `submit` hands in all that one command makes."""
-    _queue.append(_Queued(run=run, cfg=cfg, per_node=per_node, on_gpu=on_gpu))
+    """Queue a checked run whose `run_dir` is set, with the function that runs it, for `submit`."""
+    _queue.append((run, cfg, per_node, on_gpu))
 
 
 def discard() -> bool:
-    """Forget what is queued, where the command has failed; whether there was any."""
+    """Empty the queue after the command has failed. Returns True if it held runs."""
     any_queued = bool(_queue)
     _queue.clear()
     return any_queued
 
 
 def submit() -> None:
-    """Hand in what is queued: one job, or an array. Prints the jobs, and where they write.
+    """Submit the queued runs: one job, or an array. Prints the jobs and their logs.
 
     Raises:
         UserError: SLURM refuses.
@@ -74,82 +65,80 @@ def submit() -> None:
         return
     import submitit
 
-    runs, first = list(_queue), _queue[0]
+    functions, runs, per_node, on_gpu = zip(*_queue, strict=True)
     _queue.clear()
-    logs = Path(str(first.cfg.run_dir)).parent / "slurm"
+    logs = Path(str(runs[0].run_dir)).parent / "slurm"
     executor = submitit.SlurmExecutor(folder=str(logs / "%j"))
-    said = io.StringIO()  # what sbatch prints where it refuses, which the error says too
+    said = io.StringIO()  # sbatch prints its refusal, which the error repeats
     try:
-        executor.update_parameters(**_parameters(first.cfg.cluster, first.per_node, first.on_gpu))
-        names = [f"{queued.run.__module__}:{queued.run.__qualname__}" for queued in runs]
+        executor.update_parameters(**_parameters(runs[0].cluster, per_node[0], on_gpu[0]))
+        names = [f"{function.__module__}:{function.__qualname__}" for function in functions]
         with contextlib.redirect_stderr(said):
-            jobs = executor.map_array(work, names, [queued.cfg for queued in runs])
+            jobs = executor.map_array(work, names, runs)
     except (submitit.core.utils.FailedJobError, ValueError, TypeError) as error:
         reason = " ".join(str(error).replace("\nsbatch: error: ", "; ").replace("sbatch: error: ", "").split())
         raise UserError(
             f"SLURM refuses the job: {reason[:400]}; what it is asked for is under cluster.slurm"
         ) from error
-    for queued, job in zip(runs, jobs, strict=True):
-        print(f"job {job.job_id}  {queued.cfg.run_dir}\n  log  {job.paths.stdout}")
+    for cfg, job in zip(runs, jobs, strict=True):
+        print(f"job {job.job_id}  {cfg.run_dir}\n  log  {job.paths.stdout}")
     print("squeue shows them, scancel <job> stops one; the same command again goes on where it stopped")
 
 
 def _parameters(cluster: ClusterConfig, per_node: int, on_gpu: bool) -> dict[str, Any]:
-    """Of submitit's SlurmExecutor."""
-    wanted = cluster.slurm
-    given = {
-        "partition": wanted.partition,
-        "account": wanted.account,
-        "cpus_per_task": wanted.cpus_per_process,
+    """Return the parameters of submitit's SlurmExecutor."""
+    slurm = cluster.slurm
+    optional = {
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "cpus_per_task": slurm.cpus_per_process,
         "gpus_per_node": per_node if on_gpu else None,
     }
     return {
         "job_name": "align",
         "nodes": cluster.nodes,
         "ntasks_per_node": per_node,
-        "time": wanted.minutes,
-        "array_parallelism": wanted.at_once,
-        "setup": list(wanted.setup),
+        "time": slurm.minutes,
+        "array_parallelism": slurm.at_once,
+        "setup": list(slurm.setup),
         "srun_args": ["--kill-on-bad-exit=1"],  # else the others wait in a collective for the one that failed
-        "signal_delay_s": min(_TO_CHECKPOINT, 20 * wanted.minutes),  # of a short job: the last third
-        "additional_parameters": {"requeue": True, **wanted.options},
-        **{name: value for name, value in given.items() if value is not None},
+        "signal_delay_s": min(_TO_CHECKPOINT, 20 * slurm.minutes),  # the last third of a short job
+        "additional_parameters": {"requeue": True, **slurm.options},
+        **{name: value for name, value in optional.items() if value is not None},
     }
 
 
 def take_place() -> None:
-    """As one of several tasks of srun: tell torch so, in torchrun's words."""
-    if "SLURM_STEP_ID" not in os.environ or "RANK" in os.environ:
+    """In one of several tasks of srun, set the variables that torchrun would set."""
+    env = os.environ
+    if "SLURM_STEP_ID" not in env or "RANK" in env or env["SLURM_NTASKS"] == "1":
         return
-    of_srun = os.environ
-    world, nodes = int(of_srun["SLURM_NTASKS"]), int(of_srun.get("SLURM_STEP_NUM_NODES", 1))
-    if world == 1:
-        return
-    hosts = of_srun.get("SLURM_STEP_NODELIST", of_srun.get("SLURM_JOB_NODELIST", "127.0.0.1"))
+    world, nodes = int(env["SLURM_NTASKS"]), int(env.get("SLURM_STEP_NUM_NODES", 1))
+    hosts = env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "127.0.0.1"))
     first = subprocess.run(["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=True).stdout
     os.environ |= {
-        "RANK": of_srun["SLURM_PROCID"],
-        "LOCAL_RANK": of_srun["SLURM_LOCALID"],
+        "RANK": env["SLURM_PROCID"],
+        "LOCAL_RANK": env["SLURM_LOCALID"],
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world // nodes),
         "MASTER_ADDR": first.split()[0],
-        "MASTER_PORT": of_srun.get("MASTER_PORT", str(12000 + int(of_srun["SLURM_JOB_ID"]) % 20000)),
+        "MASTER_PORT": env.get("MASTER_PORT", str(12000 + int(env["SLURM_JOB_ID"]) % 20000)),
     }
 
 
 def work(run: str, cfg: RunConfig) -> None:
-    """What each task of a job does. Leaves with a status that is not 0 where the run is not complete."""
+    """Run one task of a job. Exits with a status other than 0 if the run is not complete."""
     signal.signal(signal.SIGTERM, _to_leave)  # submitit ignores it
     signal.signal(signal.SIGUSR2, _time_is_up)
     try:
-        function = resolve(run, "a job")  # torch is imported here: the signals are heeded by then
-        here = replace(cfg.cluster, launcher=Launcher.local)  # else a task that is alone would submit itself
+        function = resolve(run, "a job")  # imports torch, which takes seconds, with the signals handled already
+        here = replace(cfg.cluster, launcher=Launcher.local)  # else a single task would submit itself
         function(replace(cfg, cluster=here))
     except UserError as error:
         sys.exit(f"align: {error}")
     except Stopped as stop:
         if os.environ["SLURM_PROCID"] != "0":
-            time.sleep(_TO_SPEAK)  # the first task that ends takes the others with it
+            time.sleep(_TO_REPORT)  # the first task that ends takes the others with it
         print(f"align: stopped {stop}", file=sys.stderr, flush=True)
         if os.environ["SLURM_PROCID"] == "0" and (stop.time_is_up or _has_grace()):
             subprocess.run(["scontrol", "requeue", _job_name()], check=True)
@@ -157,16 +146,15 @@ def work(run: str, cfg: RunConfig) -> None:
 
 
 def _job_name() -> str:
-    """As scontrol takes it: SLURM_JOB_ID of an array's last task is that of the whole array."""
-    of_array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    return f"{of_array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if of_array else os.environ["SLURM_JOB_ID"]
+    """Return the job's name for scontrol. SLURM_JOB_ID of an array's last task is that of the whole array."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
 
 
 def _has_grace() -> bool:
-    """Whether this job is preempted with a GraceTime: SLURM queues it again only if it is still there at its end."""
-    shown = subprocess.run(
-        ["scontrol", "show", "job", "--oneliner", _job_name()], capture_output=True, text=True
-    ).stdout
+    """Return True if the job is preempted with a GraceTime: SLURM requeues it only if it still runs at the end of that."""
+    show = ["scontrol", "show", "job", "--oneliner", _job_name()]
+    shown = subprocess.run(show, capture_output=True, text=True).stdout
     return "JobState=RUNNING" in shown and re.search(r"PreemptTime=\d", shown) is not None
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from align.choices import Device, Precision, Strategy
 from align.config import ClusterConfig
 from align.launch.cluster import cluster_of
-from align.launch.local import start_processes
+from align.launch.local import each
 from align.launch.rank import Cluster, Rank, alone, join, leave
 from align.model.load import load_policy
 from align.say import Stopped, UserError
@@ -215,13 +215,13 @@ def stop() -> None:
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_start_returns_what_the_first_process_returns(tmp_path):
-    assert start_processes(TWO, tmp_path, add_rank, 41) == 40  # 41 + rank 0 - 1
+    assert each(TWO, tmp_path, add_rank, 41) == 40  # 41 + rank 0 - 1
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_processes_that_have_left_meet_again(tmp_path):
-    assert start_processes(TWO, tmp_path, meet_three_times) == [[0, 1], [10, 11], [20, 21]]
+    assert each(TWO, tmp_path, meet_three_times) == [[0, 1], [10, 11], [20, 21]]
 
 
 STARTERS = {
@@ -246,7 +246,8 @@ def test_processes_that_somebody_else_has_started_meet_again(tmp_path, starter):
     (tmp_path / "meet.py").write_text("import test_launch\nprint(test_launch.meet_three_times())")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join(map(str, [ROOT, ROOT / "tests", ROOT / "tests" / "launch"]))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     if starter == "variables":  # as srun's tasks have them: rank 0 is where they meet
         meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         commands = [(["meet.py"], {**meeting, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
@@ -280,7 +281,7 @@ def test_a_second_training_in_the_same_processes_is_as_the_first(
     for name in ("first", "second"):
         align(*two_steps(tmp_path / name, tiny_llama, pairs_file, "cluster=cpu_2", f"cluster.strategy={how}"))
         jobs[-1].dir.mkdir()
-    sizes = start_processes(jobs[0].cluster, tmp_path / "logs", train_twice, jobs)
+    sizes = each(jobs[0].cluster, tmp_path / "logs", train_twice, jobs)
     assert sizes[0] == sizes[1] > 0
     first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -296,7 +297,7 @@ def test_processes_that_are_stopped_outside_of_training_end_at_once(tmp_path):
 
     threading.Thread(target=ask, daemon=True).start()
     with pytest.raises(Stopped, match=r"^at once, as no training was under way$"):
-        start_processes(TWO, tmp_path, sleep, tmp_path)
+        each(TWO, tmp_path, sleep, tmp_path)
 
 
 @pytest.mark.slow
@@ -325,7 +326,7 @@ def test_processes_that_are_stopped_outside_of_training_end_at_once(tmp_path):
 def test_a_process_that_fails_is_named_and_the_one_that_hangs_is_ended_with_it(tmp_path, how, line):
     began = time.monotonic()
     with pytest.raises(UserError, match=line):
-        start_processes(TWO, tmp_path, fail, how)
+        each(TWO, tmp_path, fail, how)
     assert time.monotonic() - began < 60  # two imports of torch, on a machine that others use too; not FOREVER
     assert not [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
     assert (tmp_path / "1.traceback").exists() == (how == "error")
@@ -335,7 +336,7 @@ def test_a_process_that_fails_is_named_and_the_one_that_hangs_is_ended_with_it(t
 @pytest.mark.multiprocess
 def test_processes_that_stop_as_asked_are_no_failure(tmp_path):
     with pytest.raises(Stopped, match=r"^at step 3 of 9, says "):
-        start_processes(TWO, tmp_path, stop)
+        each(TWO, tmp_path, stop)
 
 
 # Real commands ------------------------------------------------------------------------------------------------------
