@@ -1,1 +1,1 @@
-"""The start model and the policies made of it: how they speak, load and are saved."""
+"""The start model and trained policies: chat format, loading, saving."""

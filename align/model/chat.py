@@ -1,4 +1,4 @@
-"""How a model speaks: its chat template, its one BOS, the tokens that end its turn."""
+"""A model's chat format: its template, its one BOS, the tokens that end its turn."""
 
 import hashlib
 from pathlib import Path
@@ -26,7 +26,7 @@ def read_template(key: str, value: str) -> str:
 
 
 def merge_system_message(messages: list[dict[str, str]], policy: SystemMessage) -> list[dict[str, str]]:
-    """The conversation as the chat template can take it: a leading system message may go into the first user turn."""
+    """Return the conversation; under `merge` a leading system message is moved into the first user turn."""
     if policy is SystemMessage.template or len(messages) < 2 or messages[0]["role"] != "system":
         return messages
     first = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
@@ -34,7 +34,7 @@ def merge_system_message(messages: list[dict[str, str]], policy: SystemMessage) 
 
 
 def with_one_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Prompt ids with one BOS in front where the template writes one or the tokenizer would add one; else none."""
+    """Return prompt ids with one BOS in front if the template or the tokenizer writes one, else without any."""
     bos = tokenizer.bos_token_id
     if bos is None or not (ids[:1] == [bos] or tokenizer("a").input_ids[:1] == [bos]):
         return ids
@@ -44,12 +44,12 @@ def with_one_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """The strings that the tokenizer reads as one special token each."""
+    """Return the strings that the tokenizer reads as one special token each."""
     return {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a response: the tokenizer's eos, and the one its chat template closes a turn with."""
+    """Return the tokens that end a response: the tokenizer's eos, and the one with which its template closes a turn."""
     ids = [tokenizer.eos_token_id]
     if tokenizer.chat_template is not None:
         end = end_of_turn(tokenizer)[0]
@@ -58,10 +58,10 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """What the chat template writes behind an answer: (up to and with its last special token, the rest).
+    """Split the text that the chat template writes after an answer: (up to its last special token, the rest).
 
-    Gemma: ("<end_of_turn>", "\\n"). The rest is never generated, so it is not part of a response. Where the template
-    closes no turn the first part is the tokenizer's eos token.
+    Gemma: ("<end_of_turn>", "\\n"). The rest is never generated, so it is not part of a response. If the template
+    does not close a turn, the first part is the tokenizer's eos token.
 
     Raises:
         UserError: the template does not write the assistant's turn.
@@ -83,13 +83,13 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Changes when a text would be tokenised or a conversation be rendered otherwise."""
+    """Return a key that changes if a text would be tokenised, or a conversation rendered, otherwise."""
     backend = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     return fingerprint(backend, tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token)
 
 
 def prompt_ids(prompt: list[dict[str, str]] | str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token ids a policy is given: a conversation through the chat template, a plain text with its BOS."""
+    """Return the token ids of a prompt: a conversation goes through the chat template; a plain text gets its BOS."""
     text: Any = prompt
     if not isinstance(prompt, str):
         text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)

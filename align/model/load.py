@@ -1,8 +1,8 @@
-"""Policies and tokenizers: load, initialise, adapt; and the fingerprints that caches are keyed by.
+"""Policies and tokenizers: load, initialise, add an adapter; and the fingerprints that are keys of caches.
 
-The start model is always a folder or a hub name, also where it is randomly initialised or fitted first, so that
-everything after this file deals with one kind of model. Weights are safetensors, float32, without dropout: the
-papers train without it, and a log-ratio to the start model is only 0 at step 0 without it.
+The start model is always a folder or a hub name: a random or fitted one is written to a folder first, so that everything
+after this file deals with one kind of model. Weights are safetensors, float32, without dropout: the papers train without
+it, and only then is a log-ratio to the start model 0 at step 0.
 """
 
 import inspect
@@ -27,7 +27,7 @@ from align.say import UserError, resolve, say
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Where a run starts: `path` for `from_pretrained`, and the tokenizer with the run's chat template.
+    """The start model: `path` for `from_pretrained`, and the tokenizer with the run's chat template.
 
     `fingerprint` changes with a local folder's weights or configuration, or with a hub model's revision.
     """
@@ -38,17 +38,11 @@ class Start:
 
 
 class NotHereError(UserError):
-    """A hub model that cannot be had: no network, another name, no access."""
-
-
-def stand_in(cfg: ModelConfig) -> Start:
-    """For plans where the hub cannot be reached: the built-in task's tokenizer, whose vocabulary is small."""
-    tokenizer = resolve("align.playground.tokenizer:build_tokenizer", "model.tokenizer")()
-    return Start(path=str(cfg.path), fingerprint="stand-in", tokenizer=tokenizer)
+    """A hub model that cannot be downloaded: no network, another name, no access."""
 
 
 def prepare_start(cfg: ModelConfig, cache: Path) -> Start:
-    """Load the tokenizer, and make the start model if the configuration describes one. Cached.
+    """Load the tokenizer, and initialise and fit the start model if it has no path. Cached.
 
     Raises:
         UserError: no such model or tokenizer, or one that cannot be used; the message names the knob.
@@ -58,10 +52,10 @@ def prepare_start(cfg: ModelConfig, cache: Path) -> Start:
         return Start(path=cfg.path, fingerprint=_start_fingerprint(cfg, tokenizer), tokenizer=tokenizer)
     if cfg.tokenizer is None:
         raise UserError("model.init needs model.tokenizer: a folder, a hub name, or module:function")
-    is_function = ":" in cfg.tokenizer and not Path(cfg.tokenizer).exists()
-    tokenizer = (
-        resolve(cfg.tokenizer, "model.tokenizer")() if is_function else _load_tokenizer(cfg, cfg.tokenizer, None)
-    )
+    if ":" in cfg.tokenizer and not Path(cfg.tokenizer).exists():
+        tokenizer = resolve(cfg.tokenizer, "model.tokenizer")()
+    else:
+        tokenizer = _load_tokenizer(cfg, cfg.tokenizer, None)
     key = fingerprint(
         cfg.init, cfg.init_seed, _code_of(cfg.fit), tokenizer_fingerprint(tokenizer), transformers.__version__
     )
@@ -96,7 +90,7 @@ def content_fingerprint(folder: Path, patterns: Sequence[str]) -> str:
 
 
 def _code_of(fit: str | None) -> list[str]:
-    """What a fit does: fingerprints of the files beside it, its own among them."""
+    """Return fingerprints of the Python files in the folder of `model.fit`, any of which may change the result."""
     if fit is None:
         return []
     folder = Path(inspect.getfile(resolve(fit, "model.fit"))).parent
@@ -113,18 +107,19 @@ def _initialise(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrai
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.init_seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    stops = stop_token_ids(tokenizer)
-    model.generation_config.eos_token_id = stops
+    model.generation_config.eos_token_id = stop_token_ids(tokenizer)
     return model
 
 
 def load_policy(cfg: ModelConfig, start: Start, seed: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The policy as it is at step 0, on the CPU, adapter included. `seed` decides the adapter's start.
+    """Load the policy as it is at step 0, adapter included, on the CPU.
 
-    `dtype` is that of the weights. A model that is cast afterwards is another one: its rotary frequencies are buffers,
-    and in bfloat16 their angles are radians off at 2,000 tokens.
+    Args:
+        seed: decides the initial weights of the adapter.
+        dtype: type of the weights. Casting a model later is not the same: its rotary frequencies are buffers, and in
+            bfloat16 their angles are radians off at 2,000 tokens.
     """
-    dtype_and_code: dict[str, Any] = {"dtype": dtype, "trust_remote_code": cfg.trust_remote_code}
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": cfg.trust_remote_code}
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             start.path,
@@ -132,24 +127,22 @@ def load_policy(cfg: ModelConfig, start: Start, seed: int, dtype: torch.dtype = 
             attn_implementation=cfg.attn_implementation,
             use_safetensors=True,
             output_loading_info=True,
-            **dtype_and_code,
+            **options,
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        attention = cfg.attn_implementation is not None and "attn_implementation" in str(error)
-        if attention:
-            raise UserError(
-                f"model.attn_implementation={cfg.attn_implementation}: {' '.join(str(error).split())}"
-            ) from error
+        if cfg.attn_implementation is not None and "attn_implementation" in str(error):
+            reason = " ".join(str(error).split())
+            raise UserError(f"model.attn_implementation={cfg.attn_implementation}: {reason}") from error
         raise UserError(cannot_load("model.path", start.path, error)) from error
     if loading["missing_keys"]:
         some = ", ".join(sorted(loading["missing_keys"])[:3])
         raise UserError(
             f"model.path={start.path} lacks {len(loading['missing_keys'])} weights ({some} ...): they would be random"
         )
-    if len(start.tokenizer) > model.get_input_embeddings().num_embeddings:
+    if len(start.tokenizer) > (embeddings := model.get_input_embeddings().num_embeddings):
         raise UserError(
-            f"the tokenizer has {len(start.tokenizer)} tokens and model {start.path} embeds only "
-            f"{model.get_input_embeddings().num_embeddings}: model.tokenizer and model.path do not belong together"
+            f"the tokenizer has {len(start.tokenizer)} tokens and model {start.path} embeds only {embeddings}: "
+            "model.tokenizer and model.path do not belong together"
         )
     model.config.use_cache = False
     if cfg.lora:
@@ -159,21 +152,12 @@ def load_policy(cfg: ModelConfig, start: Start, seed: int, dtype: torch.dtype = 
 
 
 def load_trained(cfg: ModelConfig, start: Start, folder: Path) -> PreTrainedModel:
-    """A trained policy as a run has written it, in float32 on the CPU: the weights, or the start model's adapter."""
+    """Load a trained policy, whole or as an adapter of the start model, from a run's folder; float32, on the CPU."""
     if not cfg.lora:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            attn_implementation=cfg.attn_implementation,
-            use_safetensors=True,
-            dtype=torch.float32,
-            trust_remote_code=cfg.trust_remote_code,
-        )
-    else:
-        import peft
+        return load_policy(cfg, replace(start, path=str(folder)), seed=0)
+    import peft
 
-        model = load_policy(replace(cfg, lora={}), start, seed=0)
-        model = peft.PeftModel.from_pretrained(model, folder)
-    model.config.use_cache = False
+    model = peft.PeftModel.from_pretrained(load_policy(replace(cfg, lora={}), start, seed=0), folder)
     _without_dropout(model)
     return model
 
@@ -214,14 +198,14 @@ def _load_tokenizer(cfg: ModelConfig, path: str, revision: str | None) -> PreTra
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer {path} has no eos_token: set one in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked and never scored: any token serves
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked and never scored, so any token will do
     if cfg.chat_template is not None:
         tokenizer.chat_template = read_template("model.chat_template", cfg.chat_template)
     return tokenizer
 
 
 def is_local(path: str) -> bool:
-    """Whether a path is meant as one of this machine; the hub's names are owner/name."""
+    """Tell a path on this machine from a name of the hub, which is owner/name."""
     return path.startswith(("/", ".", "~")) or Path(path).is_dir()
 
 
@@ -239,17 +223,18 @@ def cannot_load(key: str, path: str, error: Exception) -> str:
 
 
 def policy_fingerprint(cfg: ModelConfig, start: Start, seed: int) -> str:
-    """Changes when any weight of the policy at step 0 does, adapters included, or how they are used."""
+    """Return a key that changes with any weight of the policy at step 0, adapter included, or with its use."""
     adapter = [cfg.lora, seed] if cfg.lora else []
     return fingerprint(start.fingerprint, adapter, cfg.attn_implementation, transformers.__version__)
 
 
 def start_model(cfg: RunConfig, cache: Path) -> Start:
-    """The start model; a plan for one that is not here counts by another tokenizer, and says so."""
+    """Prepare the start model. A plan without access to it counts tokens with the built-in tokenizer, and says so."""
     try:
         return prepare_start(cfg.model, cache)
     except NotHereError as error:
         if not cfg.plan:
             raise
         say(f"align: {error}; the plan counts tokens by the built-in tokenizer: more of them, the same steps")
-        return stand_in(cfg.model)
+        tokenizer = resolve("align.playground.tokenizer:build_tokenizer", "model.tokenizer")()
+        return Start(path=str(cfg.model.path), fingerprint="stand-in", tokenizer=tokenizer)

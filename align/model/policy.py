@@ -1,4 +1,4 @@
-"""A policy on disk: the start model, or what an iteration made of the one before."""
+"""A policy on disk: the start model, or the result of an iteration."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,14 +15,14 @@ from align.model.load import Start, load_policy, load_trained, policy_fingerprin
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """The start model, or what an iteration made of the one before."""
+    """The start model, or the result of an iteration."""
 
-    iteration: int  # that made it; 0: the start model
+    iteration: int  # that trained it; 0: the start model
     cfg: ModelConfig
     start: Start
 
     def load(self, rank: Rank) -> PreTrainedModel:
-        """As it samples: a new adapter, which changes nothing yet, is left out."""
+        """Load the weights for sampling. An untrained LoRA adapter is skipped: it is the identity."""
         dtype = torch.bfloat16 if rank.bf16 else torch.float32
         policy: Any = load_policy(replace(self.cfg, lora={}), self.start, seed=0, dtype=dtype)
         loaded: PreTrainedModel = policy.to(rank.device)
@@ -30,17 +30,17 @@ class Policy:
 
     @property
     def name(self) -> str:
-        """As people read it."""
+        """Name for people: "start", "iteration 1", ..."""
         return f"iteration {self.iteration}" if self.iteration else "start"
 
     @property
     def fingerprint(self) -> str:
-        """Changes when its weights do."""
+        """Key that changes with its weights."""
         return policy_fingerprint(replace(self.cfg, lora={}), self.start, seed=0)
 
 
 def trained_from(before: Policy, folder: Path, cache: Path) -> Policy:
-    """What a training that began with `before` has left in `folder`; an adapter is merged, into `merged` beside it."""
+    """Return the policy that a training of `before` left in `folder`; an adapter is merged, into `merged` beside it."""
 
     def merge(into: Path) -> None:
         adapted: Any = load_trained(before.cfg, before.start, folder)
