@@ -1,9 +1,9 @@
-"""Which prompts are answered: the dataset's own, each once, none longer than a training prompt; and further candidates.
+"""The prompts of a run: the dataset's own, each once, none longer than a training prompt; and further candidates.
 
 A prompt's id is a fingerprint of its text, so the same prompt has the same id, and the same random numbers, wherever
 it comes from. Hybrid data have answers that the policy did not sample (WPO-HB's are GPT-4-turbo's:
 https://arxiv.org/abs/2406.11827): they come from a column of the prompts' rows, or from a file or hub set of their own.
-Left out: the answers' tokens (sample.py) and what the answers are worth (annotate.py).
+Left out: the answers' tokens (onpolicy/sample.py) and what they are worth (onpolicy/score.py).
 """
 
 import json
@@ -21,8 +21,6 @@ from align.model.load import Start
 from align.say import UserError
 
 POLICY = "policy"  # the origin of what the policy itself sampled
-
-
 Conversation = list[dict[str, str]]
 
 
@@ -36,7 +34,7 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptRow:
-    """What is to be answered."""
+    """A prompt to answer."""
 
     id: str  # of its content
     text: Conversation | str  # messages, the last of them the user's; or a plain text
@@ -46,7 +44,7 @@ class PromptRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """All prompts of a run, and what was dropped."""
+    """All prompts of a run, and how many were dropped."""
 
     train: list[PromptRow]
     held_out: list[PromptRow]
@@ -55,33 +53,33 @@ class Prompts:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when any prompt or candidate does."""
+        """A fingerprint that changes when any prompt or candidate does."""
         return fingerprint([[p.id, p.split, [[c.origin, c.text] for c in p.candidates]] for p in self.all])
 
     @property
     def all(self) -> list[PromptRow]:
-        """Those to train on, then those held out."""
+        """The prompts to train on, then those held out."""
         return [*self.train, *self.held_out]
 
     def answered(self) -> dict[str, int]:
-        """For each origin of further candidates: how many prompts have some."""
+        """Return how many prompts have further candidates, for each origin of them."""
         return dict(Counter(origin for p in self.all for origin in {c.origin for c in p.candidates}))
 
     def describe_dropped(self) -> str:
-        """How many prompts were dropped, and why."""
+        """Return in words how many prompts were dropped, and why."""
         total: Counter[str] = Counter()
         for reasons in self.dropped.values():
             total.update(reasons)
         return ", ".join(f"{count:,} {reason}" for reason, count in total.items()) or "none"
 
     def share(self, iteration: int, iterations: int) -> list[PromptRow]:
-        """The training prompts of an iteration that has its own: in the order of ids, every `iterations`-th."""
+        """Return an iteration's share of the training prompts: in the order of ids, every `iterations`-th."""
         mine = {prompt.id for prompt in sorted(self.train, key=lambda p: p.id)[iteration - 1 :: iterations]}
         return [prompt for prompt in self.train if prompt.id in mine]
 
 
 def load_prompts(cfg: RunConfig, start: Start, cache: Path, wanted: Sequence[str] = ("held_out", "train")) -> Prompts:
-    """The prompts of the configured dataset, with the candidates of `source.candidates`; of the wanted splits.
+    """Load the prompts of the configured dataset in the wanted splits, with the candidates of `source.candidates`.
 
     Raises:
         UserError: a source that cannot be read, or that leaves no prompt to train on or to hold out.
@@ -93,12 +91,10 @@ def load_prompts(cfg: RunConfig, start: Start, cache: Path, wanted: Sequence[str
     made: dict[str, list[PromptRow]] = {"train": [], "held_out": []}
     dropped: dict[str, dict[str, int]] = {}
     tokens: dict[str, int] = {}
-    seen: set[str] = set()
     limits = {"held_out": cfg.dataset.eval_limit, "train": cfg.dataset.limit}
     for split in wanted:  # a prompt that is held out is not trained on
         reasons: Counter[str] = Counter()
-        made[split], lengths = _prompts_of(split, splits[split], limits[split], others, cfg, start, seen, reasons)
-        tokens |= lengths
+        made[split] = _prompts_of(split, splits[split], limits[split], others, cfg, start, tokens, reasons)
         dropped[split] = dict(reasons)
         if not made[split]:
             why = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
@@ -115,19 +111,21 @@ def _prompts_of(
     others: Mapping[str, "_Answers"],
     cfg: RunConfig,
     start: Start,
-    seen: set[str],
+    tokens: dict[str, int],
     dropped: Counter[str],
-) -> tuple[list[PromptRow], dict[str, int]]:
-    """The prompts of a split that can be answered, at most `limit`, and the tokens of each; counts the others."""
+) -> list[PromptRow]:
+    """Return the prompts of a split that can be answered, at most `limit`.
+
+    `tokens` gets the length of each by its id, and holds those of the splits before; `dropped` counts the others.
+    """
     made: list[PromptRow] = []
-    tokens = {}
     for row in rows.rows:
         if limit is not None and len(made) >= limit:
             break
         try:
             prompt = _prompt(row, cfg)
             name = fingerprint(prompt)
-            if name in seen:  # several pairs of one prompt, say: no bad row, however strict we are
+            if name in tokens:  # several pairs of one prompt, say: no bad row, however strict we are
                 dropped["the prompt is there already"] += 1
                 continue
             ids = _token_ids(prompt, start)
@@ -140,15 +138,14 @@ def _prompts_of(
                 ) from error
             dropped[str(error)] += 1
             continue
-        seen.add(name)
         tokens[name] = len(ids)
         found = tuple(candidate for answers in others.values() for candidate in answers.to(prompt, row))
         made.append(PromptRow(id=name, text=prompt, split=split, candidates=found))
-    return made, tokens
+    return made
 
 
 def _prompt(row: Mapping[str, Any], cfg: RunConfig) -> Conversation | str:
-    """As the policy is given it."""
+    """Return the prompt of a row as the policy reads it."""
     prompt = read_prompt(row)
     if isinstance(prompt, str):
         return prompt
@@ -193,7 +190,7 @@ class _Answers:
             self._by_prompt.setdefault(_said(prompt), []).extend(_texts(row["response"]))
 
     def to(self, prompt: Conversation | str, row: Mapping[str, Any]) -> list[Candidate]:
-        """The candidates for a prompt, which was read from `row`."""
+        """Return the candidates for a prompt, which was read from `row`."""
         if self._column and self._where not in row:
             names = ", ".join(name for name in row if not name.startswith("_"))
             raise UserError(
@@ -212,14 +209,14 @@ class _Answers:
 
 
 def _said(prompt: Conversation | str) -> str:
-    """A key of a prompt: a plain text and one user turn with that text are the same question."""
+    """Return a key of a prompt: a plain text and one user turn with that text are the same question."""
     if not isinstance(prompt, str) and len(prompt) == 1:
         prompt = prompt[0]["content"]
     return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
 
 
 def _texts(value: Any) -> list[str]:
-    """The answers of a cell: a text, a conversation that ends with the answer, or several of either."""
+    """Return the answers of a cell: a text, a conversation that ends with the answer, or several of either."""
     if isinstance(value, str):
         return [value] if value.strip() else []
     if isinstance(value, Sequence) and value and isinstance(value[-1], Mapping):
@@ -230,6 +227,6 @@ def _texts(value: Any) -> list[str]:
 
 
 def prompts_of(cfg: RunConfig, prompts: Prompts, iteration: int) -> list[PromptRow]:
-    """What an iteration asks: its share of the training prompts, or all of them, and the held-out ones."""
+    """Return the prompts of an iteration: its share of the training prompts, or all of them, and the held-out ones."""
     own = prompts.share(iteration, cfg.iterations) if cfg.source.split_prompts else prompts.train
     return [*own, *prompts.held_out]

@@ -70,21 +70,6 @@ def reference_logps(
     by_length = sorted(range(len(pairs)), key=lambda i: (-fed_tokens([lengths[i]], Layout.shared), i))
     chunks = [by_length[at : at + _SHARD_PAIRS] for at in range(0, len(pairs), _SHARD_PAIRS)]
 
-    def compute(chunk: list[int]) -> Tensor:
-        """Return `[len(chunk), 2]`, by all processes in step."""
-        logps = torch.zeros(len(chunk), 2, device=rank.device)
-        row = {pair: at for at, pair in enumerate(chunk)}
-        with evaluating(policy), rank.autocast():
-            for some in deal(chunk, lengths, rank.world, layout, FORWARD_ONLY * budget)[rank.number]:
-                groups = [as_group(pair) for pair in pairs.select(list(some.pairs)).to_list()]
-                batch = collate(groups, layout, pad_token_id).to(rank.device)
-                values = response_statistics(policy, batch, ())["logp"].view(-1, 2)
-                counted = [at for at, counts in enumerate(some.counted) if counts]
-                logps[[row[some.pairs[at]] for at in counted]] = values[counted]
-        if rank.world > 1:
-            torch.distributed.all_reduce(logps)
-        return logps.cpu()
-
     shards = Shards(
         folder=cache / "reference" / fingerprint(inputs),
         what="reference log-probabilities",
@@ -96,7 +81,7 @@ def reference_logps(
     began, made = time.perf_counter(), 0
     for number in shards.claim(f"reference log-probabilities, {name}" if rank.is_first else "", rank.from_first):
         between()
-        logps = compute(chunks[number])
+        logps = _compute(policy, pairs, chunks[number], lengths, rank, layout, budget, pad_token_id)
         made += len(logps)
         if rank.is_first:
             shards.write(number, [{"chosen": chosen, "rejected": rejected} for chosen, rejected in logps.tolist()])
@@ -106,3 +91,28 @@ def reference_logps(
     column = torch.empty(len(pairs), 2)
     column[by_length] = read
     return column
+
+
+def _compute(
+    policy: PreTrainedModel,
+    pairs: datasets.Dataset,
+    chunk: Sequence[int],
+    lengths: Sequence[Lengths],
+    rank: Rank,
+    layout: Layout,
+    budget: int,
+    pad_token_id: int,
+) -> Tensor:
+    """Return `[len(chunk), 2]` for the pairs whose numbers are in `chunk`, by all processes in step."""
+    logps = torch.zeros(len(chunk), 2, device=rank.device)
+    row = {pair: at for at, pair in enumerate(chunk)}
+    with evaluating(policy), rank.autocast():
+        for some in deal(chunk, lengths, rank.world, layout, FORWARD_ONLY * budget)[rank.number]:
+            groups = [as_group(pair) for pair in pairs.select(list(some.pairs)).to_list()]
+            batch = collate(groups, layout, pad_token_id).to(rank.device)
+            values = response_statistics(policy, batch, ())["logp"].view(-1, 2)
+            counted = [at for at, counts in enumerate(some.counted) if counts]
+            logps[[row[some.pairs[at]] for at in counted]] = values[counted]
+    if rank.world > 1:
+        torch.distributed.all_reduce(logps)
+    return logps.cpu()

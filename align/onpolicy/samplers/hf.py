@@ -26,7 +26,7 @@ from align.say import UserError
 
 
 def hf_sampler(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens_per_batch: int = 32768) -> Sampler:
-    """A sampler of a model that is on its device, `engine.attach`ed or not; autocast is the caller's.
+    """Return a sampler of a model that is on its device, `engine.attach`ed or not; autocast is the caller's.
 
     Args:
         tokens_per_batch: that the cache of a batch may hold: prompts and the longest responses, each response its own.
@@ -55,7 +55,7 @@ def hf_sampler(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, toke
 
 
 def _batches(prompts: Sequence[Prompt], max_new_tokens: int, budget: int) -> Iterator[list[int]]:
-    """Prompts of like length, the longest first, as many as fit the budget with all their responses; at least one."""
+    """Yield prompts of like length, the longest first, as many as fit the budget with all their responses; at least one."""
     batch: list[int] = []
     longest = rows = 0
     for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i].token_ids)):
@@ -79,7 +79,7 @@ def _draw(
     top_p: float,
     max_new_tokens: int,
 ) -> list[list[int]]:
-    """Token ids of every response, those of the first prompt first; behind a stop token they mean nothing."""
+    """Return the token ids of every response, those of the first prompt first; behind a stop token they mean nothing."""
     device = policy.device
     stop = torch.tensor(stops, device=device)
     ids, mask = _left_padded(prompts, stops[0], device)  # [B, width]
@@ -115,13 +115,13 @@ def _draw(
 
 
 def _rolls(seed: int, count: int) -> list[float]:
-    """Uniform in [0, 1), float64. Python's generator, since it promises the same numbers for all versions."""
+    """Return uniform numbers in [0, 1), float64. Python's generator, since it promises the same numbers for all versions."""
     generator = random.Random(seed)
     return [generator.random() for _ in range(count)]
 
 
 def _left_padded(prompts: Sequence[Prompt], padding: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(token ids, 1 where they are no padding), `[B, width]` each."""
+    """Return (token ids, 1 where they are no padding), `[B, width]` each."""
     width = max(len(prompt.token_ids) for prompt in prompts)
     ids = torch.full((len(prompts), width), padding)
     mask = torch.zeros_like(ids)
@@ -133,7 +133,7 @@ def _left_padded(prompts: Sequence[Prompt], padding: int, device: torch.device) 
 
 
 def _next_logits(policy: PreTrainedModel, cache: DynamicCache, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-    """`[b, V]` float32 logits of the token that follows each row of `ids`, which the cache then holds too."""
+    """Return `[b, V]` float32 logits of the token that follows each row of `ids`, which the cache then holds too."""
     options: dict[str, Any] = {"logits_to_keep": 1} if policy._supports_logits_to_keep() else {}
     out = policy(
         input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **options
@@ -143,7 +143,7 @@ def _next_logits(policy: PreTrainedModel, cache: DynamicCache, ids: Tensor, mask
 
 
 def _choose(logits: Tensor, roll: Tensor, temperature: float, top_p: float) -> Tensor:
-    """The token, `[b]`, that each of the uniform numbers `[b]` falls on, by softmax of `[b, V]` logits.
+    """Return the token, `[b]`, that each of the uniform numbers `[b]` falls on, by softmax of `[b, V]` logits.
 
     Raises:
         UserError: the logits are no numbers.
@@ -162,7 +162,7 @@ def _choose(logits: Tensor, roll: Tensor, temperature: float, top_p: float) -> T
 
 
 def _least_kept(probs: Tensor, top_p: float) -> Tensor:
-    """`[b, 1]` the smallest of the most probable `[b, V]` that together reach top_p."""
+    """Return `[b, 1]` the smallest of the most probable `[b, V]` that together reach top_p."""
     words = probs.shape[-1]
     count = min(256, words)
     falling = probs.topk(count).values  # not a sort of them all, which takes longer than the model's own step

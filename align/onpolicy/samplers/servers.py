@@ -54,7 +54,7 @@ class Servers:
         setting: str,
         check: Callable[[str, Send, dict[str, Any]], None] = lambda url, send, body: None,
     ) -> None:
-        """Nothing is sent yet.
+        """Check the addresses; nothing is sent yet.
 
         Args:
             urls: e.g. http://localhost:8000; /v1 is added where there is no path.

@@ -52,7 +52,7 @@ class Gating(nn.Module):
         self.logit_scale = nn.Parameter(torch.ones(1))
 
     def forward(self, prompt_state: Tensor) -> Tensor:
-        """`[b, hidden]` -> `[b, objectives]`, which sum to `logit_scale`."""
+        """Return `[b, objectives]` for `[b, hidden]`, which sum to `logit_scale`."""
         x = prompt_state
         for layer in self.layers[:-1]:
             x = torch.relu(layer(x))
@@ -72,7 +72,7 @@ class ArmoRM(LlamaPreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, last: Tensor, boundary: Tensor) -> Tensor:
-        """`[b]` scores; `last` and `boundary`, `[b]`, are the positions of the two hidden states."""
+        """Return `[b]` scores; `last` and `boundary`, `[b]`, are the positions of the two hidden states."""
         states = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         row = torch.arange(len(states), device=states.device)
         rewards = self.regression_layer(states[row, last])  # [b, objectives]

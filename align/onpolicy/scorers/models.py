@@ -137,14 +137,11 @@ class PointwiseModel(ModelScorer):
         """Return [K] numbers for each item; `cut_tokens` says what a text that was too long has lost."""
         texts = [ids for item in items for ids in render(item, self._tokenizer, self._cfg)]
         rows = [cut(ids, self._max_length) for ids in texts]
-        scored = iter(zip(self._numbers(rows), rows, strict=True))
-        made = []
-        for item in items:
-            own = [next(scored) for _ in item.responses]
-            made.append(
-                Scores(values=[value for value, _ in own], counts=[{"cut_tokens": lost} for _, (_, lost) in own])
-            )
-        return made
+        numbers, lost = iter(self._numbers(rows)), iter([{"cut_tokens": count} for _, count in rows])
+        return [
+            Scores(values=[next(numbers) for _ in item.responses], counts=[next(lost) for _ in item.responses])
+            for item in items
+        ]
 
     def _numbers(self, rows: Sequence[tuple[list[int], int]]) -> list[float]:
         """Return a number for each text, of (its token ids, how many were cut)."""

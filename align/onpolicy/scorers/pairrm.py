@@ -63,7 +63,7 @@ class PairRM(DebertaV2PreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, markers: Tensor) -> Tensor:
-        """`[b]` logit(A, B); `markers`, `[b, 3]`, are the positions of the three special tokens."""
+        """Return `[b]` logit(A, B); `markers`, `[b, 3]`, are the positions of the three special tokens."""
         states = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         row = torch.arange(len(states), device=states.device)
         source, first, second = (states[row, markers[:, part]] for part in range(3))  # [b, hidden] each

@@ -105,7 +105,7 @@ def _of_a_package(name: str) -> Callable[..., Any]:
 
 
 def _check_unread(cfg: ScorerConfig, reads: tuple[str, ...]) -> None:
-    given, default = asdict(cfg), asdict(ScorerConfig())
-    for key in given:
-        if given[key] != default[key] and key not in ("name", *reads):
+    default = asdict(ScorerConfig())
+    for key, value in asdict(cfg).items():
+        if value != default[key] and key not in ("name", *reads):
             raise UserError(f"scorer.{key} does nothing with scorer.name={cfg.name}, which reads {', '.join(reads)}")
