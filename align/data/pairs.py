@@ -1,8 +1,8 @@
 """Preference rows in, token ids out: chat template, filters, truncation; prepared once and cached.
 
-A prepared pair is a prompt and two responses, as token ids. Every response token is scored and no prompt token is,
-so the response mask is a question of where the prompt ends (`train.response_mask`), answered here and nowhere else.
-Left out: where rows come from (rows.py), padding and batching (batching.py), the reference's column (reference.py).
+A prepared pair is a prompt and two responses, as token ids. Every response token is scored and no prompt token is, so
+the response mask is decided here alone, by the end of the prompt (`train.response_mask`).
+Left out: reading rows (rows.py), padding and batching (engine/), the reference's column (train/reference.py).
 """
 
 import json
@@ -27,17 +27,15 @@ from align.model.load import Start
 from align.say import UserError
 
 _CHUNK = 1000  # rows tokenised at once: the tokenizer's threads share a chunk
-
-
-_VERSION = 2  # of what is written to the cache: raise it when preparing changes
+_VERSION = 2  # of the cache's content: raise it when preparing changes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """Prepared pairs: `train` and `held_out`, and what was dropped or cut on the way.
+    """Prepared pairs, `train` and `held_out`, and counts of rows that were dropped or cut.
 
     Columns: `row_id` text; `conversation` the prompt as JSON (messages, or a plain text); `prompt_ids`, `chosen_ids`,
-    `rejected_ids` token ids; `chosen_win_prob` and `rejected_win_prob` (NaN where the source has none); `cut_tokens`
+    `rejected_ids` token ids; `chosen_win_prob` and `rejected_win_prob` (NaN if the source has none); `cut_tokens`
     and `cut_prompt_tokens`, response and prompt tokens lost to truncation; `group`.
     """
 
@@ -55,15 +53,7 @@ def prepare_pairs(cfg: DatasetConfig, train: TrainConfig, system: SystemMessage,
         UserError: a source that cannot be read, a bad row under `strict`, or nothing left to train on.
     """
     splits = load_splits(cfg, start, cache)
-    rules = Rules(
-        tokenizer=start.tokenizer,
-        response_mask=train.response_mask,
-        truncation=train.truncation,
-        max_length=train.max_length,
-        max_prompt_length=train.max_prompt_length,
-        system_message=system,
-        group_by=cfg.group_by,
-    )
+    rules = Rules(tokenizer=start.tokenizer, train=train, system_message=system, group_by=cfg.group_by)
     limits = {"train": cfg.limit, "held_out": cfg.eval_limit}
     key = fingerprint(
         _VERSION,
@@ -93,30 +83,27 @@ def prepare_pairs(cfg: DatasetConfig, train: TrainConfig, system: SystemMessage,
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """How a row becomes token ids."""
+    """Rules by which a row becomes token ids."""
 
     tokenizer: PreTrainedTokenizerBase
-    response_mask: ResponseMask
-    truncation: Truncation
-    max_length: int
-    max_prompt_length: int
-    system_message: SystemMessage
-    group_by: str | None
+    train: TrainConfig  # response mask, truncation and lengths
+    system_message: SystemMessage = SystemMessage.template
+    group_by: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """A pair as text: what the prompt is, and prompt and response of each side. Every text starts with `prompt`."""
+    """A pair as text: the prompt, and prompt and response of each side."""
 
     prompt: str
-    chosen: str
-    rejected: str
+    chosen: str  # begins with `prompt`
+    rejected: str  # likewise
 
 
 def render(pair: tuple[list[Message] | str, str, str], rules: Rules, ending: tuple[str, str] | None) -> Text:
-    """The pair as text, through the chat template where the prompt is a conversation.
+    """Render a pair as text; a conversation goes through the chat template.
 
-    `ending` is `end_of_turn(tokenizer)`: a response ends with the first part; the second is cut off.
+    `ending` is `end_of_turn(tokenizer)`: a response ends with its first part; the second is cut off.
 
     Raises:
         BadRow: the template refuses the conversation, or writes the prompt otherwise when an answer follows.
@@ -132,15 +119,15 @@ def render(pair: tuple[list[Message] | str, str, str], rules: Rules, ending: tup
     def apply(conversation: list[Any], header: bool) -> str:
         try:
             text = rules.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=header)
-        except Exception as error:  # Jinja raises whatever the template's author chose
+        except Exception as error:  # a template's author may raise anything
             raise BadRow(f"the chat template refuses it: {error}") from error
         assert isinstance(text, str)
         return text
 
-    opened = apply(messages, header=rules.response_mask is ResponseMask.completion)
+    opened = apply(messages, header=rules.train.response_mask is ResponseMask.completion)
     full = [
         apply([*messages, {"role": "assistant", "content": answer}], header=False).removesuffix(ending[1])
-        for answer in (answer.removesuffix(ending[0]) for answer in answers)  # some data sets hold the end of turn too
+        for answer in (answer.removesuffix(ending[0]) for answer in answers)  # some data sets include the end of turn
     ]
     full = [text if text.endswith(ending[0]) else text + ending[0] for text in full]
     if not all(text.startswith(opened) for text in full):
@@ -153,10 +140,10 @@ def _for_template(prompt: list[Message] | str, rules: Rules) -> Any:
 
 
 def tokenise(texts: list[Text], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], list[int], list[int]]]:
-    """(prompt ids, chosen ids, rejected ids) of each text, with one BOS in front where the tokenizer has one.
+    """Yield (prompt ids, chosen ids, rejected ids) for each text, with one BOS in front if the tokenizer has one.
 
-    Both sides share the prompt's ids, which are those the policy is given when it generates. A response is what
-    follows them; where a token straddles the boundary the response is tokenised by itself.
+    Both sides share the prompt's ids, which are those from which the policy generates. The response's ids follow them;
+    if a token straddles the boundary, the response is tokenised by itself.
     """
 
     def encode(batch: list[str]) -> list[list[int]]:
@@ -177,40 +164,40 @@ def tokenise(texts: list[Text], tokenizer: PreTrainedTokenizerBase) -> Iterator[
 def truncate(
     prompt: list[int], chosen: list[int], rejected: list[int], rules: Rules
 ) -> tuple[list[int], list[int], list[int]]:
-    """The pair within `max_length`, by the named policy.
+    """Cut a pair to `max_length`, by the rule that `truncation` names.
 
-    `papers` is trl 0.9.6's rule, which the SimPO, DPO and WPO models were trained by: if prompt and longer response
-    exceed `max_length`, keep the prompt's last `max_prompt_length` tokens; if they still do, cut both responses to
-    `max_length - max_prompt_length`. One thing differs: a BOS that the cut would lose is kept as the first token.
+    `papers` is the rule of trl 0.9.6, with which the SimPO, DPO and WPO models were trained: if prompt and longer
+    response exceed `max_length`, keep the prompt's last `max_prompt_length` tokens; if they still do, cut both responses
+    to `max_length - max_prompt_length`. One thing differs: a BOS that the cut would lose is kept as the first token.
 
     Raises:
         BadRow: under `drop`, a pair that is too long.
     """
+    longest, longest_prompt = rules.train.max_length, rules.train.max_prompt_length
     longer = max(len(chosen), len(rejected))
-    if len(prompt) + longer <= rules.max_length:
+    if len(prompt) + longer <= longest:
         return prompt, chosen, rejected
-    if rules.truncation is Truncation.drop:
-        raise BadRow(f"longer than max_length ({rules.max_length})")
+    if rules.train.truncation is Truncation.drop:
+        raise BadRow(f"longer than max_length ({longest})")
     bos = [prompt[0]] if prompt[0] == rules.tokenizer.bos_token_id else []
-    if len(prompt) > rules.max_prompt_length:
-        prompt = [*bos, *prompt[len(prompt) - rules.max_prompt_length + len(bos) :]]
-    if len(prompt) + longer > rules.max_length:
-        keep = rules.max_length - rules.max_prompt_length
-        chosen, rejected = chosen[:keep], rejected[:keep]
+    if len(prompt) > longest_prompt:
+        prompt = [*bos, *prompt[len(prompt) - longest_prompt + len(bos) :]]
+    if len(prompt) + longer > longest:
+        chosen, rejected = chosen[: longest - longest_prompt], rejected[: longest - longest_prompt]
     return prompt, chosen, rejected
 
 
 def _prepare_split(
     rows: Rows, rules: Rules, strict: bool, limit: int | None, name: str
 ) -> tuple[datasets.Dataset, dict[str, Any]]:
-    """Prepared pairs of one split, and counts of what was dropped (by reason) and cut."""
+    """Prepare the pairs of one split. Returns them, and counts of rows that were dropped (by reason) or cut."""
     tokenizer = rules.tokenizer
     if rules.group_by and rows.rows and not any(rules.group_by in row for row in rows.rows):
         names = ", ".join(name for name in rows.rows[0] if not name.startswith("_"))
         raise UserError(f"{rows.where} has no column {rules.group_by!r} (dataset.group_by); it has {names}")
     ending = end_of_turn(tokenizer) if tokenizer.chat_template is not None else None
     dropped: Counter[str] = Counter()
-    made: list[dict[str, Any]] = []
+    pairs: list[dict[str, Any]] = []
     with tqdm(total=len(rows.rows), desc=f"preparing {name}", unit="row", disable=len(rows.rows) < _CHUNK) as bar:
         for at in range(0, len(rows.rows), _CHUNK):
             chunk = [rows.rows[i] for i in range(at, min(at + _CHUNK, len(rows.rows)))]
@@ -224,7 +211,7 @@ def _prepare_split(
             ids = tokenise([text for _, text in checked], tokenizer) if checked else iter(())
             for (pair, _), encoded in zip(checked, ids, strict=True):
                 try:
-                    made.append({**pair, **_finish(encoded, rules)})
+                    pairs.append({**pair, **_finish(encoded, rules)})
                 except BadRow as error:
                     bad.append((pair["number"], str(error)))
             if bad and strict:
@@ -234,27 +221,24 @@ def _prepare_split(
                 )
             dropped.update(reason for _, reason in bad)
             bar.update(len(chunk))
-            if limit is not None and len(made) >= limit:
+            if limit is not None and len(pairs) >= limit:
                 break
-    made = made[:limit]
-    if not made:
+    pairs = pairs[:limit]
+    if not pairs:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.most_common())
         raise UserError(f"{rows.where}: none of {len(rows.rows)} rows can be used ({reasons})")
-    cut = [pair["cut_tokens"] for pair in made]
     counts = {
-        "pairs": len(made),
+        "pairs": len(pairs),
         "dropped": dict(dropped),
-        "cut_pairs": sum(c > 0 for c in cut),
-        "cut_tokens": sum(cut),
-        "cut_prompts": sum(pair["cut_prompt_tokens"] > 0 for pair in made),
+        "cut_pairs": sum(pair["cut_tokens"] > 0 for pair in pairs),
+        "cut_tokens": sum(pair["cut_tokens"] for pair in pairs),
+        "cut_prompts": sum(pair["cut_prompt_tokens"] > 0 for pair in pairs),
     }
-    for pair in made:
-        del pair["number"]
-    return datasets.Dataset.from_list(made), counts
+    return datasets.Dataset.from_list(pairs).remove_columns("number"), counts
 
 
 def _check(row: Mapping[str, Any], rules: Rules, ending: tuple[str, str] | None) -> tuple[dict[str, Any], Text]:
-    """What a pair carries besides its tokens, and its text."""
+    """Check a row. Returns the columns of its pair that are no tokens, and its text."""
     pair = read_pair(row)
     if not isinstance(pair[0], str) and ending is None:
         raise UserError("the data are conversations and the tokenizer has no chat template: give model.chat_template")
@@ -272,7 +256,7 @@ def _check(row: Mapping[str, Any], rules: Rules, ending: tuple[str, str] | None)
 
 
 def _finish(encoded: tuple[list[int], list[int], list[int]], rules: Rules) -> dict[str, Any]:
-    """Truncated token ids, checked for a second BOS."""
+    """Truncate the token ids of a pair, after a check for a second BOS."""
     if not encoded[0]:
         raise BadRow("empty prompt")
     bos = _bos(rules.tokenizer)
@@ -290,29 +274,26 @@ def _finish(encoded: tuple[list[int], list[int], list[int]], rules: Rules) -> di
     }
 
 
-# Looking -----------------------------------------------------------------------------------------------------------
-
-
 def token_counts(pairs: datasets.Dataset, column: str) -> list[int]:
-    """Tokens in a column of token ids, per pair; without making Python lists of them."""
+    """Count the tokens of each pair in a column of token ids, without making Python lists of these."""
     lists = pairs.with_format("arrow")[:][column]
     counts: list[int] = pyarrow.compute.list_value_length(lists).to_pylist()
     return counts
 
 
 def pair_lengths(pairs: datasets.Dataset) -> list[tuple[int, ...]]:
-    """(prompt, chosen, rejected) tokens of each pair."""
+    """Count the (prompt, chosen, rejected) tokens of each pair."""
     columns = (token_counts(pairs, f"{name}_ids") for name in ("prompt", "chosen", "rejected"))
     return list(zip(*columns, strict=True))
 
 
 def as_group(pair: Mapping[str, Any]) -> tuple[list[int], list[list[int]]]:
-    """A prepared pair's prompt and its two responses, chosen first, as the engine takes them."""
+    """Return a prepared pair's prompt and its two responses, chosen first: a group for the engine."""
     return pair["prompt_ids"], [pair["chosen_ids"], pair["rejected_ids"]]
 
 
 def show_pair(pair: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
-    """A prepared pair as a person can check it: what is the prompt, what is scored, where each token ends."""
+    """Show a prepared pair to a person: the prompt, the scored tokens, and where each of them ends."""
     lines = [f"prompt, {len(pair['prompt_ids'])} tokens, not scored: {tokenizer.decode(pair['prompt_ids'])!r}"]
     for side in ("chosen", "rejected"):
         tokens = "|".join(tokenizer.decode([i]) for i in pair[f"{side}_ids"])
@@ -321,12 +302,12 @@ def show_pair(pair: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> st
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id that may stand only in front; None where the tokenizer has none, or also ends texts with it (GPT-2)."""
+    """Return the id of the BOS; None if the tokenizer has none, or also ends texts with it (GPT-2)."""
     return None if tokenizer.bos_token_id == tokenizer.eos_token_id else tokenizer.bos_token_id
 
 
 def check_bos(pairs: Pairs, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Gate before step 1: exactly one BOS in every prompt if in any, none in a response."""
+    """Raise unless every prompt has exactly one BOS, or none has one, and no response has any: a gate before step 1."""
     bos = _bos(tokenizer)
     if bos is None:
         return

@@ -1,8 +1,8 @@
-"""Raw rows of pairs or prompts: read from files, the hub or a function, mixed, held out, and understood.
+"""Rows of pairs or prompts: read from files, the hub or a function; mixed, split, and parsed.
 
 Formats are TRL's (https://huggingface.co/docs/trl/dataset_formats): conversational or plain, explicit or implicit
 prompt; optional columns `chosen_win_prob` and `rejected_win_prob` in [0, 1], `chosen_score`, `rejected_score`, `id`.
-Nothing here knows of tokens; data.py turns rows into them.
+Left out: tokens (pairs.py).
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -26,36 +27,32 @@ from align.model.load import Start
 from align.say import UserError, resolve
 
 _OURS = ("prompt", "chosen", "rejected", "chosen_win_prob", "rejected_win_prob", "chosen_score", "rejected_score", "id")
-
-
 _HINT = "expected chosen and rejected, and prompt where they do not hold it; dataset.columns={ours: yours} renames"
-
-
 Message = Mapping[str, Any]
 
 
-class BadRow(Exception):  # noqa: N818 - read in `except BadRow`, a noun says more
-    """A row that cannot be trained on; the message is the reason it is counted under."""
+class BadRow(Exception):  # noqa: N818 - in `except BadRow` a noun reads better
+    """A row that cannot be trained on. Its message is the reason, by which such rows are counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Raw rows of a split, renamed to our columns, and a fingerprint of their content."""
+    """Rows of a split under our column names, and a fingerprint of their content."""
 
     rows: Sequence[Mapping[str, Any]]
     fingerprint: str
-    where: str  # for errors: what the row numbers count in
+    where: str  # for errors: the source in which row numbers count
 
 
 class Content(Enum):
-    """What is read from the rows, and which columns they need for it: one of each line."""
+    """Content to read from rows, and the columns it needs: one out of each tuple."""
 
     pairs = (("chosen",), ("rejected",))
     prompts = (("prompt", "chosen"),)
 
 
 def load_splits(cfg: DatasetConfig, start: Start, cache: Path, content: Content = Content.pairs) -> dict[str, Rows]:
-    """Rows of `train` and `held_out`: of the one source, or of the mix in proportion to the weights."""
+    """Read the rows of `train` and `held_out` from the one source, or from the mix in proportion to the weights."""
     if not cfg.mix:
         return _load_source("dataset", cfg, cfg.eval_fraction, start, cache, content)
     parts = {
@@ -64,7 +61,7 @@ def load_splits(cfg: DatasetConfig, start: Start, cache: Path, content: Content 
     }
     ours = [parts[name] for name, source in cfg.mix.items() if source.eval_path is None and source.eval_split is None]
     held = {_prompt_hash(row) for part in ours for row in part["held_out"].rows}
-    for part in parts.values():  # a prompt that we hold out of one source may be in another
+    for part in parts.values():  # a prompt that is held out of one source may be in another
         rows = [row for row in part["train"].rows if _prompt_hash(row) not in held]
         part["train"] = replace(part["train"], rows=rows)
     weights = {name: source.weight for name, source in cfg.mix.items()}
@@ -74,14 +71,12 @@ def load_splits(cfg: DatasetConfig, start: Start, cache: Path, content: Content 
 
 
 def _mix(parts: dict[str, Rows], weights: dict[str, float]) -> Rows:
-    """As many rows as the scarcest part allows, in the proportion of the weights; no row twice.
+    """Mix parts in the proportion of their weights: as many rows as the scarcest part allows, and no row twice.
 
-    Rows are taken evenly over each part, and carry the part's name in the column `source`.
+    Rows are taken evenly over each part, whose name is in the column `source`. Any first rows have the same proportion.
     """
     total = min(len(part.rows) / weights[name] for name, part in parts.items())
-    placed: list[
-        tuple[float, Mapping[str, Any]]
-    ] = []  # each part spread evenly, so that any beginning keeps the shares
+    placed: list[tuple[float, Mapping[str, Any]]] = []  # (position in the mix, row)
     for name, part in parts.items():
         count = min(len(part.rows), round(total * weights[name]))
         taken = [part.rows[i * len(part.rows) // count] for i in range(count)]
@@ -97,8 +92,8 @@ def _load_source(
 ) -> dict[str, Rows]:
     def load(knob: str, path: str | None, split: str) -> Rows:
         if source.rows is not None:
-            made = resolve(source.rows, f"{key}.rows")(split, start, cache)
-            return Rows(rows=made, fingerprint=_content_fingerprint(made), where=f"{source.rows}, {split}")
+            rows = resolve(source.rows, f"{key}.rows")(split, start, cache)
+            return Rows(rows=rows, fingerprint=_content_fingerprint(rows), where=f"{source.rows}, {split}")
         assert path is not None
         return read_rows(f"{key}.{knob}", path, split, source)
 
@@ -109,8 +104,9 @@ def _load_source(
         return {"train": _renamed(train, source, key, content), "held_out": _renamed(held_out, source, key, content)}
     train = _renamed(train, source, key, content)
     hashes = [_prompt_hash(row) for row in train.rows]
-    held = _held_out_prompts(hashes, eval_fraction)
-    if len(held) == len(set(hashes)):
+    prompts = sorted(set(hashes))
+    held = set(prompts[: max(1, round(eval_fraction * len(prompts)))])  # the smallest: stable as a set grows
+    if len(held) == len(prompts):
         raise UserError(f"{train.where} has one prompt only, so none can be held out: give {key}.eval_path")
     sides = {"train": False, "held_out": True}
     return {
@@ -124,7 +120,7 @@ def _load_source(
 
 
 def read_rows(key: str, path: str, split: str, source: SourceConfig) -> Rows:
-    """Rows of a local file, a `save_to_disk` folder, or a hub dataset."""
+    """Read the rows of a local file, a `save_to_disk` folder, or a hub dataset."""
     file = Path(path).expanduser()
     if file.is_file():
         readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
@@ -151,7 +147,7 @@ def read_rows(key: str, path: str, split: str, source: SourceConfig) -> Rows:
 def _read_hub(key: str, path: str, split: str, source: SourceConfig) -> Rows:
     try:
         stored = datasets.load_dataset(path, name=source.config, split=split, revision=source.revision)
-    except Exception as error:  # the hub's errors share no base class: offline, no such set, split or configuration
+    except Exception as error:  # the hub's errors have no base class: offline, no such set, split or configuration
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
             f"{key}={path} is nothing local, and its split {split!r} cannot be had from the hub: {reason}"
@@ -193,15 +189,17 @@ def _read_parquet(file: Path) -> datasets.Dataset:
 
 
 def _renamed(rows: Rows, source: SourceConfig, key: str, content: Content) -> Rows:
-    """Rows under our column names; refuses a source without the columns that are to be read."""
+    """Rename columns to ours.
+
+    Raises:
+        UserError: the source has no rows, or lacks columns that are renamed or read.
+    """
     if len(rows.rows) == 0:
         raise UserError(f"{rows.where} is empty")
     names = list(rows.rows[0])
-    unknown = [ours for ours in source.columns if ours not in _OURS]
-    if unknown:
+    if unknown := [ours for ours in source.columns if ours not in _OURS]:
         raise UserError(f"{key}.columns: {unknown[0]!r} is none of our columns, which are {', '.join(_OURS)}; {_HINT}")
-    missing = [theirs for theirs in source.columns.values() if theirs not in names]
-    if missing:
+    if missing := [theirs for theirs in source.columns.values() if theirs not in names]:
         raise UserError(f"{rows.where} has no column {missing[0]!r} ({key}.columns); it has {', '.join(names)}")
     renamed = {*source.columns, *source.columns.values()}
     present = (set(names) - renamed) | set(source.columns)
@@ -214,25 +212,22 @@ def _renamed(rows: Rows, source: SourceConfig, key: str, content: Content) -> Ro
     if absent:
         raise UserError(f"{rows.where} has no column {absent[0][0]!r}; it has {', '.join(names)}; {_HINT}")
     bar = tqdm(rows.rows, desc=f"reading {rows.where}", disable=len(rows.rows) < 5000)
-    made: list[Mapping[str, Any]] = [
+    ours: list[Mapping[str, Any]] = [
         {
             **{name: value for name, value in row.items() if name not in renamed},
-            **{ours: row.get(theirs) for ours, theirs in source.columns.items()},
-            "_number": number,  # in the source, which a split or a mix takes rows from
+            **{our: row.get(their) for our, their in source.columns.items()},
+            "_number": number,  # in the source, also after a split or a mix
             **({"wrap_plain": True} if source.wrap_plain else {}),
         }
         for number, row in enumerate(bar, 1)
     ]
-    return Rows(
-        rows=made, fingerprint=fingerprint(rows.fingerprint, source.columns, source.wrap_plain), where=rows.where
-    )
+    key = fingerprint(rows.fingerprint, source.columns, source.wrap_plain)
+    return Rows(rows=ours, fingerprint=key, where=rows.where)
 
 
 def _content_fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-    return digest.hexdigest()[:16]
+    lines = (json.dumps(row, sort_keys=True, default=str).encode() for row in rows)
+    return hashlib.sha256(b"".join(lines)).hexdigest()[:16]
 
 
 def _prompt_hash(row: Mapping[str, Any]) -> str:
@@ -243,14 +238,8 @@ def _prompt_hash(row: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(prompt, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _held_out_prompts(hashes: Iterable[str], fraction: float) -> set[str]:
-    """Hashes of the prompts that are held out: the smallest ones, so the choice is stable as a set grows."""
-    ordered = sorted(set(hashes))
-    return set(ordered[: max(1, round(fraction * len(ordered)))])
-
-
 def read_pair(row: Mapping[str, Any]) -> tuple[list[Message] | str, str, str]:
-    """(prompt, chosen, rejected) of a row: a conversation and two answers to it, or three plain texts.
+    """Parse (prompt, chosen, rejected) from a row: a conversation and two answers to it, or three plain texts.
 
     Raises:
         BadRow: the row cannot be trained on.
@@ -287,7 +276,7 @@ def read_pair(row: Mapping[str, Any]) -> tuple[list[Message] | str, str, str]:
 
 
 def read_prompt(row: Mapping[str, Any]) -> list[Message] | str:
-    """The prompt of a row, which may hold a pair or not: a conversation that ends before the answer, or a plain text.
+    """Parse the prompt of a row with or without answers: a conversation that ends before the answer, or a plain text.
 
     Raises:
         BadRow: it has none.
@@ -312,7 +301,7 @@ def read_prompt(row: Mapping[str, Any]) -> list[Message] | str:
 
 
 def _whole(prompt: Any, side: list[Any]) -> list[Any]:
-    """The conversation that a prompt and one side make: a side may repeat its prompt, and a prompt may be a text."""
+    """Join a prompt and one side to a conversation. The side may include the prompt, and the prompt may be a text."""
     if isinstance(prompt, list):
         return side if side[: len(prompt)] == prompt else [*prompt, *side]
     alone = isinstance(side[0], Mapping) and side[0].get("role") == "assistant"
@@ -320,13 +309,9 @@ def _whole(prompt: Any, side: list[Any]) -> list[Any]:
 
 
 def _split_common(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """An implicit plain prompt: the common beginning, up to the last place where a word ends on both sides."""
-    at = next(
-        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
-    )
-    while (
-        at and not (chosen[at : at + 1].isspace() and rejected[at : at + 1].isspace()) and not chosen[at - 1].isspace()
-    ):
+    """Split off an implicit plain prompt: the common beginning, up to the last end of a word on both sides."""
+    at = len(list(takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False))))
+    while at and not chosen[at - 1].isspace() and not all(side[at : at + 1].isspace() for side in (chosen, rejected)):
         at -= 1
     at = len(chosen[:at].rstrip())  # the space belongs to the response, as tokenizers have it
     return chosen[:at], chosen[at:], rejected[at:]
@@ -350,7 +335,7 @@ def _message(message: Any) -> Message:
 
 
 def read_number(row: Mapping[str, Any], column: str, low: float, high: float) -> float:
-    """A numeric column of a row; NaN where the row has none, `BadRow` where its value is not in [low, high]."""
+    """Read a numeric column of a row. Returns NaN if the row has none; raises `BadRow` outside [low, high]."""
     value = row.get(column)
     if value is None:
         return math.nan

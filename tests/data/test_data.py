@@ -347,18 +347,11 @@ def test_papers_truncation_is_that_of_trl_but_for_a_bos_that_is_kept(has_bos):
     seen = Counter()
     for _ in range(2000):
         max_length = chance.randint(2, 30)
-        rules = Rules(
-            tokenizer=tokenizer,
-            response_mask=ResponseMask.completion,
-            truncation=Truncation.papers,
-            max_length=max_length,
-            max_prompt_length=chance.randint(1, max_length - 1),
-            system_message=SystemMessage.template,
-            group_by=None,
-        )
+        lengths = TrainConfig(max_length=max_length, max_prompt_length=chance.randint(1, max_length - 1))
+        rules = Rules(tokenizer=tokenizer, train=lengths)
         prompt = [*([2] if has_bos else []), *range(100, 100 + chance.randint(1, 40))]
         chosen, rejected = (list(range(at, at + chance.randint(1, 25))) for at in (200, 300))
-        expected = trl_0_9_6(prompt, chosen, rejected, max_length, rules.max_prompt_length)
+        expected = trl_0_9_6(prompt, chosen, rejected, max_length, lengths.max_prompt_length)
         was_cut = len(expected[0]) < len(prompt)
         if has_bos and was_cut:
             expected = ([2, *expected[0][1:]], *expected[1:])

@@ -8,7 +8,8 @@ from conftest import pair_row
 from transformers import AutoModelForCausalLM
 
 from align import engine
-from align.choices import Layout, ResponseMask, SystemMessage, Truncation
+from align.choices import Layout, Truncation
+from align.config import TrainConfig
 from align.data.pairs import Rules, as_group, render, tokenise
 from align.data.rows import read_pair
 from align.model.chat import end_of_turn
@@ -71,15 +72,7 @@ def trl_loss(models, rows, tokenizer, folder, **options) -> float:
 
 
 def our_loss(models, rows, tokenizer, **objective) -> tuple[float, dict[str, torch.Tensor]]:
-    rules = Rules(
-        tokenizer=tokenizer,
-        response_mask=ResponseMask.completion,
-        truncation=Truncation.drop,
-        max_length=500,
-        max_prompt_length=400,
-        system_message=SystemMessage.template,
-        group_by=None,
-    )
+    rules = Rules(tokenizer=tokenizer, train=TrainConfig(truncation=Truncation.drop, max_length=500))
     texts = [render(read_pair(row), rules, end_of_turn(tokenizer)) for row in rows]
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     pairs = [dict(zip(names, ids, strict=True)) for ids in tokenise(texts, tokenizer)]
