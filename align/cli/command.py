@@ -20,14 +20,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from align.choices import Source
 from align.cli import compose
 from align.cli.sweep import OF_SWEEPS, Sweep
 from align.config import RunConfig
 from align.launch import slurm
 from align.say import FULL_ERROR, Stopped, UserError, resolve
-
-_RUN = {Source.dataset: "align.runs.spine:run", Source.selfplay: "align.runs.selfplay:selfplay"}
 
 
 def _do(node: DictConfig, stage: str | None, sweep: Sweep) -> float | None:
@@ -43,7 +40,9 @@ def _do(node: DictConfig, stage: str | None, sweep: Sweep) -> float | None:
             cfg.command = shlex.join(["python", "-m", "align", *(f"--config-dir={path}" for path in own)]) + f" {words}"
         if sweeps:
             sweep.begin_job(cfg, stage is None and not cfg.plan, words)
-        function = resolve(stage or _RUN[cfg.source.name], "source")  # torch and transformers, only when something runs
+        function = resolve(
+            stage or "align.runs.spine:carry_out", "a run"
+        )  # torch and transformers, only when something runs
         result: float | None = function(cfg)
         return result
     except Exception as error:

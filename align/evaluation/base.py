@@ -53,8 +53,13 @@ class TrainedRun:
         return alone if alone.is_dir() else self.dir / "policy"  # of an iteration of self-play by itself
 
     @property
+    def judged(self) -> Path:
+        """The folder of what its own judge has seen and said."""
+        return (self._iteration(self.iterations) if self.iterations else self.dir) / "evaluation"
+
+    @property
     def name(self) -> str:
-        """What others call its answers."""
+        """The name that others give its answers."""
         return self.dir.resolve().name
 
     def start(self, cache: Path) -> Policy:
@@ -62,13 +67,15 @@ class TrainedRun:
         return Policy(iteration=0, cfg=self.cfg.model, start=start_model(self.cfg, cache))
 
     def policy(self, cache: Path) -> Policy:
-        """What it has trained, with its adapter merged into it where there is one."""
-        if not self.iterations:
-            return trained_from(self.start(cache), self.saved, cache)
-        policy = self.start(cache)
-        for number in range(1, self.iterations + 1):  # an adapter is one of the iteration before
-            policy = trained_from(policy, self._iteration(number) / "policy", cache)
-        return policy
+        """The policy that it has trained, with its adapter merged into it where there is one."""
+        return self.policies(cache)[-1]
+
+    def policies(self, cache: Path) -> list[Policy]:
+        """The start model, and the policy of each training."""
+        made = [self.start(cache)]
+        for number in range(1, self.iterations + 1):
+            made.append(trained_from(made[-1], self._iteration(number) / "policy", cache))
+        return made if self.iterations else [*made, trained_from(made[-1], self.saved, cache)]
 
     def _iteration(self, number: int) -> Path:
         return self.dir / f"iter_{number}"

@@ -20,20 +20,19 @@ import huggingface_hub
 from align import config
 from align.choices import Launcher
 from align.config import SamplingConfig
+from align.evaluation import judging
 from align.evaluation.base import Evaluation, Outcome, TrainedRun, trained_run
 from align.evaluation.settings import SUITES, EvaluateConfig, SuiteConfig, typed
 from align.files import differences, write_json, write_text, writing
 from align.launch import slurm
-from align.launch.local import in_each_process, logs_of
+from align.launch.local import each, logs_of
 from align.launch.rank import alone
 from align.onpolicy.sample import answering_cluster
 from align.say import UserError, is_first, quieten, resolve, say
 from align.tracking import trackers
 
-_SHARD = 16  # prompts: few, so that many processes share them
-
-
 _SECTION = "## Evaluation"
+_OWN = ("responses", "responses_of_start", "scores", "weights", "weights_of_start")  # of a run's evaluation folder
 
 
 def evaluate(cfg: EvaluateConfig) -> None:
@@ -53,7 +52,7 @@ def evaluate(cfg: EvaluateConfig) -> None:
         _recognise(settings, made_of, given)
         say(f"This evaluation is complete: {given.folder}")
     else:
-        in_each_process(given.cluster, logs_of(given.folder), _work, given, suite)
+        each(given.cluster, logs_of(given.folder), _work, given, suite)
         if not is_first():
             return
         outcome: Outcome | None = resolve(f"{suite}:measure", "suite.kind")(given)
@@ -88,6 +87,8 @@ def prepare(cfg: EvaluateConfig) -> Evaluation:
     suite: SuiteConfig = typed("suite", shape, cfg.suite)
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*", suite.name):
         raise UserError(f"suite.name={suite.name} names a folder: letters, digits, dots, dashes and underscores")
+    if suite.name in _OWN:
+        raise UserError(f"suite.name={suite.name} is where a run's own judge works: give another name")
     if suite.limit is not None and suite.limit <= 0:
         raise UserError(f"suite.limit must be above 0, not {suite.limit}")
     if cfg.cluster.launcher is Launcher.slurm:
@@ -101,7 +102,7 @@ def prepare(cfg: EvaluateConfig) -> Evaluation:
         scorer=cfg.scorer if cfg.scorer.name is not None else found.cfg.scorer,
         cluster=cfg.cluster,
         cache_dir=cfg.cache_dir,
-        seed=cfg.seed,
+        seed=found.cfg.seed if cfg.seed is None else cfg.seed,
         sampling=sampling,
     )
     config.check(of_command)
@@ -119,15 +120,7 @@ def prepare(cfg: EvaluateConfig) -> Evaluation:
 
 def _sampling(cfg: EvaluateConfig, found: TrainedRun) -> SamplingConfig:
     """As the run's own evaluation samples, but for what is typed."""
-    its = found.cfg.evaluation
-    default = SamplingConfig(
-        samples=its.samples_per_prompt,
-        temperature=its.temperature,
-        top_p=its.top_p,
-        max_new_tokens=its.max_new_tokens,
-        prompts_per_shard=_SHARD,
-        tokens_per_batch=found.cfg.sampling.tokens_per_batch,
-    )
+    default = judging.sampling_of(found.cfg.evaluation, found.cfg.sampling.tokens_per_batch)
     sampling: SamplingConfig = typed("sampling", default, cfg.sampling)
     return sampling
 

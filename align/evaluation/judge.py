@@ -9,13 +9,13 @@ counts once, however many answers it has:
                      of instructions, which exist for AlpacaEval's own only: an approximation
     length, tokens = of an answer, in characters and in tokens; `opponent/...` are theirs
 
-Left out: an opponent whose chat template takes other roles than this run's, and significance tests (report).
+Asked as the run's own judge was, against the start model at the same prompts with the same scorer, sampling and seed, it
+reads the run's answers and scores: a win rate is measured once. Left out: an opponent whose chat template takes other roles than this run's, and significance tests (report).
 """
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -24,77 +24,128 @@ from transformers import PreTrainedTokenizerBase
 
 from align.choices import Backend
 from align.config import DatasetConfig, PairSourceConfig
+from align.data.pairs import prepare_pairs
 from align.data.prompts import PromptRow, load_prompts
+from align.evaluation import judging
 from align.evaluation.base import (
     OURS,
     THEIRS,
     Evaluation,
     Outcome,
-    answer,
-    answers_of,
     check_place,
     in_words_of,
-    score,
-    scored,
     scorer_identity,
     trained_run,
 )
+from align.evaluation.judging import Contestant
 from align.evaluation.settings import JudgeConfig
-from align.files import fingerprint, write_text, writing
+from align.files import fingerprint
 from align.launch.rank import Rank
 from align.model.policy import Policy
 from align.onpolicy import figures
-from align.onpolicy.sample import ResponseRow
-from align.onpolicy.scorers.base import last_turn
+from align.onpolicy.pairs import scored_prompts
+from align.onpolicy.sample import ResponseRow, read_samples
+from align.onpolicy.score import read_scores, score_responses
 from align.onpolicy.select import ScoredPrompt
 from align.say import UserError
 from align.stats.length_control import length_controlled_win_rate
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Match:
+    """Policies that answer the same prompts, the first of them ours and the last the opponent, and the folder of scores.
+
+    Against a file's answers there is our policy alone, and the prompts carry the opponent's answers.
+    """
+
+    contestants: Sequence[Contestant]
+    prompts: Sequence[PromptRow]
+    scores: Path
+
+    @property
+    def opponent(self) -> Contestant | None:
+        """The opponent, where it is a policy."""
+        return self.contestants[-1] if len(self.contestants) > 1 else None
+
+    @property
+    def sides(self) -> dict[str, str]:
+        """Origins of answers by the words that samples.jsonl has for them."""
+        return {"opponent": self.opponent.name if self.opponent else THEIRS, "policy": self.contestants[0].name}
+
+
 def made_of(given: Evaluation) -> dict[str, Any]:
-    """Who is asked what, against whom, and who judges."""
-    suite = _settings(given)
-    opponent = _opponent(given)
-    prompts = _prompts(given)
+    """The values that decide the results: who is asked what, against whom, and who judges."""
+    match = _match(given)
     return {
-        "suite": {**asdict(suite), "prompts": None, "against": None},  # wherever they lie
-        "prompts": fingerprint([[prompt.id, [asdict(c) for c in prompt.candidates]] for prompt in prompts]),
-        "opponent": opponent.fingerprint if opponent else "answers of a file",
+        "suite": {**asdict(_settings(given)), "prompts": None, "against": None},  # wherever they lie
+        "prompts": fingerprint([[prompt.id, [asdict(c) for c in prompt.candidates]] for prompt in match.prompts]),
+        "opponent": match.opponent.policy.fingerprint if match.opponent else "answers of a file",
         "scorer": scorer_identity(given),
     }
 
 
 def work(given: Evaluation, rank: Rank) -> None:
     """Sample both sides, and score."""
-    opponent, prompts = _opponent(given), _prompts(given)
-    answer(given, given.policy, prompts, OURS, rank)
-    if opponent:
-        answer(given, opponent, prompts, THEIRS, rank)
-    score(given, _both(given, prompts, opponent), rank)
+    match = _match(given)
+    asked = [replace(prompt, candidates=()) for prompt in match.prompts]
+    for contestant in match.contestants:
+        judging.answer(contestant, asked, given.cfg, given.sampling, rank)
+    score_responses(_rows(given, match), given.cfg, match.scores, rank)
 
 
 def measure(given: Evaluation) -> Outcome:
-    """Compare, and write what a person reads."""
-    suite, prompts = _settings(given), _prompts(given)
-    rows = _both(given, prompts, _opponent(given))
-    of_prompts = scored(given, rows)
-    results = compared(rows, of_prompts)
-    _write_samples(given.folder / "samples.jsonl", rows, of_prompts)
-    against = suite.against or "the start model"
-    judge = scorer_identity(given)["name"]
-    dropped = len(of_prompts) - len(figures.usable(of_prompts))
-    note = f"answers to {len(prompts):,} prompts, {given.sampling.samples} each, against {against}, judged by {judge}"
+    """Compare, and write samples.jsonl for people."""
+    match = _match(given)
+    rows = _rows(given, match)
+    scored = list(scored_prompts(rows, read_scores(match.scores)))
+    results = compared(rows, scored, ours=match.sides["policy"], theirs=match.sides["opponent"])
+    given.folder.mkdir(parents=True, exist_ok=True)
+    judging.write_samples(given.folder / "samples.jsonl", rows, scored, match.sides)
+    against = _settings(given).against or "the start model"
+    judge, dropped = scorer_identity(given)["name"], len(scored) - len(figures.usable(scored))
+    note = f"answers to {len(match.prompts):,} prompts, {given.sampling.samples} each, against {against}, judged by {judge}"
     note += f"; {dropped} prompts without a finite score are left out" if dropped else ""
     return Outcome(results=results, note=f"{note}; lc_win_rate is an approximation without instruction difficulties")
 
 
-def _both(given: Evaluation, prompts: Sequence[PromptRow], opponent: Policy | None) -> list[ResponseRow]:
-    theirs = answers_of(given, THEIRS) if opponent else _of_file(prompts, given.policy.start.tokenizer)
-    return figures.side_by_side({OURS: answers_of(given, OURS), THEIRS: theirs}, 1)
+def _match(given: Evaluation) -> _Match:
+    """The match: that of the run's own judge where the question is the same."""
+    suite, run = _settings(given), given.run
+    prompts = _prompts(given)
+    if _is_own(given):
+        policies = run.policies(given.cache)
+        judged = (policies[-1], policies[-2], policies[0])
+        contestants = judging.contestants_of(run.dir, judged, run.iterations > 0)
+        return _Match(contestants=contestants, prompts=prompts, scores=run.judged / "scores")
+    made = [
+        Contestant(name=OURS, policy=given.policy, stream=given.policy.iteration, folder=given.folder / "responses")
+    ]
+    if not _is_file(suite.against):
+        opponent, folder = _opponent(given), given.folder / f"responses_of_{THEIRS}"
+        made.append(Contestant(name=THEIRS, policy=opponent, stream=0, folder=folder))
+    return _Match(contestants=made, prompts=prompts, scores=given.folder / "scores")
 
 
-def compared(rows: Sequence[ResponseRow], scored: Sequence[ScoredPrompt]) -> dict[str, float]:
-    """Metrics of OURS against THEIRS. Pure.
+def _is_own(given: Evaluation) -> bool:
+    """True where the run's own judge has answered the question: its win rate is read again, not drawn anew."""
+    suite, cfg = _settings(given), given.run.cfg
+    own = judging.sampling_of(cfg.evaluation, given.sampling.tokens_per_batch)
+    asked = (suite.against, suite.prompts, suite.limit, given.cfg.seed, given.cfg.scorer, given.sampling)
+    return asked == (None, None, None, cfg.seed, cfg.scorer, own) and (given.run.judged / "scores").is_dir()
+
+
+def _rows(given: Evaluation, match: _Match) -> list[ResponseRow]:
+    """The answers of all side by side, as the scorer sees them."""
+    answers = {contestant.name: read_samples(contestant.folder) for contestant in match.contestants}
+    if match.opponent is None:
+        answers[THEIRS] = _of_file(match.prompts, given.policy.start.tokenizer)
+    return figures.side_by_side(answers, given.run.iterations)
+
+
+def compared(
+    rows: Sequence[ResponseRow], scored: Sequence[ScoredPrompt], ours: str = OURS, theirs: str = THEIRS
+) -> dict[str, float]:
+    """Metrics of our answers against theirs, by their origins. Pure.
 
     Raises:
         UserError: no prompt has a finite score.
@@ -102,26 +153,26 @@ def compared(rows: Sequence[ResponseRow], scored: Sequence[ScoredPrompt]) -> dic
     usable = figures.usable(scored)
     if not usable:
         raise UserError("the scorer gave no prompt a finite score: try another scorer=, or look into the folder scores")
-    chances = {prompt.id: figures.chances(prompt, OURS, THEIRS) for prompt in usable}
+    chances = {prompt.id: figures.chances(prompt, ours, theirs) for prompt in usable}
     by_prompt = [fmean(p for row in own for p in row) for own in chances.values()]
     texts = {
         (prompt.id, name): [c.text for c in prompt.candidates if c.origin == name]
         for prompt in usable
-        for name in (OURS, THEIRS)
+        for name in (ours, theirs)
     }
     games = [
         (p, len(mine), len(other))
         for name, own in chances.items()
-        for mine, row in zip(texts[name, OURS], own, strict=True)
-        for other, p in zip(texts[name, THEIRS], row, strict=True)
+        for mine, row in zip(texts[name, ours], own, strict=True)
+        for other, p in zip(texts[name, theirs], row, strict=True)
     ]
     made = {
         "win_rate": fmean(by_prompt),
         "standard_error": standard_error(by_prompt),
-        "ties": figures.ties(usable, OURS, THEIRS),
+        "ties": figures.ties(usable, ours, theirs),
         "lc_win_rate": length_controlled_win_rate(*zip(*games, strict=True)).rate,
     }
-    for name, prefix in ((OURS, ""), (THEIRS, "opponent/")):
+    for name, prefix in ((ours, ""), (theirs, "opponent/")):
         own = [row for row in rows if row.origin == name]
         made[f"{prefix}length"] = fmean(len(row.response) for row in own)
         made[f"{prefix}tokens"] = fmean(len(row.response_ids) for row in own)
@@ -146,11 +197,9 @@ def _is_file(against: str | None) -> bool:
     return against is not None and Path(against).suffix in (".jsonl", ".json", ".parquet")
 
 
-def _opponent(given: Evaluation) -> Policy | None:
-    """Whose answers are sampled too; None where they are a file's."""
+def _opponent(given: Evaluation) -> Policy:
+    """The policy whose answers are sampled too."""
     against = _settings(given).against
-    if _is_file(against):
-        return None
     if given.sampling.backend is Backend.openai:
         raise UserError(
             "sampling.backend=openai serves one policy, and the opponent's answers are sampled too: use sampling.backend=hf "
@@ -163,25 +212,22 @@ def _opponent(given: Evaluation) -> Policy | None:
 
 def _prompts(given: Evaluation) -> list[PromptRow]:
     """The held-out prompts of the run, or those of a file; with the answers of the opponent's file."""
-    suite, cfg = _settings(given), given.cfg
+    suite, cfg, by_file = _settings(given), given.cfg, _is_file(_settings(given).against)
+    start = given.run.start(given.cache).start  # whose prompts they may be
+    if suite.prompts is None and not by_file and not given.run.iterations:
+        pairs = prepare_pairs(cfg.dataset, cfg.train, cfg.model.system_message, start, given.cache)
+        return judging.prompts_of_pairs(pairs, suite.limit or cfg.evaluation.prompts)
+    dataset = cfg.dataset
     if suite.prompts is not None:
         check_place("suite.prompts", suite.prompts)
-        start, dataset = (
-            given.policy.start,
-            DatasetConfig(
-                name=suite.name,
-                path=suite.prompts,
-                eval_path=suite.prompts,
-                wrap_plain=suite.wrap_plain,
-                eval_limit=None,
-            ),
+        start, path = given.policy.start, suite.prompts
+        dataset = DatasetConfig(
+            name=suite.name, path=path, eval_path=path, wrap_plain=suite.wrap_plain, eval_limit=None
         )
-    else:
-        start, dataset = given.run.start(given.cache).start, cfg.dataset  # whose prompts may depend on the start model
-    source = PairSourceConfig(candidates={THEIRS: str(suite.against)} if _is_file(suite.against) else {})
+    source = PairSourceConfig(candidates={THEIRS: str(suite.against)} if by_file else {})
     with in_words_of("suite.prompts"):
         asked = load_prompts(replace(cfg, dataset=dataset, source=source), start, given.cache, ("held_out",)).held_out
-    if source.candidates:
+    if by_file:
         asked = [prompt for prompt in asked if prompt.candidates]
     return asked[: suite.limit or (cfg.evaluation.prompts if suite.prompts is None else None)]
 
@@ -200,15 +246,3 @@ def _of_file(prompts: Sequence[PromptRow], tokenizer: PreTrainedTokenizerBase) -
         for prompt in prompts
         for k, answer in enumerate(prompt.candidates)
     ]
-
-
-def _write_samples(file: Path, rows: Sequence[ResponseRow], scored: Sequence[ScoredPrompt]) -> None:
-    """What a person reads: a line for each prompt, with the answers of both and P(ours beats theirs)."""
-    asked = {row.prompt_id: row.prompt for row in rows}
-    lines = []
-    for prompt in figures.usable(scored):
-        said = {name: [c.text for c in prompt.candidates if c.origin == name] for name in (OURS, THEIRS)}
-        line = {"prompt": last_turn(asked[prompt.id]), **said, "chances": figures.chances(prompt, OURS, THEIRS)}
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    with writing(f"cannot write {file.parent}", ""):
-        write_text(file, "".join(lines))

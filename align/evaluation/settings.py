@@ -23,7 +23,7 @@ class EvaluateConfig:
     )  # of SamplingConfig; else as the run's own evaluation samples
     scorer: ScorerConfig = field(default_factory=ScorerConfig)  # name null: the run's own
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    seed: int = 42  # of the answers, apart from the run's: the same for all runs that are compared
+    seed: int | None = None  # of the answers; null: the run's
     cache_dir: str = MISSING  # as the run's
 
 

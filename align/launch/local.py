@@ -179,6 +179,3 @@ def _work(
 def logs_of(folder: Path) -> Path:
     """Return the log folder of a stage that runs by itself; each command has its own, as several may share `folder`."""
     return folder / "logs" / f"{socket.gethostname()}-{os.getpid()}"
-
-
-in_each_process = start_processes = each  # earlier names

@@ -2,17 +2,16 @@
 
 import math
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from align import config, metrics
 from align.choices import Launcher, Precision, Source, Strategy
-from align.config import ClusterConfig, RunConfig, ScorerConfig
+from align.config import RunConfig, ScorerConfig
 from align.data.pairs import Pairs, check_bos, prepare_pairs
-from align.data.prompts import Prompts, load_prompts
+from align.data.prompts import Prompts, load_prompts, prompts_of
 from align.evaluation import judging
 from align.files import fingerprint
 from align.launch import slurm, strategy
@@ -24,54 +23,85 @@ from align.onpolicy.scorers import registry
 from align.onpolicy.scorers.base import Identity
 from align.runs import plan
 from align.runs.folder import identify, recognise
+from align.runs.run import Run
 from align.say import UserError, closest, resolve, say
 from align.tracking import trackers
 from align.train import memory
-from align.train.job import Job, build_objective, check_batch
+from align.train.job import build_objective, check_batch
 from align.train.memory import longest_pair, settle_strategy, too_large
 from align.train.optim import check_optimizer, high_learning_rate
 from objectives import Objective
 
 
-def prepare_training(cfg: RunConfig) -> Job:
-    """Check everything, and make what the processes need: data, start model, plan, the run folder's name."""
+def prepare(cfg: RunConfig) -> Run:
+    """Check everything, and make what the processes need: data, start model, plan, the run folder's name.
+
+    Raises:
+        UserError: anything the user can put right.
+    """
     objective = check_settings(cfg)
-    judge = judging.judge_of(cfg)
-    scorer = who_scores(cfg, judge) if judge is not None else None
-    cluster = cluster_of(cfg.cluster, cfg.plan)
-    cache = Path(cfg.cache_dir).expanduser()
-    start = start_model(cfg, cache)
-    pairs = prepare_pairs(cfg.dataset, cfg.train, cfg.model.system_message, start, cache)
-    check_data(cfg, objective, start, pairs, cluster)
-    longest = longest_pair(cfg, pairs)
+    is_selfplay = cfg.source.name is Source.selfplay
+    scorer = registry.scorer_of(cfg) if is_selfplay else judging.scorer_of(cfg)
+    who = who_scores(cfg, scorer) if scorer is not None else None
+    cluster = answering_cluster(cfg) if is_selfplay else cluster_of(cfg.cluster, cfg.plan)
+    start = start_model(cfg, Path(cfg.cache_dir).expanduser())
+    source, longest = (_prompts if is_selfplay else _pairs)(cfg, objective, start, cluster)
     cluster = settle_strategy(cfg, start, cluster, longest)
+    _check_machine(cfg, start, cluster, longest)
+    known = who if is_selfplay or cfg.scorer.name is not None else None  # else dataset.judge is there
+    identity = identify(cfg, objective, start, source.fingerprint, cluster, known)
+    names = f"{cfg.model.name}-{cfg.dataset.name}-{cfg.objective['name']}{'-selfplay' if is_selfplay else ''}"
+    folder = Path(cfg.run_dir or f"runs/{names}-{fingerprint(identity)[:6]}").expanduser()
+    if isinstance(source, Prompts):
+        assert who is not None
+        text = plan.describe_selfplay(cfg, start, source, _asked(cfg, source), who, objective, cluster, longest)
+        folder = folder.resolve()  # as the trainings of the iterations remember where their policies and pairs are
+    else:
+        text = plan.describe(cfg, start, source, objective, cluster)
+    run = Run(cfg=cfg, start=start, source=source, cluster=cluster, identity=identity, dir=folder, plan=text)
+    recognise(run)
+    return run
+
+
+def _pairs(cfg: RunConfig, objective: Objective, start: Start, cluster: Cluster) -> tuple[Pairs | Prompts, int]:
+    """The dataset's pairs, checked, and the tokens of the longest."""
+    pairs = prepare_pairs(cfg.dataset, cfg.train, cfg.model.system_message, start, Path(cfg.cache_dir).expanduser())
+    check_data(cfg, objective, start, pairs, cluster)
+    return pairs, longest_pair(cfg, pairs)
+
+
+def _prompts(cfg: RunConfig, objective: Objective, start: Start, cluster: Cluster) -> tuple[Pairs | Prompts, int]:
+    """The prompts of self-play, checked, and the tokens of the longest pair that can come of them."""
+    prompts = load_prompts(cfg, start, Path(cfg.cache_dir).expanduser())
+    asked = _asked(cfg, prompts)
+    if asked < cfg.train.pairs_per_step:
+        shared = (
+            f" shared out over {cfg.iterations} iterations (source.split_prompts)," if cfg.source.split_prompts else ""
+        )
+        raise UserError(
+            f"an iteration trains on {asked} prompts: of {cfg.dataset.name}'s {len(prompts.all)},{shared} "
+            f"{len(prompts.held_out)} are held out (dataset.eval_fraction); train.pairs_per_step="
+            f"{cfg.train.pairs_per_step} needs that many pairs: give more prompts, or a smaller step"
+        )
+    check_batch(cfg, asked, cluster.world)
+    return prompts, max(prompts.tokens.values()) + 2 * min(cfg.sampling.max_new_tokens, cfg.train.max_length)
+
+
+def _asked(cfg: RunConfig, prompts: Prompts) -> int:
+    """The number of training prompts of an iteration: of the last, whose share is the smallest."""
+    return len(prompts_of(cfg, prompts, cfg.iterations)) - len(prompts.held_out)
+
+
+def _check_machine(cfg: RunConfig, start: Start, cluster: Cluster, longest: int) -> None:
+    """Refuse what this machine cannot do, and warn of what will probably fail; `longest` is the longest pair's tokens."""
     check_sentinel(cfg, cluster)
     if not cfg.plan:
         strategy.check(cluster)
         if cfg.cluster.launcher is Launcher.slurm and not inside():
             slurm.check()
-    if warning := high_learning_rate(cfg.optimizer, memory.shape(cfg.model, start).parameters):
-        warnings.warn(warning, UserWarning, stacklevel=2)
-    if warning := too_large(cfg, start, cluster, longest):
-        warnings.warn(warning, UserWarning, stacklevel=2)
-    identity = identify(config.plain(cfg), objective, start, pairs.fingerprint, cluster)
-    if scorer is not None and cfg.scorer.name is not None:  # else dataset.judge is there
-        identity |= scored_by(cfg, scorer)
-    names = f"{cfg.model.name}-{cfg.dataset.name}-{cfg.objective['name']}"
-    folder = Path(cfg.run_dir or f"runs/{names}-{fingerprint(identity)[:6]}").expanduser()
-    text = plan.describe(cfg, start, pairs, objective, cluster)
-    job = Job(
-        cfg=cfg,
-        start=start,
-        pairs=pairs,
-        cluster=cluster,
-        identity=identity,
-        dir=folder,
-        policy=folder / "model",
-        plan=text,
-    )
-    recognise(job)
-    return job
+    warned = high_learning_rate(cfg.optimizer, memory.shape(cfg.model, start).parameters)
+    for warning in filter(None, (warned, too_large(cfg, start, cluster, longest))):
+        warnings.warn(warning, UserWarning, stacklevel=3)
 
 
 def check_metric(cfg: RunConfig) -> None:
@@ -80,7 +110,7 @@ def check_metric(cfg: RunConfig) -> None:
     if metric is None:
         return
     wanted = metrics.row(metric)
-    if wanted and wanted.of == "answers" and judging.judge_of(cfg) is None:
+    if wanted and wanted.of == "answers" and judging.scorer_of(cfg) is None:
         raise UserError(
             f"optimized_metric={metric} needs a judge, and there is none: give scorer=..., or "
             "optimized_metric=accuracy/mean_logp"
@@ -103,17 +133,15 @@ def who_scores(cfg: RunConfig, scorer: ScorerConfig) -> Identity:
         return registry.stand_in(scorer)
 
 
-def scored_by(cfg: RunConfig, scorer: Identity) -> dict[str, Any]:
-    """What of the scorer decides a result: its settings but those of how fast, and what it is made of."""
-    node = config.plain(cfg)["scorer"]
-    judge = {key: node["judge"][key] for key in ("served_model", "request")}
-    settings = {key: value for key, value in node.items() if key not in ("tokens_per_batch", "judge")}
-    return {"scorer": settings, "judge": judge, "scored_by": fingerprint(asdict(scorer))}
-
-
-def as_resolved(asked: ClusterConfig, cluster: Cluster) -> ClusterConfig:
-    """What compute nodes must not decide anew: the precision is part of what a run is."""
-    return replace(asked, precision=Precision.bf16 if cluster.bf16 else Precision.fp32)
+def as_resolved(run: Run) -> RunConfig:
+    """The configuration for compute nodes, which must not decide anew where files lie or what is computed in."""
+    precision = Precision.bf16 if run.cluster.bf16 else Precision.fp32
+    return replace(
+        run.cfg,
+        run_dir=str(run.dir.resolve()),
+        cache_dir=str(run.cache.resolve()),
+        cluster=replace(run.cfg.cluster, precision=precision),
+    )
 
 
 def check_settings(cfg: RunConfig) -> Objective:
@@ -124,7 +152,19 @@ def check_settings(cfg: RunConfig) -> Objective:
     if cfg.dataset.judge is not None:
         resolve(cfg.dataset.judge, "dataset.judge")
     check_metric(cfg)
-    return build_objective(cfg)
+    objective = build_objective(cfg)
+    if cfg.source.name is Source.selfplay:
+        _check_selection(cfg)
+    return objective
+
+
+def _check_selection(cfg: RunConfig) -> None:
+    """Refuse what would be found out only when all answers are sampled and scored."""
+    for name in ("temperature", "min_gap"):
+        if not getattr(cfg.selection, name) >= 0:
+            raise UserError(f"selection.{name} must be 0 or above, not {getattr(cfg.selection, name)}")
+    if cfg.sampling.samples == 1 and not cfg.source.candidates:
+        raise UserError("sampling.samples=1 makes no pairs: give 2 or more, or source.candidates to pair the one with")
 
 
 def check_data(cfg: RunConfig, objective: Objective, start: Start, pairs: Pairs, cluster: Cluster) -> None:

@@ -1,35 +1,43 @@
-"""From a configuration to a run: check, prepare, plan, and start who trains. Typing the command again goes on or is done.
+"""A run from its configuration to its results. Typing the command again goes on where it stopped, or says complete.
 
-What can be wrong with the words, the data, the cluster and the run folder is found here, in the process that was typed,
-before a model is loaded or a process started. Left out: the training itself (train.py).
+    carry_out(cfg)      prepare, then plan, submit, or start a process for each device
+    iterate(run)        each process: for every iteration its pairs, a training, an evaluation
+
+What can be wrong with the words, the data, the cluster and the run folder is found by `prepare`, before a model is loaded
+or a process started. The stages meet in files of the run folder, so what is there is not made again. Left out: servers of
+the openai backend, which whoever started them has to start again with the next policy.
 """
 
 import contextlib
 import json
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Iterator
+from typing import Any
 
-from align.choices import Launcher, Strategy
+from align import config
+from align.choices import Launcher
 from align.config import RunConfig
-from align.data.pairs import show_pair
 from align.evaluation import card
 from align.launch import slurm
-from align.launch.local import start_processes
-from align.launch.rank import inside, join
-from align.runs.folder import T, in_its_group, link_to_group, open_folder, own_folder
-from align.runs.prepare import as_resolved, prepare_training
+from align.launch.local import each
+from align.launch.rank import Rank, alone, inside
+from align.runs import iteration as stages
+from align.runs.folder import link_to_group, owned
+from align.runs.prepare import as_resolved, prepare
+from align.runs.run import Iteration, Run
 from align.say import UserError, closest, is_first, quieten, say
-from align.tracking.trackers import Tracker
+from align.tracking import trackers
+from align.tracking.trackers import Stretch, Tracker
 from align.train import sentinel
-from align.train.checkpoint import check_checkpoint
-from align.train.job import Job
-from align.train.train import train_in_process
+from align.train.sentinel import CollapsedError
+from align.train.train import train
 
 
-def run(cfg: RunConfig) -> float | None:
-    """Run `cfg` to its end, or print its plan, or submit it. Returns the win rate against the start model where there is
-    a judge, else the held-out accuracy by mean_logp; None where nothing was trained.
+def carry_out(cfg: RunConfig) -> float | None:
+    """Run `cfg` to its end, or print its plan, or submit it.
+
+    Returns:
+        `optimized_metric` of the trained policy: by default the win rate against the start model where there is a judge,
+        else the held-out accuracy by mean_logp. None where nothing was trained, and on other processes than the first.
 
     Raises:
         UserError: anything the user can put right.
@@ -37,62 +45,99 @@ def run(cfg: RunConfig) -> float | None:
     """
     quieten()
     slurm.take_place()
-    return carry_out(prepare_training(cfg), run, begin)
-
-
-def carry_out(made: T, command: Callable[[RunConfig], object], start: Callable[[T], None]) -> float | None:
-    """What `run` does with what it has prepared; `command` is `run` itself, for a job that SLURM starts elsewhere."""
-    cfg = made.cfg
+    run = prepare(cfg)
     if cfg.plan:
-        say(made.plan)
+        say(run.plan)
         return None
-    if not made.is_done:
-        sentinel.refuse(made.dir)
-        if cfg.cluster.launcher is Launcher.slurm and not inside():
-            given = replace(
-                cfg, run_dir=str(made.dir.resolve()), cache_dir=str(Path(cfg.cache_dir).expanduser().resolve())
-            )
-            slurm.enqueue(
-                command,
-                replace(given, cluster=as_resolved(cfg.cluster, made.cluster)),
-                made.cluster.per_node,
-                made.cluster.device == "cuda",
-            )
-            return None
-        with in_its_group(made):
-            start(made)
-    else:
-        link_to_group(made)
-        say(f"This run is complete: {made.dir}. To train it anew, delete that folder or give another run_dir=")
-    results = json.loads(made.results.read_text()) if is_first() else None
-    if results is None:
+    if run.is_complete:
+        link_to_group(run)
+        if run.done > cfg.iterations:
+            say(f"{run.dir} holds {run.done} iterations already, which are more than the {cfg.iterations} asked for")
+        say(f"This run is complete: {run.dir}. To train it anew, delete that folder or give another run_dir=")
+        return report(run)
+    sentinel.refuse(run.dir)
+    if cfg.cluster.launcher is Launcher.slurm and not inside():
+        slurm.enqueue(carry_out, as_resolved(run), run.cluster.per_node, run.cluster.device == "cuda")
         return None
-    say(card.text_table(results["start"], results["trained"]))
-    say(f"cost     {card.cost_line(results['cost'])}")
-    say(f"model    {made.policy}\nmetrics  {made.metrics}")
+    with owned(run):
+        each(run.cluster, run.dir / "logs", iterate, run)
+    return report(run)
+
+
+def iterate(run: Run) -> None:
+    """Do every iteration of a run, as each of its processes does. Offline there is one, whose pairs are given."""
+    quieten()
+    rank = alone(run.cluster)
+    tracker = trackers.start(run.cfg, run.dir, config.plain(run.cfg), rank.number)
+    policy = run.start_policy
+    made: list[dict[str, Any]] = []  # the figures of each iteration; on other processes than the first its steps only
+    with _reported(run, tracker, rank) as results:
+        for iteration in run.iterations:
+            if iteration.number > 1:
+                policy = stages.trained_policy(run.iterations[iteration.number - 2], policy)
+            steps_before = sum(of_one["steps"] for of_one in made)
+            stages.begin(iteration, rank)
+            if iteration.summary.exists():
+                made.append(stages.complete(iteration, rank))
+                continue
+            pairs, counts = stages.pairs_of(iteration, policy, rank)
+            job = stages.training(iteration, policy, pairs)
+            if not iteration.trained.exists():
+                stages.open_training(iteration, job, rank)
+                with _numbered(iteration, steps_before):
+                    trained = train(job, Stretch(tracker, steps_before))
+                stages.close_training(iteration, trained, rank)
+            made.append({"steps": job.steps, **stages.evaluate(iteration, job, policy, counts, rank)})
+            if rank.is_first:
+                results.update(stages.results_of(run, made))
+                stages.tell(iteration, made, tracker)
+        if rank.is_first:
+            stages.finish(run, made)
+
+
+@contextlib.contextmanager
+def _reported(run: Run, tracker: Tracker, rank: Rank) -> Iterator[dict[str, Any]]:
+    """Tell the tracker how the run ended, and mark a collapse. Yields the results to tell, which the block fills in."""
+    results: dict[str, Any] = {}
+    failed = True
+    try:
+        yield results
+        failed = False
+    except KeyboardInterrupt:
+        failed = False
+        raise
+    except CollapsedError as end:
+        if rank.is_first:
+            sentinel.mark(run.dir, end)
+        raise sentinel.with_remedy(end, run.dir) from end
+    finally:
+        tracker.finish(card.summary(results), failed)
+
+
+@contextlib.contextmanager
+def _numbered(iteration: Iteration, steps_before: int) -> Iterator[None]:
+    """Count the step of a collapse over the whole run, and name the iteration."""
+    try:
+        yield
+    except CollapsedError as end:
+        if not iteration.run.is_selfplay:
+            raise
+        raise CollapsedError(steps_before + end.step, f"iteration {iteration.number}: {end.why}") from end
+
+
+def report(run: Run) -> float | None:
+    """Print the table, the cost and where the policy lies. Returns the metric that a search maximises."""
+    if not is_first():
+        return None
+    results = json.loads(run.results.read_text())
     trained: dict[str, float] = results["trained"]
-    metric = cfg.optimized_metric or ("win_rate" if "win_rate" in trained else "accuracy/mean_logp")
+    say(card.text_table(results["start"], trained))
+    say(f"cost     {card.cost_line(results['cost'])}")
+    say(f"model    {run.policy}\nmetrics  {run.metrics}")
+    metric = run.cfg.optimized_metric or ("win_rate" if "win_rate" in trained else "accuracy/mean_logp")
     if metric not in trained:
         raise UserError(
             f"optimized_metric={metric} is none of this run's results{closest(metric, list(trained))}: "
             f"{', '.join(trained)}"
         )
     return trained[metric]
-
-
-def begin(job: Job, tracker: Tracker | None = None) -> None:
-    """Train in this process, in processes of ours, or as one of several that were started from outside."""
-    with contextlib.ExitStack() as held:
-
-        def open_() -> None:
-            held.enter_context(own_folder(job.dir))
-            check_checkpoint(job)
-            open_folder(job, show_pair(job.pairs.train[0], job.start.tokenizer))
-
-        if inside() or job.cluster.strategy is Strategy.single:
-            rank = join(job.cluster)
-            rank.from_first(open_)
-            train_in_process(job, rank, tracker)
-        else:
-            open_()
-            start_processes(job.cluster, job.dir / "logs", train_in_process, job)

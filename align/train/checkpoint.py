@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint import CheckpointException
 
 from align.choices import Strategy
+from align.launch.rank import Cluster
 from align.say import UserError
-from align.train.job import Job
 
 #: The file of a checkpoint that says by which strategy, on how many processes, it was written.
 MADE_BY = "made_by.json"
@@ -19,9 +19,9 @@ MADE_BY = "made_by.json"
 COST = "cost.json"
 
 
-def check_checkpoint(job: Job) -> None:
-    """Raise `UserError` for a checkpoint that this strategy on so many processes cannot read."""
-    checkpoint = last_checkpoint(job.dir / "checkpoints")
+def check_checkpoint(folder: Path, cluster: Cluster) -> None:
+    """Raise `UserError` for a newest checkpoint in `folder` that these processes cannot read by their strategy."""
+    checkpoint = last_checkpoint(folder)
     if checkpoint is None:
         return
     try:
@@ -30,15 +30,15 @@ def check_checkpoint(job: Job) -> None:
         raise UserError(
             f"{checkpoint / MADE_BY} is damaged: delete {checkpoint}, and the run goes on from the one before"
         ) from error
-    before, now = Strategy(made["strategy"]), job.cluster.strategy
+    before, now = Strategy(made["strategy"]), cluster.strategy
     whole = {Strategy.single, Strategy.ddp}  # both write weights and optimizer in one piece
     same = before is now or {before, now} <= whole
     by_rank = before in (Strategy.zero2, Strategy.zero3)  # DeepSpeed's shards are those of its ranks
-    if not same or (by_rank and made["processes"] != job.cluster.world):
+    if not same or (by_rank and made["processes"] != cluster.world):
         other = f"cluster.strategy={before.value}" + (f" cluster.processes={made['processes']}" if by_rank else "")
         raise UserError(
             f"{checkpoint} was written by {before.value} on {made['processes']} process(es), and this is {now.value} on "
-            f"{job.cluster.world}: go on with {other}, or begin anew with another run_dir="
+            f"{cluster.world}: go on with {other}, or begin anew with another run_dir="
         )
 
 

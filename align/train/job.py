@@ -47,21 +47,6 @@ class Job:
     plan: str
 
     @property
-    def results(self) -> Path:
-        """The file whose existence says that the run is complete."""
-        return self.dir / "results.json"
-
-    @property
-    def metrics(self) -> Path:
-        """A line for each step."""
-        return self.dir / "metrics.jsonl"
-
-    @property
-    def is_done(self) -> bool:
-        """Whether nothing is left to do."""
-        return self.results.exists()
-
-    @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
         return total_steps(self.cfg, len(self.pairs.train))

@@ -5,10 +5,9 @@ held_out.jsonl, samples.jsonl, results.json; it goes on from whatever of that is
 data and processes come from (run.py, launch.py), and the step itself (trainer.py).
 """
 
-import functools
 import json
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from align import config, engine
+from align import engine
 from align.choices import Layout, Strategy
 from align.data.pairs import as_group, pair_lengths
 from align.engine.batching import CPU_TOKENS
-from align.evaluation import card, judging
 from align.files import write_json, write_text
 from align.launch import strategy
 from align.launch.rank import Rank, free, heeding_signals, join, leave
 from align.model.chat import prompt_ids
-from align.model.load import load_policy, load_trained, policy_fingerprint
-from align.onpolicy.sample import ResponseRow
+from align.model.load import load_policy, policy_fingerprint
 from align.onpolicy.samplers import Prompt, hf_sampler, seeds
-from align.onpolicy.scorers import registry
-from align.say import Stopped, UserError, quieten
-from align.tracking import trackers
+from align.say import Stopped, UserError
 from align.tracking.trackers import Tracker
 from align.train import memory, reference, sentinel
 from align.train.budget import token_budget
@@ -42,14 +37,24 @@ from align.train.loop import PairData, PairTrainer
 from align.train.memory import micro_batch_that_fits
 from align.train.metrics import Report
 from align.train.optim import training_arguments
-from align.train.sentinel import CollapsedError, Sentinel
+from align.train.sentinel import Sentinel
+
+_SENTINEL_STREAM = 2  # third random stream; the start model's answers are 0, the policy's 1
 
 
-def train_in_process(job: Job, rank: Rank | None = None, tracker: Tracker | None = None) -> None:
-    """What each process does, at the place that it has taken or takes now; the tracker is the run's own by default."""
-    quieten()
+def train(job: Job, tracker: Tracker) -> dict[str, Any]:
+    """Train in step with the other processes of the run, which are left again at the end.
+
+    Returns:
+        {"start": figures at step 0, "trained": figures, "cost": cost}. The policy is in its folder then.
+
+    Raises:
+        UserError: anything the user can put right.
+        CollapsedError: the run is beyond hope.
+        Stopped: it was asked to stop, and has written a checkpoint.
+    """
     try:
-        _Training(job, rank or join(job.cluster), tracker).run()
+        return _Training(job, join(job.cluster), tracker).run()
     finally:
         leave()
 
@@ -57,7 +62,7 @@ def train_in_process(job: Job, rank: Rank | None = None, tracker: Tracker | None
 class _Training:
     """One process's part of a run: reference, training, evaluation, saving."""
 
-    def __init__(self, job: Job, rank: Rank, tracker: Tracker | None) -> None:
+    def __init__(self, job: Job, rank: Rank, tracker: Tracker) -> None:
         self.job, self.cfg, self.rank, self.tracker = job, job.cfg, rank, tracker
         self.objective = build_objective(job.cfg)
         self.cache = Path(job.cfg.cache_dir).expanduser()
@@ -67,47 +72,33 @@ class _Training:
             raise UserError(f"run_dir: some processes do not see {known}; all nodes must share the folder of the run")
         self.at_start: dict[str, float] = {}
 
-    def run(self) -> None:
-        """Train and evaluate with all processes; then the first one alone asks the judge, where there is one."""
+    def run(self) -> dict[str, Any]:
+        """Train, evaluate and save with all processes."""
         job, cfg, rank = self.job, self.cfg, self.rank
         policy, layout, attention = self._policy()
         self.layout, self.attention = layout, attention
         self.budget = self._tokens_per_micro_batch(policy)
         trainer = self._trainer(policy)
         del policy
-        tracker = self.tracker or trackers.start(cfg, job.dir, config.plain(cfg), rank.number)
         report: Report | None = None
         if rank.is_first:
             every = cfg.train.eval_every_steps
-            report = Report(job.metrics, tracker, job.steps, step_of(self.checkpoint), every)
+            report = Report(job.dir / "metrics.jsonl", self.tracker, job.steps, step_of(self.checkpoint), every)
         trainer.on_metrics = report
-        failed = True
-        results: dict[str, Any] = {}
         try:
             self._fit(trainer)
             cost = asdict(trainer.cost())
             measured = {"start": self.at_start, "trained": trainer.evaluate()}
             results = {side: {k.removeprefix("eval/"): v for k, v in m.items()} for side, m in measured.items()}
-            results["cost"] = cost
             self._save(trainer)
             trainer.accelerator.wait_for_everyone()
             trainer.accelerator.free_memory()
             del trainer, self.made
             strategy.forget()
-            leave()
-            if rank.is_first:
-                self._finish(results)
-            failed = False
-        except Stopped:
-            failed = False
-            raise
-        except CollapsedError as end:
-            rank.from_first(functools.partial(sentinel.mark, job.dir, end))
-            raise sentinel.with_remedy(end, job.dir) from end
         finally:
             if report is not None:
                 report.close()
-            tracker.finish(card.summary(results), failed)
+        return {**results, "cost": cost}
 
     def _fit(self, trainer: PairTrainer) -> None:
         trainer.on_ready = lambda: self._at_step_zero(trainer)
@@ -157,7 +148,7 @@ class _Training:
         prompts = [  # the same random numbers each time, and not those of the win rate
             Prompt(
                 token_ids=prompt_ids(json.loads(text), tokenizer),
-                seeds=seeds(cfg.seed, judging.OTHERS, text, cfg.evaluation.samples_per_prompt),
+                seeds=seeds(cfg.seed, _SENTINEL_STREAM, text, cfg.evaluation.samples_per_prompt),
             )
             for text in asked
         ]
@@ -297,62 +288,3 @@ class _Training:
             columns = zip(self.job.pairs.held_out["row_id"], *(trainer.held_out[name] for name in names), strict=True)
             lines = (json.dumps(dict(zip(("pair", *names), values, strict=True))) for values in columns)
             write_text(self.job.dir / "held_out.jsonl", "".join(f"{line}\n" for line in lines))
-
-    def _finish(self, results: dict[str, Any]) -> None:
-        """What the judge says, where there is one, the card, and the results, which mark the end."""
-        job, folder = self.job, self.job.policy
-        if judging.judge_of(self.cfg) is not None:
-            for side, metrics in zip(("start", "trained"), self._judged(folder), strict=True):
-                results[side] |= metrics
-        (folder / "README.md").write_text(
-            card.model_card(self.cfg, config.plain(self.cfg), job.start, job.pairs, results)
-        )
-        write_json(job.results, results)
-
-    def _judged(self, folder: Path) -> tuple[dict[str, float], dict[str, float]]:
-        """Metrics of answers, of the start policy and of the trained one as it was saved. One model at a time is loaded."""
-        cfg, alone = self.cfg, replace(self.rank, number=0, world=1, strategy=Strategy.single)
-        asked = list(dict.fromkeys(self.job.pairs.held_out["conversation"]))[: cfg.evaluation.prompts]
-        conversations = [json.loads(conversation) for conversation in asked]
-        judge = registry.build(registry.scorer_of(cfg), alone)
-        self._say(
-            f"{cfg.evaluation.samples_per_prompt} answers of the trained and of the start model to {len(asked)} held-out "
-            f"prompts, judged by {judge.identity.name}"
-        )
-        tokenizer = self.job.start.tokenizer
-
-        def answers(policy: PreTrainedModel, name: str) -> list[ResponseRow]:
-            engine.attach(policy, self.layout, self.attention)
-            return judging.answer(
-                policy,
-                tokenizer,
-                conversations,
-                cfg.evaluation,
-                alone,
-                name=name,
-                seed=cfg.seed,
-                tokens_per_batch=cfg.sampling.tokens_per_batch,
-            )
-
-        def weigh(policy: PreTrainedModel, of: list[ResponseRow]) -> list[judging.Weight]:
-            return judging.weigh(policy, tokenizer, of, alone, layout=self.layout, budget=self.budget)
-
-        trained = load_trained(cfg.model, self.job.start, folder).to(alone.device)
-        ours = answers(trained, judging.POLICY)
-        own = weigh(trained, ours)
-        del trained
-        free()
-        start_policy = self._whole_policy(alone.device)
-        theirs = answers(start_policy, judging.START)
-        own_of_start, by_start = weigh(start_policy, theirs), weigh(start_policy, ours)
-        del start_policy
-        free()
-        start, policy = judging.compare(
-            {judging.START: theirs, judging.POLICY: ours},
-            judge,
-            self.job.dir / "scores",
-            self.job.dir / "samples.jsonl",
-        )
-        start |= {"sample_entropy": judging.sample_entropy(own_of_start), "kl_policy_start": 0.0}
-        policy |= {"sample_entropy": judging.sample_entropy(own), "kl_policy_start": judging.kl(own, by_start)}
-        return start, policy

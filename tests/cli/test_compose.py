@@ -26,8 +26,7 @@ def composed(align, monkeypatch):
 
     def type_(*words):
         configs = []
-        monkeypatch.setattr("align.runs.spine.run", configs.append)
-        monkeypatch.setattr("align.runs.selfplay.selfplay", configs.append)
+        monkeypatch.setattr("align.runs.spine.carry_out", configs.append)
         result = align(*words, tracker="")
         assert result.status == 0, result.err
         return configs

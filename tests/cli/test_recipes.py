@@ -222,8 +222,7 @@ def composed(align, monkeypatch):
 
     def type_(*words):
         configs = []
-        monkeypatch.setattr("align.runs.spine.run", configs.append)
-        monkeypatch.setattr("align.runs.selfplay.selfplay", configs.append)
+        monkeypatch.setattr("align.runs.spine.carry_out", configs.append)
         result = align(*words, tracker="")
         assert result.status == 0, result.err
         return configs
@@ -243,7 +242,7 @@ def test_the_command_in_a_recipe_picks_that_recipe(recipe, align, monkeypatch):
         model, objective = recipe.stem.rsplit("_", 1)
         assert words == [f"objective={objective}", f"model={model}"]
     picked = []
-    for runs in ("align.runs.spine.run", "align.runs.selfplay.selfplay"):
+    for runs in ("align.runs.spine.carry_out",):
         monkeypatch.setattr(runs, lambda cfg: picked.append(HydraConfig.get().runtime.choices["recipe"]))
     result = align(*words)
     assert result.status == 0, result.err

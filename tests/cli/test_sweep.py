@@ -9,13 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, quick
 
 from align.cli.compose import CONF, sweep_name
 from align.runs import spine
-from align.runs.spine import Path
 
 SPACES = sorted(file.stem for file in CONF.glob("hparams/*.yaml"))
 
@@ -26,7 +26,7 @@ def composed(align, monkeypatch):
 
     def type_(*words):
         configs = []
-        for runs in ("align.runs.spine.run", "align.runs.selfplay.selfplay"):
+        for runs in ("align.runs.spine.carry_out",):
             monkeypatch.setattr(runs, lambda cfg: configs.append(cfg) or 0.5)
         result = align(*words, tracker="")
         assert result.status == 0, result.err
@@ -164,11 +164,11 @@ def test_a_group_that_is_no_name_of_a_folder_is_refused(align, words, group):
 def test_a_group_that_is_named_gathers_runs_but_none_that_is_refused(align, monkeypatch, words, tmp_path):
     from align.say import UserError
 
-    def refuse(job):
+    def refuse(folder, cluster):
         raise UserError("no")
 
     assert align("seed=1", "tracker.group=study", *words).status == 0
-    monkeypatch.setattr("align.runs.spine.check_checkpoint", refuse)
+    monkeypatch.setattr("align.runs.folder.check_checkpoint", refuse)
     assert align("seed=2", "tracker.group=study", *words).status == 1
     (link,) = (tmp_path / "runs" / "groups" / "study").iterdir()
     assert (link / "results.json").exists()
@@ -215,7 +215,7 @@ def test_a_search_goes_on_when_a_trial_fails_and_says_the_best(align, monkeypatc
             raise RuntimeError("CUDA out of memory")
         return -((tried[-1] - 3.0) ** 2)
 
-    monkeypatch.setattr("align.runs.spine.run", run)
+    monkeypatch.setattr("align.runs.spine.carry_out", run)
     typed = ["search=optuna", "objective=simpo", "objective.beta=interval(0.5,8.0)", "hydra.sweeper.n_trials=8"]
     result = align(*typed)
     assert result.status == 0, result.err

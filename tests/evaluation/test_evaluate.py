@@ -191,10 +191,13 @@ def vowels_of(folder: Path) -> dict[str, list[float]]:
 
 
 @pytest.mark.parametrize("run", ["dpo", "lora", "sppo"])
-def test_the_win_rate_against_the_start_model_is_that_of_the_answers_in_the_files(home, run):
+def test_the_win_rate_against_the_start_model_is_that_of_the_run_and_of_its_answers_in_the_files(home, run):
     found = results_of(home, run, "judge")  # sampled as the run's own evaluation: two answers of six tokens
-    folder = home / "runs" / run / "evaluation" / "judge"
-    ours, theirs = (vowels_of(folder / name) for name in ("responses", "responses_of_opponent"))
+    own = read(home / "runs" / run / "results.json")["trained"]
+    assert (found["win_rate"], found["ties"], found["score"]) == (own["win_rate"], own["ties"], own["judge_score"])
+    folder = home / "runs" / run / ("iter_2" if run == "sppo" else "") / "evaluation"
+    start = home / "runs/sppo/iter_0/evaluation/responses" if run == "sppo" else folder / "responses_of_start"
+    ours, theirs = vowels_of(folder / "responses"), vowels_of(start)
     assert ours.keys() == theirs.keys() and all(len(own) == 2 for own in ours.values())
     games = {p: [(a > b) + (a == b) / 2 for a in ours[p] for b in theirs[p]] for p in ours}
     by_prompt = [fmean(of_prompt) for of_prompt in games.values()]
@@ -207,8 +210,11 @@ def test_the_win_rate_against_the_start_model_is_that_of_the_answers_in_the_file
     assert found["tokens"] == pytest.approx(fmean(len(row["response_ids"]) for row in answers))
     assert found["score"] == pytest.approx(fmean(score for own in ours.values() for score in own))
     assert 0 < found["lc_win_rate"] < 1
-    lines = rows(folder)
-    assert [fmean(p for row in line["chances"] for p in row) for line in lines] == pytest.approx(by_prompt)
+    folder = home / "runs" / run / "evaluation" / "judge"
+    assert not (folder / "responses").exists()  # read again, not drawn anew
+    said = [(line["scores"]["policy"], line["scores"]["opponent"]) for line in rows(folder)]
+    wins = [fmean((a > b) + (a == b) / 2 for a in mine for b in other) for mine, other in said]
+    assert wins == pytest.approx(by_prompt)
 
 
 def test_a_run_against_another_and_the_other_way_round(home):
@@ -465,7 +471,7 @@ def test_the_same_command_again_is_complete_and_other_settings_are_refused_under
 def test_what_was_sampled_and_scored_before_a_kill_is_kept(copy, monkeypatch):
     words = ["run=runs/dpo", *SHORT]
     with monkeypatch.context() as patch:
-        patch.setattr("align.evaluation.judge._write_samples", lambda *of: 1 / 0)  # as late as it can be
+        patch.setattr("align.evaluation.judging.write_samples", lambda *of: 1 / 0)  # as late as it can be
         with pytest.raises(ZeroDivisionError):
             typed(copy, *words)
     folder = copy / "runs/dpo/evaluation/judge"

@@ -11,7 +11,11 @@ from conftest import Result, quick
 from transformers import PreTrainedModel
 
 from align import engine
+from align.choices import Layout
+from align.config import RunConfig, ScorerConfig
 from align.evaluation import judging
+from align.evaluation.judging import Contestant, Weight
+from align.launch.rank import Rank
 from align.onpolicy.sample import ResponseRow
 from align.onpolicy.scorers.base import Identity, Kind, Scores
 
@@ -81,7 +85,6 @@ def test_a_scorer_judges_as_the_datasets_judge_does_and_takes_its_place(judged):
     for side in ("start", "trained"):
         assert read(by_dataset / "results.json")[side] == read(by_scorer / "results.json")[side]
     assert (by_dataset / "samples.jsonl").read_text() == (by_scorer / "samples.jsonl").read_text()
-    assert not (by_scorer / "scores").exists()
 
 
 def test_the_figures_of_a_judge_by_numbers_can_be_worked_out_from_the_answers(judged):
@@ -125,16 +128,16 @@ def test_a_scorer_that_only_compares_is_told_all_answers_together_and_leaves_its
 
 
 def test_no_policy_is_in_memory_when_the_judge_is_asked(judged, monkeypatch):
-    left, compare = [], judging.compare
+    left, score = [], judging.score_responses
 
     def look(*args):
         gc.collect()
         left.extend(type(thing).__name__ for thing in gc.get_objects() if isinstance(thing, PreTrainedModel))
-        return compare(*args)
+        return score(*args)
 
     gc.collect()
     before = sum(isinstance(thing, PreTrainedModel) for thing in gc.get_objects())
-    monkeypatch.setattr(judging, "compare", look)
+    monkeypatch.setattr(judging, "score_responses", look)
     _, result = judged("run", "dataset.judge=my_programs:vowels")
     assert result.status == 0 and len(left) <= before, left
 
@@ -192,9 +195,28 @@ def answers(name: str, *texts: list[str]) -> list[ResponseRow]:
     ]
 
 
-def test_prompts_that_the_judge_cannot_judge_are_left_out_and_counted(tmp_path, capsys):
-    both = {"start": answers("start", ["1", "2"], ["nan", "0"]), "policy": answers("policy", ["2", "3"], ["5", "5"])}
-    start, policy = judging.compare(both, Says(), tmp_path / "scores", tmp_path / "samples.jsonl")
+@pytest.fixture
+def compared(monkeypatch, tmp_path):
+    """The judge's figures of given answers by `Says`, or another scorer, without any policy."""
+    monkeypatch.setattr(
+        judging, "weigh", lambda policy, rows, *more: [Weight(logp=0.0, entropy=0.0, length=1)] * len(rows)
+    )
+
+    def run(ours: list[ResponseRow], theirs: list[ResponseRow], scorer=None):
+        said = {"policy": ours, "start": theirs}
+        monkeypatch.setattr(judging, "answer", lambda contestant, *more: said[contestant.name])
+        monkeypatch.setattr(judging.registry, "build", lambda cfg, rank: scorer or Says())
+        sides = [Contestant(name=name, policy=None, stream=0, folder=tmp_path) for name in said]
+        cfg = RunConfig(scorer=ScorerConfig(name="says"))
+        rank = Rank(device=torch.device("cpu"), bf16=False, number=0, world=1)
+        return judging.judge(cfg, sides, [], tmp_path / "evaluation", 0, rank)
+
+    return run
+
+
+def test_prompts_that_the_judge_cannot_judge_are_left_out_and_counted(compared, tmp_path, capsys):
+    made = compared(answers("policy", ["2", "3"], ["5", "5"]), answers("start", ["1", "2"], ["nan", "0"]))
+    policy, start = made["trained"], made["start"]
     assert policy["win_rate"] == (1 + 0.5 + 1 + 1) / 4 and policy["ties"] == 1 / 4  # 2 and 3 against 1 and 2
     assert (start["judge_score"], start["win_rate"], start["ties"]) == (1.5, 0.5, 0)
     assert lines(tmp_path / "samples.jsonl") == [
@@ -203,48 +225,38 @@ def test_prompts_that_the_judge_cannot_judge_are_left_out_and_counted(tmp_path, 
     assert "says could not judge 1 of 2 prompts" in capsys.readouterr().out
 
 
-def test_a_judge_without_a_word_on_anything_is_an_error(tmp_path):
-    both = {"start": answers("start", ["nan"]), "policy": answers("policy", ["1"])}
+def test_a_judge_without_a_word_on_anything_is_an_error(compared):
     with pytest.raises(ValueError, match="says has no finite score for any of the 1 prompts"):
-        judging.compare(both, Says(), tmp_path / "scores", tmp_path / "samples.jsonl")
+        compared(answers("policy", ["1"]), answers("start", ["nan"]))
 
 
-def test_what_was_judged_is_kept_until_it_is_written_and_other_answers_are_judged_anew(tmp_path):
-    first = {"start": answers("start", *[["1"]] * 40), "policy": answers("policy", *[["2"]] * 40)}
+def test_what_was_judged_before_a_failure_is_kept(compared):
+    first = answers("policy", *[["2"]] * 40), answers("start", *[["1"]] * 40)
     judge, fails = Says(), Says()
     fails.__class__ = type(
         "Fails", (Says,), {"__call__": lambda self, items: 1 / 0 if self.calls else Says.__call__(self, items)}
     )
     with pytest.raises(ZeroDivisionError):
-        judging.compare(first, fails, tmp_path / "scores", tmp_path / "samples.jsonl")
+        compared(*first, fails)
     assert fails.calls == 32  # a shard
-    judging.compare(first, judge, tmp_path / "scores", tmp_path / "samples.jsonl")
-    assert judge.calls == 8 and not (tmp_path / "scores").exists()
-    with pytest.raises(ZeroDivisionError):
-        judging.compare(first, fails, tmp_path / "scores", tmp_path / "samples.jsonl")
-    other = first | {"policy": answers("policy", *[["3"]] * 40)}
-    judging.compare(other, judge, tmp_path / "scores", tmp_path / "samples.jsonl")
-    assert judge.calls == 8 + 40
+    compared(*first, judge)
+    assert judge.calls == 8
 
 
-def test_one_answer_to_a_prompt_has_no_tie_with_another(tmp_path):
-    both = {"start": answers("start", ["1"]), "policy": answers("policy", ["1"])}
-    start, policy = judging.compare(both, Says(), tmp_path / "scores", tmp_path / "samples.jsonl")
-    assert "ties" not in start and (policy["ties"], policy["win_rate"]) == (1, 0.5)
+def test_one_answer_to_a_prompt_has_no_tie_with_another(compared):
+    made = compared(answers("policy", ["1"]), answers("start", ["1"]))
+    assert "ties" not in made["start"] and (made["trained"]["ties"], made["trained"]["win_rate"]) == (1, 0.5)
 
 
 def test_entropy_is_over_tokens_and_kl_over_answers():
-    own = [judging.Weight(logp=-2.0, entropy=1.0, length=1), judging.Weight(logp=-9.0, entropy=2.0, length=5)]
-    by_start = [judging.Weight(logp=-3.0, entropy=0.0, length=1), judging.Weight(logp=-9.5, entropy=0.0, length=5)]
+    own = [Weight(logp=-2.0, entropy=1.0, length=1), Weight(logp=-9.0, entropy=2.0, length=5)]
+    by_start = [Weight(logp=-3.0, entropy=0.0, length=1), Weight(logp=-9.5, entropy=0.0, length=5)]
     assert judging.sample_entropy(own) == (1 + 2) / (1 + 5)
     assert judging.kl(own, by_start) == (1 + 0.5) / 2
 
 
 def test_answers_are_weighed_in_their_order_and_each_alone(tiny_llama):
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from align.choices import Layout
-    from align.launch.rank import Rank
 
     policy, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
     tokenizer.pad_token_id = tokenizer.pad_token_id or 0
@@ -255,10 +267,10 @@ def test_answers_are_weighed_in_their_order_and_each_alone(tiny_llama):
         ResponseRow(iteration=0, prompt_id=name, k=k, prompt=f"say {name}", response="", response_ids=ids)
         for k, (name, ids) in enumerate(asked)
     ]
-    together = judging.weigh(policy, tokenizer, rows, rank, layout=Layout.shared, budget=1000)
+    together = judging.weights(policy, tokenizer, rows, rank, layout=Layout.shared, budget=1000)
     assert [weight.length for weight in together] == [3, 1, 1, 2]
     for row, weight in zip(rows, together, strict=True):
-        (alone,) = judging.weigh(policy, tokenizer, [row], rank, layout=Layout.shared, budget=1000)
+        (alone,) = judging.weights(policy, tokenizer, [row], rank, layout=Layout.shared, budget=1000)
         assert (weight.logp, weight.entropy) == pytest.approx((alone.logp, alone.entropy), rel=1e-5)
     # A random model with small weights is nearly uniform.
     assert together[1].entropy == pytest.approx(torch.tensor(float(len(tokenizer))).log().item(), rel=0.02)

@@ -10,16 +10,14 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
-from conftest import ROOT, Result, quick
-from safetensors.torch import load_file
+from commands import Command, complete, fails_in_one_line, two_steps, weights
+from conftest import ROOT, quick
 
 from align.choices import Device, Precision, Strategy
 from align.config import ClusterConfig
@@ -27,8 +25,10 @@ from align.launch.cluster import cluster_of
 from align.launch.local import each
 from align.launch.rank import Cluster, Rank, alone, join, leave
 from align.model.load import load_policy
+from align.runs.iteration import training
 from align.say import Stopped, UserError
-from align.train.train import train_in_process
+from align.tracking.trackers import NoTracker
+from align.train.train import train
 
 # What a cluster comes to --------------------------------------------------------------------------------------------
 
@@ -180,14 +180,12 @@ def meet_three_times() -> list[list[int]]:
 
 def train_twice(jobs: list[Any]) -> list[int]:
     """Weights of a policy as one process has it before each training: all of them, whatever has been divided before."""
-    pass  # LOCALIMPORT  # which the other processes of this file would wait for
-
     sizes = []
     for job in jobs:
         alone(job.cluster)
         policy = load_policy(job.cfg.model, job.start, job.cfg.seed)
         sizes.append(sum(weight.numel() for weight in policy.parameters()))
-        train_in_process(job)
+        train(job, NoTracker())
     return sizes
 
 
@@ -272,11 +270,11 @@ def test_a_second_training_in_the_same_processes_is_as_the_first(
 ):
     jobs: list[Any] = []  # of align.train.job.Job
 
-    def keep(job: Any) -> None:
-        jobs.append(job)
+    def keep(cluster: Cluster, logs: Path, iterate: Any, run: Any) -> None:
+        jobs.append(training(run.iterations[0], run.start_policy, run.source))
         raise UserError("the test trains it")
 
-    monkeypatch.setattr("align.runs.spine.begin", keep)
+    monkeypatch.setattr("align.runs.spine.each", keep)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # main() sets it, and the commands that other tests type would have it
     for name in ("first", "second"):
         align(*two_steps(tmp_path / name, tiny_llama, pairs_file, "cluster=cpu_2", f"cluster.strategy={how}"))
@@ -340,117 +338,6 @@ def test_processes_that_stop_as_asked_are_no_failure(tmp_path):
 
 
 # Real commands ------------------------------------------------------------------------------------------------------
-
-MARK = "ALIGN_TEST_MARK"  # in the environment of a command, and so of all that it starts: whose child a process is
-
-
-class Command:
-    """`python -m align <words>` typed as a user does: in a process of its own, which leads a group as in a terminal.
-
-    Args:
-        launcher: words before `-m align`, of torchrun.
-        environment: variables besides those of this process.
-
-    As a context it ends what is left of it, so that a test that fails leaves nothing behind.
-    """
-
-    def __init__(self, words: list[str], cwd: Path, *launcher: str, **environment: str) -> None:
-        self.mark = uuid.uuid4().hex
-        self._said = [cwd / f"{self.mark}.out", cwd / f"{self.mark}.err"]  # files: a pipe would wait for an orphan
-        path = os.pathsep.join(p for p in (environment.pop("PYTHONPATH", ""), str(ROOT)) if p)
-        self.began = time.monotonic()
-        with ExitStack() as files:
-            out, err = (files.enter_context(file.open("w")) for file in self._said)
-            self.process = subprocess.Popen(
-                [sys.executable, *launcher, "-m", "align", *words],
-                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", MARK: self.mark, **environment},
-                cwd=cwd,
-                stdout=out,
-                stderr=err,
-                start_new_session=True,
-            )
-
-    def __enter__(self) -> "Command":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for process in self.alive():
-            process.kill()
-        self.process.wait()
-
-    def alive(self) -> list[psutil.Process]:
-        """Every process of this command, whoever is its parent by now."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-        return found
-
-    def workers(self) -> list[psutil.Process]:
-        """The processes that `launch.start` started."""
-        found = []
-        for process in self.alive():
-            try:
-                if "spawn_main" in " ".join(process.cmdline()):
-                    found.append(process)
-            except psutil.NoSuchProcess:
-                continue
-        return found
-
-    def left_after(self, seconds: float) -> list[psutil.Process]:
-        """The processes that are still there after so long; returns as soon as there are none."""
-        until = time.monotonic() + seconds
-        while (left := self.alive()) and time.monotonic() < until:
-            time.sleep(0.05)
-        return left
-
-    def wait_for(self, pattern: str, folder: Path, seconds: float = 120) -> None:
-        """Until a file of that pattern is in the folder."""
-        until = time.monotonic() + seconds
-        while not any(folder.glob(pattern)):
-            assert self.process.poll() is None and time.monotonic() < until, self.said()
-            time.sleep(0.002)
-
-    def said(self) -> Result:
-        out, err = (file.read_text() for file in self._said)
-        return Result(self.process.poll(), out, err)
-
-    def ends(self, seconds: float = 240) -> Result:
-        """What it said, once it has ended; nothing of it is left ten seconds later."""
-        self.process.wait(seconds)
-        left = self.left_after(10)
-        assert not left, f"orphans: {left}"
-        return self.said()
-
-
-def complete(words: list[str], cwd: Path, *launcher: str, **environment: str) -> Result:
-    """Type it, and it succeeds."""
-    with Command(words, cwd, *launcher, **environment) as command:
-        result = command.ends()
-        assert result.status == 0, result.err[-3000:]
-        return result
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model" / "model.safetensors")
-
-
-def fails_in_one_line(result: Result) -> str:
-    """The one line that the terminal shows. No traceback; status 1, not that of a signal."""
-    lines = [line for line in result.err.splitlines() if line.strip()]
-    assert result.status == 1, result
-    assert "Traceback" not in result.out + result.err
-    assert len(lines) == 1 and lines[0].startswith("align: "), result.err
-    return lines[0]
-
-
-def two_steps(folder: Path, model: Path, pairs: Path, *more: str) -> list[str]:
-    """Words that train two steps on one thread."""
-    return quick(model, pairs, f"run_dir={folder}", "tracker=none", "cluster.cpu_threads=1", *more)
-
 
 BAD_ON_RANK_1 = """
 import os

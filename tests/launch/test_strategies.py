@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import complete, fails_in_one_line, weights
 from conftest import pair_row, quick, write_jsonl
-from test_launch import complete, fails_in_one_line, weights
 from transformers import AutoModelForCausalLM
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]

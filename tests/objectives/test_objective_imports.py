@@ -44,7 +44,7 @@ def concrete_objectives(source: str) -> set[str]:
 
 def test_there_are_files_to_look_at():
     assert {"dpo", "simpo", "sppo", "wpo", "ipo", "plus_sft"} <= CONCRETE
-    assert (ROOT / "align" / "trainer.py").is_file()
+    assert (ROOT / "align" / "train/loop.py").is_file()
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "objectives").glob("*.py")), ids=lambda file: file.name)

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from align.engine.batching import CPU_TOKENS
+from align.model.policy import Policy
 from align.runs import folder as run_folder
 from align.train import reference, train
 from align.train.checkpoint import MADE_BY, last_checkpoint
@@ -145,9 +146,9 @@ def test_a_judge_that_fails_costs_no_model_and_the_next_try_trains_nothing(
     sys.modules["bad_judge"].fails[0] = False
     monkeypatch.setattr(reference, "reference_logps", None)  # the run folder has the column
     again = align(*words)
-    assert again.status == 0 and "going on from" in again.out and (folder / "results.json").exists()
+    assert again.status == 0 and (folder / "results.json").exists()
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [0, 1, 2, 2]  # at the start, two steps, after the last
+    assert steps == [0, 1, 2, 2]  # at the start, two steps, after the last: once
     before, after = (load_file(folder / at / "model.safetensors") for at in ("checkpoints/checkpoint-2", "model"))
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
@@ -194,7 +195,7 @@ def test_a_checkpoint_that_this_strategy_cannot_read_is_refused_with_the_one_tha
     made_by.write_text(json.dumps({"strategy": strategy, "processes": processes}))
     again = align(*words)
     if says is None:
-        assert again.status == 0 and "going on from" in again.out and (folder / "results.json").exists()
+        assert again.status == 0 and (folder / "results.json").exists()
     else:
         assert again.status == 1 and again.err.count("\n") == 1 and not (folder / "results.json").exists()
         assert says in again.err and "or begin anew with another run_dir=" in again.err
@@ -347,8 +348,8 @@ def test_every_job_of_a_sweep_is_a_run_of_its_own_and_a_failing_one_does_not_sto
 @pytest.mark.parametrize("adapter", [False, True])
 def test_a_judge_adds_win_rates_lengths_and_kl(align, monkeypatch, tiny_llama, pairs_file, folder, tmp_path, adapter):
     """Of the policy as the run folder's model/ has it."""
-    judged, load = [], train.load_trained
-    monkeypatch.setattr(train, "load_trained", lambda *args: judged.append(load(*args)) or judged[-1])
+    judged, load = [], Policy.load
+    monkeypatch.setattr(Policy, "load", lambda self, rank: judged.append((self, load(self, rank))) or judged[-1][1])
     if adapter:
         pytest.importorskip("peft")
     (tmp_path / "my_judge.py").write_text("def short(prompt, answer):\n    return 1 / (1 + len(answer))\n")
@@ -356,8 +357,9 @@ def test_a_judge_adds_win_rates_lengths_and_kl(align, monkeypatch, tiny_llama, p
     words += ["model.lora={r: 4, target_modules: all-linear}"] if adapter else []
     result = align(*quick(tiny_llama, pairs_file, f"run_dir={folder}", *words))
     assert result.status == 0, result.err
-    saved = load_file(folder / "model" / ("adapter_model.safetensors" if adapter else "model.safetensors"))
-    used = {name.replace(".default", ""): value for name, value in judged[0].state_dict().items()}
+    policy, loaded = judged[0]  # the trained one, its adapter merged
+    assert policy.iteration == 1 and str(policy.start.path).endswith("merged" if adapter else "model")
+    saved, used = load_file(Path(policy.start.path) / "model.safetensors"), loaded.state_dict()
     assert saved and all(torch.equal(value, used[name]) for name, value in saved.items())
     results = json.loads((folder / "results.json").read_text())
     assert results["start"]["win_rate"] == 0.5 and results["start"]["kl_policy_start"] == 0

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import Command, complete
 from conftest import ROOT, Result, write_jsonl
 from safetensors.torch import load_file
-from test_launch import Command, complete
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from align.__main__ import main
@@ -511,7 +511,7 @@ def thirteen(tmp_path) -> list[str]:
 def test_a_plan_counts_prompts_responses_and_tokens_and_starts_nothing(
     align, monkeypatch, words, thirteen, tiny_llama, tmp_path
 ):
-    monkeypatch.setattr("align.model.load_policy", None)
+    monkeypatch.setattr("align.model.policy.load_policy", None)
     epoch = ["iterations=2", "optimizer.max_steps=-1", "plan=true"]
     result = align(*words(tmp_path / "run", *thirteen, *epoch))
     assert result.status == 0, result.err
@@ -719,7 +719,7 @@ def test_the_stages_alone_make_what_the_first_iteration_made(home, words, cache,
     folder = tmp_path / "stages"
     for module, stage in (("sample", "responses"), ("annotate", "scores"), ("select", "pairs")):
         assert not (folder / stage).exists()
-        result = typed(home, *words(folder, f"cache_dir={cache}"), stage=f"align.{module}:{module}")
+        result = typed(home, *words(folder, f"cache_dir={cache}"), stage=module)
         assert result.status == 0, result.err
         assert f"{stage}  {folder / stage}" in result.out
     assert contents(folder, *STAGES) == contents(two / "iter_1", *STAGES)
@@ -841,7 +841,7 @@ def test_real_prompts_and_a_reward_model_go_through_end_to_end(align, words, rew
 
 @pytest.mark.slow
 def test_both_iterations_are_one_run_of_the_tracker(align, words, tmp_path):
-    from test_tracking import read_offline
+    from wandb_files import read_offline
 
     result = align(*words(tmp_path / "run", "iterations=2"), tracker="wandb")
     assert result.status == 0, result.err

@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from commands import Command, complete, weights
 from conftest import pair_row, quick, write_jsonl
-from test_launch import Command, complete, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 

@@ -205,7 +205,7 @@ def test_a_bound_that_cannot_be_is_refused(align, tiny_llama, pairs_file, words,
 @pytest.mark.matrix
 @pytest.mark.multiprocess
 def test_two_processes_collapse_together(tiny_llama, pairs_file, tmp_path):
-    from test_launch import Command
+    from commands import Command
 
     folder = tmp_path / "run"
     words = [*quick(tiny_llama, pairs_file, f"run_dir={folder}", *ABSURD, *LOOKS), "cluster=cpu_2", "tracker=none"]

@@ -1,0 +1,237 @@
+"""The stages of an iteration around its training: its pairs before it, its evaluation behind it.
+
+    pairs       given, or sample -> score -> select (onpolicy/), by the policy that is then trained on them
+    training    what train() is handed
+    evaluate    the judge, where there is one; the model card; the figures that mark the iteration as complete
+
+What is there is kept, so the same command goes on after a kill at any moment. Every process calls these functions;
+sampling, scoring and weighing share the work by files, and only training connects the processes. The reference of an
+iteration is the policy that sampled its pairs (SPPO: https://arxiv.org/abs/2405.00675, algorithm 1).
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from align import config
+from align.config import DatasetConfig, PairSourceConfig, RunConfig, ScorerConfig
+from align.data.pairs import Pairs, prepare_pairs, show_pair
+from align.data.prompts import PromptRow, Prompts, prompts_of
+from align.evaluation import card, judging
+from align.files import write_json, write_text
+from align.launch.rank import Rank, free
+from align.model.policy import Policy, trained_from
+from align.onpolicy import figures
+from align.onpolicy.pairs import describe_counts, write_pairs
+from align.onpolicy.sample import read_samples, sample_from
+from align.onpolicy.score import score_responses
+from align.onpolicy.scorers import registry
+from align.onpolicy.scorers.base import Item
+from align.runs import plan
+from align.runs.folder import identify, open_folder, recognise
+from align.runs.prepare import check_data
+from align.runs.run import Iteration, Run
+from align.say import UserError
+from align.tracking.trackers import Tracker
+from align.train.cost import Cost, together
+from align.train.job import Job, build_objective
+
+
+def begin(iteration: Iteration, rank: Rank) -> None:
+    """Say what begins. Before the first answers, two are scored: weights or a server that are not there show now."""
+    run = iteration.run
+    if not (run.is_selfplay and rank.is_first):
+        return
+    print(f"\niteration {iteration.number} of {run.cfg.iterations}", flush=True)
+    if iteration.number == 1 and not (iteration.folder / "scores").exists():
+        prompt = run.source.held_out[0]
+        registry.build(registry.scorer_of(run.cfg), rank)([Item(prompt=prompt.text, responses=["yes", "no"])])
+        free()
+
+
+def pairs_of(iteration: Iteration, policy: Policy, rank: Rank) -> tuple[Pairs, dict[str, Any]]:
+    """The pairs to train on, and what became of the prompts that they are made of, by split.
+
+    Raises:
+        UserError: fewer pairs than a step takes.
+    """
+    run, cfg, folder = iteration.run, iteration.run.cfg, iteration.folder
+    if isinstance(run.source, Pairs):
+        return run.source, {}
+    responses, scores, pairs = (folder / name for name in ("responses", "scores", "pairs"))
+    asked = prompts_of(cfg, run.source, iteration.number)
+    sample_from(policy, asked, cfg, cfg.sampling, responses, iteration.number, "responses", rank)
+    score_responses(read_samples(responses), cfg, scores, rank)
+    counts = write_pairs(responses, scores, cfg.selection, pairs, seed=cfg.seed + iteration.number)
+    if rank.is_first:
+        print(describe_counts(counts), flush=True)
+    for split, least in (("train", cfg.train.pairs_per_step), ("held_out", 1)):
+        if counts[split]["pairs"] < least:
+            raise UserError(
+                f"iteration {iteration.number} needs {least} {split} pairs at least: {describe_counts(counts)}. Samples "
+                "that are all alike want another sampling.temperature, close scores another selection.min_gap, few pairs "
+                "a smaller train.pairs_per_step; give another run_dir= then"
+            )
+    dataset = _training_config(iteration, policy).dataset
+    made = prepare_pairs(dataset, cfg.train, cfg.model.system_message, policy.start, run.cache)
+    return made, counts
+
+
+def training(iteration: Iteration, policy: Policy, pairs: Pairs) -> Job:
+    """The training of `policy` on `pairs`, checked as any other is."""
+    run = iteration.run
+    if not run.is_selfplay:
+        return Job(
+            cfg=run.cfg,
+            start=run.start,
+            pairs=pairs,
+            cluster=run.cluster,
+            identity=run.identity,
+            dir=run.dir,
+            policy=iteration.policy,
+            plan=run.plan,
+        )
+    cfg = _training_config(iteration, policy)
+    objective = build_objective(cfg)
+    check_data(cfg, objective, policy.start, pairs, run.cluster)
+    return Job(
+        cfg=cfg,
+        start=policy.start,
+        pairs=pairs,
+        cluster=run.cluster,
+        identity=identify(cfg, objective, policy.start, pairs.fingerprint, run.cluster, None),
+        dir=iteration.folder,
+        policy=iteration.policy,
+        plan=plan.describe(cfg, policy.start, pairs, objective, run.cluster),
+    )
+
+
+def _training_config(iteration: Iteration, policy: Policy) -> RunConfig:
+    """An ordinary training, of the policy that has sampled, on what it has sampled."""
+    pairs, cfg = iteration.folder / "pairs", iteration.run.cfg
+    return replace(
+        cfg,
+        model=policy.cfg,
+        dataset=DatasetConfig(
+            name=cfg.dataset.name,
+            path=str(pairs / "train.jsonl"),
+            eval_path=str(pairs / "held_out.jsonl"),
+            eval_limit=None,
+        ),
+        cluster=replace(cfg.cluster, strategy=iteration.run.cluster.strategy),
+        source=PairSourceConfig(),
+        scorer=ScorerConfig(),
+        iterations=1,
+        optimized_metric=None,
+        run_dir=str(iteration.folder),
+    )
+
+
+def open_training(iteration: Iteration, job: Job, rank: Rank) -> None:
+    """Write down what is trained, and remove what a killed process has left of a policy that may differ in a bit."""
+    if not rank.is_first:
+        return
+    for made_of_it in ("merged", "evaluation"):
+        shutil.rmtree(iteration.folder / made_of_it, ignore_errors=True)
+    if iteration.run.is_selfplay:
+        recognise(job)
+        iteration.folder.mkdir(parents=True, exist_ok=True)
+        open_folder(job, show_pair(job.pairs.train[0], job.start.tokenizer))
+
+
+def trained_policy(iteration: Iteration, before: Policy) -> Policy:
+    """The policy that the iteration has trained from `before`."""
+    return trained_from(before, iteration.policy, iteration.run.cache)
+
+
+def close_training(iteration: Iteration, trained: Mapping[str, Any], rank: Rank) -> None:
+    """Write down what the training has come to, which marks it as done."""
+    if rank.is_first:
+        write_json(iteration.trained, trained)
+    free()
+
+
+def evaluate(iteration: Iteration, job: Job, before: Policy, counts: Mapping[str, Any], rank: Rank) -> dict[str, Any]:
+    """Ask the judge, where there is one, and write the card and the figures, which mark the iteration as complete.
+
+    Args:
+        before: the policy before this iteration.
+        counts: what became of the prompts that the pairs are made of.
+
+    Returns:
+        The figures: of a run with given pairs its results. {} on other processes than the first.
+    """
+    run, judged = iteration.run, None
+    if judging.scorer_of(run.cfg) is not None:
+        policies = (trained_policy(iteration, before), before, run.start_policy)
+        contestants = judging.contestants_of(run.dir, policies, run.is_selfplay)
+        folder = iteration.folder / "evaluation"
+        judged = judging.judge(
+            run.cfg, contestants, _asked(run), folder, iteration.number if run.is_selfplay else 0, rank
+        )
+    if not rank.is_first:
+        return {}
+    training: dict[str, Any] = json.loads(iteration.trained.read_text())
+    sides = judged or {"start": {}, "trained": {}}
+    results = training | {side: training[side] | metrics for side, metrics in sides.items()}
+    text = card.model_card(job.cfg, config.plain(job.cfg), job.start, job.pairs, results)
+    write_text(iteration.policy / "README.md", text)
+    if not run.is_selfplay:
+        write_json(iteration.summary, results)
+        iteration.trained.unlink()
+        return results
+    shared = {name: training["trained"][name] for name in ("accuracy/mean_logp", "rewards/accuracies")}
+    made = {"iteration": iteration.number, "steps": job.steps, "data": counts, **sides["trained"], **shared}
+    write_json(iteration.summary, made | {"start": sides["start"]})
+    print(figures.line(made), flush=True)
+    tidy(iteration)
+    return made | {"start": sides["start"]}
+
+
+def complete(iteration: Iteration, rank: Rank) -> dict[str, Any]:
+    """The figures of an iteration that was complete before."""
+    made: dict[str, Any] = json.loads(iteration.summary.read_text())
+    if rank.is_first:
+        print(f"is complete: {iteration.folder}\n{figures.line(made)}", flush=True)
+        tidy(iteration)
+    return made
+
+
+def results_of(run: Run, made: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The results of a run after some of its iterations: of self-play the last policy's, and what all of it has cost."""
+    if not run.is_selfplay:
+        return {name: made[0][name] for name in ("start", "trained", "cost")}
+    trained = {name: value for name, value in made[-1].items() if isinstance(value, float)}
+    costs = [Cost(**json.loads(iteration.trained.read_text())["cost"]) for iteration in run.iterations[: len(made)]]
+    return {"start": made[0]["start"], "trained": trained, "cost": asdict(together(costs))}
+
+
+def tell(iteration: Iteration, made: Sequence[Mapping[str, Any]], tracker: Tracker) -> None:
+    """Tell the tracker of an iteration of self-play."""
+    if iteration.run.is_selfplay:
+        told = {f"selfplay/{name}": value for name, value in made[-1].items() if isinstance(value, float)}
+        tracker.log(sum(of_one["steps"] for of_one in made), {**told, "selfplay/iteration": iteration.number})
+
+
+def finish(run: Run, made: Sequence[Mapping[str, Any]]) -> None:
+    """Put the last iteration's answers and figures at the top of a folder of self-play, as any run has them there."""
+    if not run.is_selfplay:
+        return
+    for name in ("samples.jsonl", "held_out.jsonl"):
+        write_text(run.dir / name, (run.iterations[-1].folder / name).read_text(encoding="utf-8"))
+    write_json(run.results, {**results_of(run, made), "iterations": made})
+
+
+def _asked(run: Run) -> list[PromptRow]:
+    """The held-out prompts whose answers are compared."""
+    limit = run.cfg.evaluation.prompts
+    if isinstance(run.source, Prompts):
+        return [replace(prompt, candidates=()) for prompt in run.source.held_out[:limit]]
+    return judging.prompts_of_pairs(run.source, limit)
+
+
+def tidy(iteration: Iteration) -> None:
+    """Remove the checkpoints of a complete iteration of self-play, which are several times the policy's size."""
+    shutil.rmtree(iteration.folder / "checkpoints", ignore_errors=True)
