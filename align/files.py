@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from align.say import UserError
@@ -62,8 +63,8 @@ def writing(what: str, remedy: str) -> Iterator[None]:
         yield
     except Timeout:  # which is an OSError
         raise
-    except OSError as error:
-        raise UserError(f"{what} ({error.strerror or error}){remedy}") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{what} ({getattr(error, 'strerror', None) or error}){remedy}") from error
 
 
 # Folders of the cache -----------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from align.data.pairs import Pairs, as_group, pair_lengths, prepare_pairs, token
 from align.engine.batching import CPU_TOKENS
 from align.evaluation.base import Evaluation, Outcome, check_place, in_words_of
 from align.evaluation.settings import PairsConfig
-from align.files import writing
+from align.files import whole, writing
 from align.launch.rank import Rank, free
 from align.model.load import load_policy
 from align.model.policy import Policy
@@ -48,8 +48,8 @@ def work(given: Evaluation, rank: Rank) -> None:
         file = given.folder / _COLUMNS
         with writing(f"cannot write {given.folder}", ""):
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_file(columns, str(file.with_suffix(".unfinished")))
-            file.with_suffix(".unfinished").replace(file)
+            with whole(file) as unfinished:
+                save_file(columns, str(unfinished))
 
 
 def measure(given: Evaluation) -> Outcome:
