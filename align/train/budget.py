@@ -1,7 +1,7 @@
-"""How many tokens a device holds at once in training: measured on a GPU, a fixed number on a CPU.
+"""Tokens that a device holds at once in training: measured on a GPU, a fixed number on a CPU.
 
-Two micro-batches of different sizes are run forward and backward; what their peaks differ by is what a token costs.
-Left out: sharded weights, whose gathering a policy that is not wrapped yet does not show.
+Two micro-batches of different sizes run forward and backward; the difference of their peaks is the cost of a token.
+Left out: sharded weights, as a policy that is not wrapped yet does not gather any.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from align.launch.rank import Rank
 from align.say import UserError
 from align.train.memory import MOST_TOKENS, USABLE
 
-_PROBES = (2048, 6144)
+_PROBES = (2048, 6144)  # tokens
 
 
 def token_budget(
@@ -27,12 +27,12 @@ def token_budget(
     rank: Rank,
     later: int,
 ) -> int:
-    """Tokens of a micro-batch for a policy that is `attach`ed in `layout` and on its device.
+    """Find the tokens of a micro-batch for a policy that is `attach`ed in `layout` and on its device.
 
     Args:
-        groups: real ones, the longest first; together at least some thousand tokens, or they are repeated.
+        groups: groups of the data, the longest first; repeated if they are fewer than some thousand tokens.
         statistics: those that the objective needs.
-        later: bytes that training needs beside it, and a forward and backward do not show: optimizer state, buckets.
+        later: bytes of training that are not there yet in a forward and backward: optimizer state, buckets.
 
     Raises:
         UserError: the longest group does not fit.
@@ -68,7 +68,7 @@ def token_budget(
 
 
 def fitting_tokens(peaks: Sequence[tuple[int, int]], free: int) -> int:
-    """The tokens whose peak is `free` bytes, by a straight line through the (tokens, peak bytes) of the probes."""
+    """Find the tokens whose peak is `free` bytes, on a straight line through the (tokens, peak bytes) of the probes."""
     (few, low), (many, high) = peaks[0], peaks[-1]
     if many == few:  # the second probe did not fit
         return few
