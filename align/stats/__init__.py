@@ -1,1 +1,1 @@
-"""Intervals, tests and the length-controlled win rate. Pure."""
+"""Intervals, tests and the length-controlled win rate: pure functions."""

@@ -1,35 +1,24 @@
-"""How sure one can be: means over seeds, and whether two methods really differ. Pure numpy, no files.
+"""Confidence intervals and comparisons: means over seeds and prompts, and whether two methods differ. Pure numpy.
 
-A method's scores are a table [seeds, prompts], each cell one prompt's score under one training seed: the mean over its
-samples of a win, a reward, a length. Both margins are drawn from something larger, so
+A method's scores are a table [seeds, prompts]: each cell is the mean score (a win, a reward, a length) of one prompt
+under one training seed. Both are samples of something larger, so
 
     score[s, p] = mean + seed_s + prompt_p + rest_sp
 
-and the mean of the table errs by Var(seed)/S + Var(prompt)/P + Var(rest)/(S P). In the difference of two methods,
-which answer the same prompts, what makes a prompt hard cancels; seeds are not paired. The interval adds two
-independent errors:
+and the mean of the table errs by Var(seed)/S + Var(prompt)/P + Var(rest)/(S P). Two methods answer the same prompts, so
+the difficulty of a prompt cancels in their difference; seeds are not paired. An interval adds two independent errors:
 
-- prompts: a bootstrap. Prompts are drawn again with replacement, all methods and seeds of a prompt together, and the
-  deviation of the mean is stretched by sqrt(P/(P-1)) t(P-1)/z, as the plain bootstrap of few is too narrow (Hesterberg
-  2015, https://arxiv.org/abs/1411.5279). Var(rest)/(S P) is in it.
-- seeds: Student's t with the pooled variance between the seeds' means, S_a + S_b - 2 degrees of freedom. Three seeds
-  cannot be resampled: a bootstrap of both at once (percentiles) holds the truth in 82 to 98% instead of 95%, one of prompts alone
-  in as few as 34%, where seeds scatter most. Pooled, since two estimates on two degrees of freedom each, added,
-  cover 99%; the price is 92% where one method scatters four times as far as the other.
+- prompts: a bootstrap that draws prompts with replacement, all methods and seeds of a prompt together, stretched by
+  sqrt(P/(P-1)) t(P-1)/z, as the plain one is too narrow for few prompts (Hesterberg 2015,
+  https://arxiv.org/abs/1411.5279). It covers Var(rest)/(S P).
+- seeds: Student's t with the pooled variance of the seeds' means, S_a + S_b - 2 degrees of freedom, from which 0.6 of
+  Var(rest)/P is subtracted, as the prompts' part covers that already; what is left is at least 0.
 
-The variance between seeds' means holds Var(rest)/P too, which is known well, from (S-1)(P-1) degrees of freedom, and is
-in the prompts' part already. Only what lies above 0.6 of that counts as seeds', and nothing where seeds happen to agree:
-so an interval over seeds is never narrower than one over prompts alone, which two equal means would make of it.
-Why 0.6: with all of it taken out two seeds each hold the truth in 91.6% (600 prompts); with half of it three do in 97.2%.
+With one seed each, an interval is the prompts' part alone and describes these trained models, not their methods; `over`
+says which. A p-value counts the same errors: p <= 0.05 exactly if the interval excludes 0. Beyond the farthest resample
+it is the tail of a Student's t with the same interval. docs/intervals.md has the reasons and the measured coverage.
 
-Measured over 1,000 draws with 160 prompts and seeds that scatter by 0.02: 95.3, 96.1, 96.9 and 96.8% with 1, 2, 3 and 5
-seeds each; with other scatter, 0 to 0.04, and 40 to 600 prompts 93.7 to 98.4%. Of a single method with two seeds 91.5%. Where
-methods share luck by seed, the interval is too wide, never too narrow. With one seed each, it is the prompts' part
-alone, about these trained models and not their methods; `over` says which. A p-value counts the same error that
-makes the interval: p <= 0.05 exactly where the interval leaves out 0. Beyond the farthest resample it is the tail of a
-Student's t that has the same interval.
-
-Left out: intervals in another shape than symmetric ones, so one near a bound of the scale may reach beyond it.
+Left out: asymmetric intervals, so one near a bound of the scale may reach beyond it.
 """
 
 import math
@@ -43,32 +32,18 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.floating[Any]]
-
-
 Over = Literal["nothing", "prompts", "seeds", "seeds and prompts"]
-
-
 LEVEL = 0.95
-
-
-RESAMPLES = 9_999  # fewer where there are many prompts, whose mean is as good as normal
-
-
-_CELLS = 10_000_000  # of resamples x prompts, 4 bytes each
-
-
+RESAMPLES = 9_999  # fewer for many prompts, whose mean is close to normal
+_CELLS = 10_000_000  # resamples x prompts, 4 bytes each
 _SEED = 20_240_404
-
-
-_ALL_AGREE = 1000  # prompts, beyond which 2^(1-P) is below any number that is told apart from 0
-
-
-_IN_PROMPTS = 0.6  # of what Var(rest) adds to the scatter of seeds, taken to be in the prompts' part already
+_ALL_AGREE = 1000  # prompts; with more of them 2^(1-P) is as good as 0
+_IN_PROMPTS = 0.6  # share of Var(rest)/P that is subtracted from the seeds' variance
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A mean and its 95% confidence interval, over what `over` says; without one, `low` and `high` are the mean."""
+    """A mean and its 95% confidence interval over seeds, prompts or both; without one `low` and `high` are the mean."""
 
     mean: float
     low: float
@@ -84,40 +59,40 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """First minus second, with the 95% interval of this comparison alone; the verdict counts all that were made."""
+    """First minus second with the 95% interval of this comparison alone; `significant` accounts for all of a family."""
 
     difference: float
     low: float
     high: float
-    p_value: float  # two-sided, of no difference; from 6 prompts on <= 0.05 exactly where the interval leaves out 0
-    p_adjusted: float  # by Holm among the comparisons made together; p_value where it is the only one
+    p_value: float  # two-sided, of no difference; with 6 prompts or more <= 0.05 exactly if the interval excludes 0
+    p_adjusted: float  # by Holm, among the comparisons made together; p_value if this is the only one
     seeds: tuple[int, int]
     prompts: int
     over: Over
 
     @property
     def significant(self) -> bool:
-        """Whether chance alone would show such a difference in at most 5% of such families of comparisons."""
+        """True if chance alone shows such a difference in at most 5% of families of comparisons."""
         return self.p_adjusted <= 1 - LEVEL + 1e-12
 
 
 def mean_over_seeds(values: Sequence[float]) -> Estimate:
-    """Mean over seeds of a metric that each run has one of, with Student's t; of one seed there is no interval."""
-    of = _finite(values)
-    if of.ndim != 1 or not of.size:
-        raise ValueError(f"one value per seed is needed, not the shape {list(of.shape)}")
-    mean = float(of.mean())
-    if of.size == 1:
+    """Estimate the mean of a metric with one value per seed, by Student's t; one seed has no interval."""
+    table = _finite(values)
+    if table.ndim != 1 or not table.size:
+        raise ValueError(f"one value per seed is needed, not the shape {list(table.shape)}")
+    mean = float(table.mean())
+    if table.size == 1:
         return Estimate(mean=mean, low=mean, high=mean, seeds=1, over="nothing")
-    margin = t_quantile(of.size - 1) * float(of.std(ddof=1)) / math.sqrt(of.size)
-    return Estimate(mean=mean, low=mean - margin, high=mean + margin, seeds=of.size, over="seeds")
+    margin = t_quantile(table.size - 1) * float(table.std(ddof=1)) / math.sqrt(table.size)
+    return Estimate(mean=mean, low=mean - margin, high=mean + margin, seeds=table.size, over="seeds")
 
 
 def estimate(scores: ArrayLike) -> Estimate:
-    """Mean score of a method with its interval over seeds and prompts.
+    """Estimate the mean score of a method, with its interval over seeds and prompts.
 
     Args:
-        scores: [seeds, prompts], or [prompts] of one seed; every seed's prompts in the same order.
+        scores: [seeds, prompts], or [prompts] of one seed; the prompts of all seeds in the same order.
     """
     table = _table(scores)
     errors, _ = _errors([table])
@@ -126,11 +101,11 @@ def estimate(scores: ArrayLike) -> Estimate:
 
 
 def compare(first: ArrayLike, second: ArrayLike) -> Comparison:
-    """First minus second on the same prompts: is one method better, or is it chance?
+    """Compare two methods on the same prompts: is the first better or worse, or is it chance?
 
     Args:
-        first, second: [seeds, prompts], or [prompts] of one seed, of the same prompts in the same order. They may differ
-            in their number of seeds; where only one has several, the other's are taken to scatter like them.
+        first, second: [seeds, prompts], or [prompts] of one seed, with the same prompts in the same order. Their numbers
+            of seeds may differ; if only one has several, the other's are assumed to scatter like them.
     """
     a, b = _table(first), _table(second)
     if a.shape[1] != b.shape[1]:
@@ -141,11 +116,9 @@ def compare(first: ArrayLike, second: ArrayLike) -> Comparison:
     difference, margin = float(a.mean() - b.mean()), _margin(errors)
     as_far = np.count_nonzero(errors >= abs(difference) * (1 - 1e-6))  # the resamples are in float32
     p = float(1 + as_far) / (1 + errors.size)
-    if not as_far and margin:  # Holm multiplies by hundreds, and no resample says how far beyond all of them this is
+    if not as_far and margin:  # Holm multiplies by hundreds, so it matters how far beyond all resamples this is
         p = min(p, _t_tail(freedom, abs(difference) / margin * t_quantile(freedom)))
-    p = max(
-        p, 2.0 ** (1 - min(a.shape[1], _ALL_AGREE))
-    )  # the sign test's, where all prompts agree and none resamples apart
+    p = max(p, 2.0 ** (1 - min(a.shape[1], _ALL_AGREE)))  # at least the sign test's for prompts that all agree
     return Comparison(
         difference=difference,
         low=difference - margin,
@@ -159,9 +132,9 @@ def compare(first: ArrayLike, second: ArrayLike) -> Comparison:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values: the k-th smallest of m times m - k + 1, made monotone, at most 1 (Holm 1979).
+    """Adjust p-values: the k-th smallest of m times m - k + 1, made monotone, at most 1 (Holm 1979).
 
-    Calling significant what is at most 0.05 is wrong even once in at most 5% of the families, however they depend.
+    If results with at most 0.05 are called significant, at most 5% of families have a mistake, however they depend.
     """
     adjusted = [0.0] * len(p_values)
     so_far = 0.0
@@ -173,43 +146,44 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 @lru_cache
 def t_quantile(degrees_of_freedom: int) -> float:
-    """t with P(|T| <= t) = 0.95 for Student's T; 12.706 of 1 degree of freedom, 1.960 of many."""
+    """Return t with P(|T| <= t) = 0.95 for Student's T: 12.706 for 1 degree of freedom, 1.960 for many."""
     return float(_t_quantiles(degrees_of_freedom, LEVEL))
 
 
 def _errors(tables: Sequence[Floats]) -> tuple[Floats, int]:
-    """|deviation| [resamples] by which the mean of a table, or the difference of two tables' means, may err.
+    """Draw errors of the mean of a table, or of the difference of two tables' means.
 
-    And the degrees of freedom of a Student's t whose tail is no lighter than theirs.
+    Returns:
+        Absolute errors [resamples], and the degrees of freedom of a Student's t whose tail is no lighter than theirs.
     """
     prompts = tables[0].shape[1]
     by_prompt = tables[0].mean(axis=0) - (tables[1].mean(axis=0) if len(tables) > 1 else 0)
     by_prompt = by_prompt - by_prompt.mean()
     stretch = math.sqrt(prompts / (prompts - 1)) * t_quantile(prompts - 1) / NormalDist().inv_cdf((1 + LEVEL) / 2)
     from_prompts = stretch * (_resamples(prompts) @ by_prompt.astype(np.float32)).astype(np.float64)
-    freedom = sum(len(of) - 1 for of in tables)
+    freedom = sum(len(table) - 1 for table in tables)
     if not freedom:
         return np.abs(from_prompts), prompts - 1
 
-    share = sum(1 / len(of) for of in tables)
-    seeds = [of.mean(axis=1, keepdims=True) - of.mean() for of in tables]
-    rests = [of - of.mean() - s - (of.mean(axis=0) - of.mean()) for of, s in zip(tables, seeds, strict=True)]
-    of_seeds = share * sum(float((s**2).sum()) for s in seeds) / freedom  # Var(seed)/S + Var(rest)/(S P), both methods
-    of_rest = share * sum(float((r**2).sum()) for r in rests) / (freedom * (prompts - 1)) / prompts  # the second term
-    beyond = math.sqrt(max(0.0, of_seeds - _IN_PROMPTS * of_rest))
-    heaviest = min(freedom, prompts - 1) if beyond else prompts - 1
-    return np.abs(from_prompts + beyond * _t_draws(freedom, len(from_prompts))), heaviest
+    share = sum(1 / len(table) for table in tables)
+    seeds = [table.mean(axis=1, keepdims=True) - table.mean() for table in tables]
+    rests = [t - t.mean() - s - (t.mean(axis=0) - t.mean()) for t, s in zip(tables, seeds, strict=True)]
+    by_seed = share * sum(float((s**2).sum()) for s in seeds) / freedom  # Var(seed)/S + Var(rest)/(S P), both methods
+    by_rest = share * sum(float((r**2).sum()) for r in rests) / (freedom * (prompts - 1)) / prompts  # the second term
+    scale = math.sqrt(max(0.0, by_seed - _IN_PROMPTS * by_rest))
+    heaviest = min(freedom, prompts - 1) if scale else prompts - 1
+    return np.abs(from_prompts + scale * _t_draws(freedom, len(from_prompts))), heaviest
 
 
 def _margin(errors: Floats) -> float:
-    """The error that 95% of the draws stay within."""
+    """Return the error that 95% of the draws do not exceed."""
     at = math.ceil(LEVEL * (errors.size + 1) - 1e-9) - 1
     return float(np.partition(errors, at)[at])
 
 
 @lru_cache(maxsize=2)
 def _resamples(prompts: int) -> Floats:
-    """[resamples, prompts] shares of each prompt in a sample of as many, drawn with replacement; the same every time."""
+    """Draw shares [resamples, prompts] of each prompt in a sample with replacement; the same at every call."""
     count = max(999, min(RESAMPLES, (_CELLS // prompts // 1_000) * 1_000 - 1))
     drawn = np.random.default_rng([_SEED, prompts]).multinomial(prompts, np.full(prompts, 1 / prompts), size=count)
     return (drawn / prompts).astype(np.float32)
@@ -217,27 +191,27 @@ def _resamples(prompts: int) -> Floats:
 
 @lru_cache(maxsize=8)
 def _t_draws(degrees_of_freedom: int, count: int) -> Floats:
-    """[count] draws of Student's t, the same every time: one from each `count`-th of |t|, as the tail of so few is luck."""
+    """Draw [count] values of Student's t, the same at every call: one from each `count`-th of |t|, for a smooth tail."""
     rng = np.random.default_rng([_SEED, 1, degrees_of_freedom])
     size = _t_quantiles(degrees_of_freedom, (np.arange(count) + 0.5) / count)
     return rng.permutation(size) * rng.choice([-1.0, 1.0], size=count)
 
 
 def _t_quantiles(degrees_of_freedom: int, inside: ArrayLike) -> Floats:
-    """t with P(|T| <= t) = inside."""
+    """Return t with P(|T| <= t) = inside."""
     angle, below = _t_distribution(degrees_of_freedom)
     return math.sqrt(degrees_of_freedom) * np.tan(np.interp(np.asarray(inside), below, angle))
 
 
 def _t_tail(degrees_of_freedom: int, t: float) -> float:
-    """P(|T| > t)."""
+    """Return P(|T| > t)."""
     angle, below = _t_distribution(degrees_of_freedom)
     return float(1 - np.interp(math.atan(t / math.sqrt(degrees_of_freedom)), angle, below))
 
 
 @lru_cache(maxsize=8)
 def _t_distribution(degrees_of_freedom: int) -> tuple[Floats, Floats]:
-    """(angles a, P(|T| <= sqrt(n) tan(a))), which is the share of cos(x)^(n-1) over [0, pi/2] that is in [0, a]."""
+    """Return angles a and P(|T| <= sqrt(n) tan(a)), which is the share of cos(x)^(n-1) over [0, pi/2] in [0, a]."""
     angle = np.linspace(0, math.pi / 2, 100_001)
     density = np.cos(angle) ** (degrees_of_freedom - 1)
     below = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
@@ -245,19 +219,18 @@ def _t_distribution(degrees_of_freedom: int) -> tuple[Floats, Floats]:
 
 
 def _over(tables: Sequence[Floats]) -> Over:
-    return "seeds and prompts" if any(len(of) > 1 for of in tables) else "prompts"
+    return "seeds and prompts" if any(len(table) > 1 for table in tables) else "prompts"
 
 
 def _table(scores: ArrayLike) -> Floats:
-    """[seeds, prompts]."""
-    of = np.atleast_2d(_finite(scores))
-    if of.ndim != 2 or of.shape[1] < 2:
-        raise ValueError(f"scores are [seeds, prompts] with two prompts or more, not {list(of.shape)}")
-    return of
+    table = np.atleast_2d(_finite(scores))  # [seeds, prompts]
+    if table.ndim != 2 or table.shape[1] < 2:
+        raise ValueError(f"scores are [seeds, prompts] with two prompts or more, not {list(table.shape)}")
+    return table
 
 
 def _finite(values: ArrayLike) -> Floats:
-    of = np.asarray(values, dtype=np.float64)
-    if not np.isfinite(of).all():
+    array = np.asarray(values, dtype=np.float64)
+    if not np.isfinite(array).all():
         raise ValueError("NaN or infinite scores: leave out the prompts that have none, of all methods alike")
-    return of
+    return array

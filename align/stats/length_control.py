@@ -1,26 +1,21 @@
-"""AlpacaEval 2's length-controlled win rate: what a model would win if its answers were as long as the baseline's.
+"""AlpacaEval 2's length-controlled win rate: that of a model whose answers were as long as the baseline's.
 
 Dubois, Galambosi, Liang, Hashimoto 2024, https://arxiv.org/abs/2404.04475, as in alpaca_eval's `length_controlled_v1`:
 
     P(model beats baseline on x) = sigmoid(bias + length tanh((|y_baseline| - |y_model|) / std) + difficulty gamma_x)
     length-controlled win rate   = mean over x of sigmoid(bias + difficulty gamma_x)
 
-|y| in characters, std the standard deviation of |y_baseline| - |y_model| over the instructions, gamma_x the instruction's
-difficulty (one number each, fitted once over many models). A model that is preferred for its length has a negative `length`.
-The baseline against itself has all three at 0 and wins 50%.
+|y| is in characters, std the standard deviation of |y_baseline| - |y_model| over the instructions, gamma_x the difficulty
+of the instruction (fitted once over many models). `length` is negative for a model that is preferred for its length. The
+baseline against itself has all three weights at 0 and wins 50%.
 
-bias, length, difficulty minimise the cross-entropy with the judge's probabilities. The published GLM adds to it 0.1 times
-that of two "gamed" baselines (the baseline told to be concise, and verbose) as rows without bias: they hold
-length and difficulty near what length does to one model's answers. It matters. Checked on the annotations of 56 models that
-alpaca_eval's repository holds (commit cd543a1), the gamed rows being rebuilt from its outputs and published weights: without them the
-win rates are 1.1 points off the leaderboard's in the median; with them the 50 models that answered every instruction are
-0.02 off in the median, 49 of them at most 0.1 and the worst 0.103. What remains is alpaca_eval's L1 penalty, chosen by
-cross-validation, which is left out here. Of six models that left out instructions five are 0.6 to 2.8 points off: alpaca_eval
-seems to give their rows the difficulties of other instructions.
+The weights minimise the cross-entropy with the judge's probabilities, plus 0.1 times that of two "gamed" baselines (the
+baseline told to be concise, and verbose) in rows without bias, which hold length and difficulty near the effect of length
+on one model's answers. docs/intervals.md has the agreement with the leaderboard: 0.02 points in the median.
 
-What is approximate without a network: alpaca_eval reads the difficulties and the gamed rows from files of the dataset
-tatsu-lab/alpaca_eval (instruction_difficulty.csv, df_gamed.csv). Without difficulties the GLM has two terms
-(alpaca_eval's `length_controlled_minimal`) and its result is no leaderboard figure.
+alpaca_eval reads difficulties and gamed rows from files of the dataset tatsu-lab/alpaca_eval (instruction_difficulty.csv,
+df_gamed.csv). Without difficulties the GLM has two terms (its `length_controlled_minimal`), and the result is no
+leaderboard figure. Left out: alpaca_eval's L1 penalty, chosen by cross-validation.
 """
 
 from collections.abc import Sequence
@@ -32,26 +27,22 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.floating[Any]]
-
-
-GAMED_WEIGHT = 0.2 / 2  # of a row: regularize_to_baseline_lambda over two gamed baselines
-
-
+GAMED_WEIGHT = 0.2 / 2  # of a gamed row: regularize_to_baseline_lambda over two gamed baselines
 _RIDGE = 1e-4  # of a squared weight: keeps a model that always wins finite, and moves no other by 0.001
 
 
 @dataclass(frozen=True, kw_only=True)
 class Glm:
-    """The weights of one model against the baseline, in logits."""
+    """Weights of one model against the baseline, in logits."""
 
     bias: float
     length: float  # of tanh of the baseline's length minus the model's, in standard deviations
-    difficulty: float  # of the instruction's difficulty; 0 where difficulties are unknown
+    difficulty: float  # of the instruction's difficulty; 0 if difficulties are unknown
 
 
 @dataclass(frozen=True, kw_only=True)
 class LengthControlled:
-    """A length-controlled win rate in [0, 1] with its standard error over instructions, the fit's included."""
+    """A length-controlled win rate in [0, 1], with its standard error over instructions, that of the fit included."""
 
     rate: float
     standard_error: float
@@ -66,17 +57,17 @@ def length_controlled_win_rate(
     *,
     gamed: ArrayLike | None = None,
 ) -> LengthControlled:
-    """Fits the GLM to a judge's preferences and predicts at equal lengths.
+    """Fit the GLM to a judge's preferences, and predict the win rate at equal lengths.
 
     Args:
-        preferences: [N] in [0, 1], the probability that the model's answer beats the baseline's; `outcomes` makes them of
+        preferences: [N] in [0, 1], the probability that the model's answer beats the baseline's; `outcomes` converts
             AlpacaEval's annotations.
-        lengths, baseline_lengths: [N] characters of the model's and the baseline's answer. Tokens do as well: only their
+        lengths, baseline_lengths: [N] characters of the model's and the baseline's answer. Tokens will do as well: only
             differences in standard deviations count.
-        difficulties: [N] of the instructions, as instruction_difficulty.csv has them.
+        difficulties: [N], those of instruction_difficulty.csv.
         gamed: [R, 3] preference in [0, 1], std_delta_len and instruction_difficulty of df_gamed.csv.
     """
-    won, ours, theirs = (np.asarray(of, dtype=np.float64) for of in (preferences, lengths, baseline_lengths))
+    won, ours, theirs = (np.asarray(values, dtype=np.float64) for values in (preferences, lengths, baseline_lengths))
     columns = [np.ones_like(won), _length_term(ours, theirs)]
     if difficulties is not None:
         columns.append(np.asarray(difficulties, dtype=np.float64))
@@ -95,7 +86,7 @@ def length_controlled_win_rate(
     level = rows.copy()
     level[:, 1] = 0  # as long as the baseline
     predicted = _sigmoid(level @ weights)
-    # What one instruction moves: its own prediction, and the weights (gradient of the mean, Newton's step of its residual).
+    # One instruction changes its own prediction, and the weights (gradient of the mean, Newton's step of its residual).
     gradient = (level * (predicted * (1 - predicted))[:, None]).mean(axis=0)
     residual = (won - _sigmoid(rows @ weights))[:, None] * rows
     moved = predicted - predicted.mean() + len(won) * residual @ np.linalg.solve(hessian, gradient)
@@ -111,28 +102,28 @@ def length_controlled_win_rate(
 
 
 def outcomes(annotated: Sequence[float]) -> Floats:
-    """[N] in [0, 1] of AlpacaEval's `preference`: from 1, the baseline is surely better, to 2; 1.5 and, of old, 0 are a tie."""
-    of = np.asarray(annotated, dtype=np.float64)
-    of = np.where(of == 0, 0.5, of - 1)
-    if not ((of >= 0) & (of <= 1)).all():
+    """Convert AlpacaEval's `preference`, 1 (the baseline is surely better) to 2, to [0, 1]; 1.5, or once 0, is a tie."""
+    values = np.asarray(annotated, dtype=np.float64)
+    values = np.where(values == 0, 0.5, values - 1)
+    if not ((values >= 0) & (values <= 1)).all():
         raise ValueError("AlpacaEval's preferences lie between 1 and 2: leave out instructions without an annotation")
-    return of
+    return values
 
 
 def average_length(responses: Sequence[str]) -> float:
-    """Characters of an answer in the mean; the leaderboard's avg_length is this, cut to a whole number."""
+    """Return the mean number of characters; the leaderboard's avg_length is this, cut to a whole number."""
     return fmean(len(text) for text in responses)
 
 
 def _length_term(ours: Floats, theirs: Floats) -> Floats:
-    """[N] tanh of the baseline's length minus the model's, in standard deviations of that; 0 where all are equal."""
+    """Return [N] tanh of the baseline's length minus the model's, in standard deviations; 0 if all are equal."""
     difference = theirs - ours
     std = difference.std(ddof=1) if difference.size > 1 else 0.0
     return np.tanh(difference / std) if std > 0 else np.zeros_like(difference)
 
 
 def _fit(rows: Floats, won: Floats, fixed: Floats, fixed_won: Floats) -> tuple[Floats, Floats]:
-    """Weights that minimise the cross-entropy, and its Hessian there: Newton's method, its step halved while it climbs."""
+    """Return the weights that minimise the cross-entropy, and its Hessian, by Newton's method with halved steps."""
     x, y = np.concatenate([rows, fixed]), np.concatenate([won, fixed_won])
     of_row = np.concatenate([np.ones(len(rows)), np.full(len(fixed), GAMED_WEIGHT)])
 
@@ -156,9 +147,9 @@ def _fit(rows: Floats, won: Floats, fixed: Floats, fixed_won: Floats) -> tuple[F
 
 
 def _check(won: Floats, *others: Floats) -> None:
-    if won.ndim != 1 or not won.size or any(of.shape != won.shape for of in others):
+    if won.ndim != 1 or not won.size or any(other.shape != won.shape for other in others):
         raise ValueError(f"one number per instruction is needed of each, not {[list(o.shape) for o in (won, *others)]}")
-    if not all(np.isfinite(of).all() for of in (won, *others)):
+    if not all(np.isfinite(values).all() for values in (won, *others)):
         raise ValueError("NaN among preferences, lengths or difficulties: leave those instructions out")
     if won.min() < 0 or won.max() > 1:
         raise ValueError("preferences lie in [0, 1]; AlpacaEval's, between 1 and 2, pass through `outcomes` first")
