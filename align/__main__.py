@@ -2,7 +2,8 @@
 
 import sys
 
-from align.cli.command import command
+from align.cli.command import job_of, one_line_errors
+from align.cli.sweep import Sweep
 from align.say import closest, resolve
 
 HELP = """align: train a policy on preference pairs, judge it, compare runs.
@@ -46,11 +47,12 @@ def main() -> None:
         )
     if verb in TOOLS:
         resolve(TOOLS[verb][1], verb)()
-    elif verb in STAGES:
-        purpose, *stage = STAGES[verb]
-        command(f"align {verb} {purpose}\n", *stage)
-    else:
-        command(HELP + "".join(f"\n  {name:<10} {purpose}" for name, (purpose, *_) in verbs.items()) + "\n")
+        return
+    listed = "".join(f"\n  {name:<10} {purpose}" for name, (purpose, *_) in verbs.items())
+    purpose, *stage = STAGES.get(verb, ("",))
+    sweep = Sweep()
+    with one_line_errors(sweep):
+        job_of(sweep, f"align {verb} {purpose}\n" if stage else f"{HELP}{listed}\n", *stage)()
 
 
 if __name__ == "__main__":

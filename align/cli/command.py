@@ -5,12 +5,14 @@ An error that the user can put right is one line and exit status 1; any other ke
 HYDRA_FULL_ERROR=1 keeps it for all. A job of a sweep that fails does not stop the others; the sweep ends with their list.
 """
 
+import contextlib
 import os
 import shlex
 import signal
 import sys
 import traceback
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hydra
@@ -26,73 +28,66 @@ from align.config import RunConfig
 from align.launch import slurm
 from align.say import FULL_ERROR, Stopped, UserError, resolve
 
-
-def _do(node: DictConfig, stage: str | None, sweep: Sweep) -> float | None:
-    """One composed command: a run, or the stage of one that "module:function" names."""
-    typed = HydraConfig.get()
-    sweeps = typed.mode is RunMode.MULTIRUN
-    given: Any = OmegaConf.to_container(typed.overrides.task)  # as typed: ${seed} is not resolved
-    words = shlex.join(word for word in given if not word.startswith(OF_SWEEPS))
-    try:
-        cfg: Any = OmegaConf.to_object(node)
-        if isinstance(cfg, RunConfig):
-            own = [source.path for source in typed.runtime.config_sources if source.provider == "command-line"]
-            cfg.command = shlex.join(["python", "-m", "align", *(f"--config-dir={path}" for path in own)]) + f" {words}"
-        if sweeps:
-            sweep.begin_job(cfg, stage is None and not cfg.plan, words)
-        function = resolve(
-            stage or "align.runs.spine:carry_out", "a run"
-        )  # torch and transformers, only when something runs
-        result: float | None = function(cfg)
-        return result
-    except Exception as error:
-        by_user = isinstance(error, UserError | OmegaConfBaseException)
-        if sweeps:
-            if not by_user or FULL_ERROR:
-                traceback.print_exc()
-            sweep.fail_job(error, words)
-            raise  # Hydra goes on with the others
-        if not by_user or FULL_ERROR:
-            raise
-        sys.exit(f"align: {compose.one_line(error)}")
+_RUN = "align.runs.spine:carry_out"
 
 
-def _warning_line(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    return f"align: warning: {message}\n"
-
-
-def _as_ctrl_c(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
-def command(
-    help_text: str, stage: str | None = None, root: str = "config", schema: str = "align.config:RunConfig"
-) -> None:
-    """Carry out what was typed: a run, or the stage "module:function" of one.
+def job_of(
+    sweep: Sweep, help_text: str, stage: str | None = None, root: str = "config", schema: str = "align.config:RunConfig"
+) -> Callable[[], None]:
+    """Return what composes the words that were typed, and carries out a run, or the stage "module:function" of one.
 
     Args:
+        sweep: learns of each job, where there are several.
         help_text: the beginning of `--help`.
         root: the YAML of conf/ that is composed.
         schema: "module:class" of its type.
     """
-    sweep = Sweep()
 
     @hydra.main(config_path=str(compose.CONF), config_name=root, version_base="1.3")
     def job(node: DictConfig) -> float | None:
-        return _do(node, stage, sweep)
+        typed = HydraConfig.get()
+        sweeps = typed.mode is RunMode.MULTIRUN
+        given: Any = OmegaConf.to_container(typed.overrides.task)  # as typed: ${seed} is not resolved
+        words = shlex.join(word for word in given if not word.startswith(OF_SWEEPS))
+        try:
+            cfg: Any = OmegaConf.to_object(node)
+            if isinstance(cfg, RunConfig):
+                own = [source.path for source in typed.runtime.config_sources if source.provider == "command-line"]
+                folders = [f"--config-dir={path}" for path in own]
+                cfg.command = f"{shlex.join(['python', '-m', 'align', *folders])} {words}"
+            if sweeps:
+                sweep.begin_job(cfg, stage is None and not cfg.plan, words)
+            function = resolve(stage or _RUN, "a run")  # imports torch and transformers, only when something runs
+            result: float | None = function(cfg)
+            return result
+        except Exception as error:
+            by_user = isinstance(error, UserError | OmegaConfBaseException)
+            if sweeps:
+                if not by_user or FULL_ERROR:
+                    traceback.print_exc()
+                sweep.fail_job(error, words)
+                raise  # Hydra goes on with the others
+            if not by_user or FULL_ERROR:
+                raise
+            sys.exit(f"align: {compose.one_line(error)}")
 
+    shape: Any = resolve(schema, "schema")
+    compose.install(shape, help_text)
+    run: Callable[[], None] = job
+    return run
+
+
+@contextlib.contextmanager
+def one_line_errors(sweep: Sweep) -> Iterator[None]:
+    """Set the process up for one command, and end it as a user should see it: an error is one line, a stop is no error."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise, so that the line below can say it shorter
     warnings.formatwarning = _warning_line
     signal.signal(signal.SIGTERM, _as_ctrl_c)
-    shape: Any = resolve(schema, "schema")
-    compose.install(shape, help_text)
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))  # wherever it was typed
     sys.path.insert(0, "")  # "module:function" of the working folder, for the console script as for python -m
     try:
         try:
-            job()
+            yield
             slurm.submit()
         except Exception as error:
             if error not in sweep.errors and len(sweep.failed) < max(1, sweep.jobs):
@@ -108,3 +103,13 @@ def command(
         at = f" {stop}" if isinstance(stop, Stopped) else ""
         print(f"align: stopped{at}; the same command goes on where it stopped", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+def _warning_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    return f"align: warning: {message}\n"
+
+
+def _as_ctrl_c(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
