@@ -113,7 +113,7 @@ _INDIFFERENT = r"^(?:tracker|cluster|engine|cache_dir|plan)\b"
 
 
 def sweep_name(words: Sequence[str]) -> str:
-    """What a sweep is called: `tracker.group` if that is typed, else its words in brief and six digits of all of them.
+    """Return the name of a sweep: `tracker.group` if that is typed, else its words in brief and six digits of all of them.
 
     It is the folder under runs/groups and the tracker's group.
     """

@@ -40,7 +40,7 @@ from align.train.job import Job, build_objective
 
 
 def begin(iteration: Iteration, rank: Rank) -> None:
-    """Say what begins. Before the first answers, two are scored: weights or a server that are not there show now."""
+    """Announce an iteration of self-play. The scorer is tried on two answers first: a missing server shows now."""
     run = iteration.run
     if not (run.is_selfplay and rank.is_first):
         return
@@ -52,7 +52,7 @@ def begin(iteration: Iteration, rank: Rank) -> None:
 
 
 def pairs_of(iteration: Iteration, policy: Policy, rank: Rank) -> tuple[Pairs, dict[str, Any]]:
-    """The pairs to train on, and what became of the prompts that they are made of, by split.
+    """Return the pairs to train on, and the counts by split of the prompts that they are made of.
 
     Raises:
         UserError: fewer pairs than a step takes.
@@ -80,7 +80,7 @@ def pairs_of(iteration: Iteration, policy: Policy, rank: Rank) -> tuple[Pairs, d
 
 
 def training(iteration: Iteration, policy: Policy, pairs: Pairs) -> Job:
-    """The training of `policy` on `pairs`, checked as any other is."""
+    """Return the training of `policy` on `pairs`, checked as that of a dataset is."""
     run = iteration.run
     if not run.is_selfplay:
         return Job(
@@ -109,7 +109,7 @@ def training(iteration: Iteration, policy: Policy, pairs: Pairs) -> Job:
 
 
 def _training_config(iteration: Iteration, policy: Policy) -> RunConfig:
-    """An ordinary training, of the policy that has sampled, on what it has sampled."""
+    """Return the configuration of an ordinary training: of the policy that has sampled, on the pairs of its answers."""
     pairs, cfg = iteration.folder / "pairs", iteration.run.cfg
     return replace(
         cfg,
@@ -130,7 +130,7 @@ def _training_config(iteration: Iteration, policy: Policy) -> RunConfig:
 
 
 def open_training(iteration: Iteration, job: Job, rank: Rank) -> None:
-    """Write down what is trained, and remove what a killed process has left of a policy that may differ in a bit."""
+    """Write down a training of self-play. What a killed process made of its policy goes: the next may differ in a bit."""
     if not rank.is_first:
         return
     for made_of_it in ("merged", "evaluation"):
@@ -142,12 +142,12 @@ def open_training(iteration: Iteration, job: Job, rank: Rank) -> None:
 
 
 def trained_policy(iteration: Iteration, before: Policy) -> Policy:
-    """The policy that the iteration has trained from `before`."""
+    """Return the policy that the iteration has trained from `before`."""
     return trained_from(before, iteration.policy, iteration.run.cache)
 
 
 def close_training(iteration: Iteration, trained: Mapping[str, Any], rank: Rank) -> None:
-    """Write down what the training has come to, which marks it as done."""
+    """Write the figures of the training, which mark it as done."""
     if rank.is_first:
         write_json(iteration.trained, trained)
     free()
@@ -158,10 +158,10 @@ def evaluate(iteration: Iteration, job: Job, before: Policy, counts: Mapping[str
 
     Args:
         before: the policy before this iteration.
-        counts: what became of the prompts that the pairs are made of.
+        counts: of the prompts that the pairs are made of, by split.
 
     Returns:
-        The figures: of a run with given pairs its results. {} on other processes than the first.
+        The figures; where the pairs are given, the results of the run. {} on other processes than the first.
     """
     run, judged = iteration.run, None
     if judging.scorer_of(run.cfg) is not None:
@@ -180,7 +180,6 @@ def evaluate(iteration: Iteration, job: Job, before: Policy, counts: Mapping[str
     write_text(iteration.policy / "README.md", text)
     if not run.is_selfplay:
         write_json(iteration.summary, results)
-        iteration.trained.unlink()
         return results
     shared = {name: training["trained"][name] for name in ("accuracy/mean_logp", "rewards/accuracies")}
     made = {"iteration": iteration.number, "steps": job.steps, "data": counts, **sides["trained"], **shared}
@@ -191,7 +190,7 @@ def evaluate(iteration: Iteration, job: Job, before: Policy, counts: Mapping[str
 
 
 def complete(iteration: Iteration, rank: Rank) -> dict[str, Any]:
-    """The figures of an iteration that was complete before."""
+    """Return the figures of an iteration that was complete before."""
     made: dict[str, Any] = json.loads(iteration.summary.read_text())
     if rank.is_first:
         print(f"is complete: {iteration.folder}\n{figures.line(made)}", flush=True)
@@ -200,7 +199,7 @@ def complete(iteration: Iteration, rank: Rank) -> dict[str, Any]:
 
 
 def results_of(run: Run, made: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The results of a run after some of its iterations: of self-play the last policy's, and what all of it has cost."""
+    """Return the results after some iterations: figures of the start model and of the last policy, cost of all trainings."""
     if not run.is_selfplay:
         return {name: made[0][name] for name in ("start", "trained", "cost")}
     trained = {name: value for name, value in made[-1].items() if isinstance(value, float)}
@@ -209,14 +208,14 @@ def results_of(run: Run, made: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def tell(iteration: Iteration, made: Sequence[Mapping[str, Any]], tracker: Tracker) -> None:
-    """Tell the tracker of an iteration of self-play."""
+    """Log the figures of an iteration of self-play."""
     if iteration.run.is_selfplay:
         told = {f"selfplay/{name}": value for name, value in made[-1].items() if isinstance(value, float)}
         tracker.log(sum(of_one["steps"] for of_one in made), {**told, "selfplay/iteration": iteration.number})
 
 
 def finish(run: Run, made: Sequence[Mapping[str, Any]]) -> None:
-    """Put the last iteration's answers and figures at the top of a folder of self-play, as any run has them there."""
+    """Write the run's own files of self-play: results.json, and the answers and held-out pairs of the last iteration."""
     if not run.is_selfplay:
         return
     for name in ("samples.jsonl", "held_out.jsonl"):
@@ -225,7 +224,7 @@ def finish(run: Run, made: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _asked(run: Run) -> list[PromptRow]:
-    """The held-out prompts whose answers are compared."""
+    """Return the held-out prompts whose answers are compared."""
     limit = run.cfg.evaluation.prompts
     if isinstance(run.source, Prompts):
         return [replace(prompt, candidates=()) for prompt in run.source.held_out[:limit]]

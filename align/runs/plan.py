@@ -1,4 +1,4 @@
-"""What would run, in a page of text: data, lengths, steps, micro-batches, memory, the first loss. Starts nothing."""
+"""The plan of a run, a page of text: data, lengths, steps, micro-batches, memory, the first loss. Starts nothing."""
 
 from statistics import fmean
 

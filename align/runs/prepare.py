@@ -168,7 +168,7 @@ def _check_selection(cfg: RunConfig) -> None:
 
 
 def check_data(cfg: RunConfig, objective: Objective, start: Start, pairs: Pairs, cluster: Cluster) -> None:
-    """What the objective and the batch ask of the data."""
+    """Refuse data that the objective or the global batch cannot be fed with."""
     check_bos(pairs, start.tokenizer)
     check_batch(cfg, len(pairs.train), cluster.world)
     for name, split in (("training", pairs.train), ("held-out", pairs.held_out)):
@@ -192,7 +192,7 @@ def check_sentinel(cfg: RunConfig, cluster: Cluster) -> None:
 
 
 def prepare_answers(cfg: RunConfig) -> tuple[Start, Prompts, Cluster]:
-    """What sampling alone needs: who answers, what is asked, and the processes."""
+    """Return the start model, the prompts and the processes of a stage that samples by itself."""
     cluster = answering_cluster(cfg)
     cache = Path(cfg.cache_dir).expanduser()
     start = start_model(cfg, cache)

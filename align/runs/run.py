@@ -42,7 +42,7 @@ class Run:
 
     @property
     def results(self) -> Path:
-        """The file whose figures are the run's; it is there when all requested iterations were complete once."""
+        """The file of the run's figures, written when all requested iterations are complete."""
         return self.dir / "results.json"
 
     @property
@@ -102,10 +102,10 @@ class Iteration:
 
     @property
     def trained(self) -> Path:
-        """The figures of its training: there when the policy is."""
+        """The file of its training's figures; it exists when the policy does."""
         return self.folder / ("results.json" if self.run.is_selfplay else "trained.json")
 
     @property
     def summary(self) -> Path:
-        """The figures of all of it: there when it is complete."""
+        """The file of the iteration's figures; it exists when the iteration is complete."""
         return self.folder / ("summary.json" if self.run.is_selfplay else "results.json")
