@@ -55,7 +55,7 @@ class Response:
 
 
 class PairLoss(NamedTuple):
-    """What an objective says about B pairs; every tensor is `[B]`.
+    """Result of an objective for B pairs; every tensor is `[B]`.
 
     `loss` carries the gradient. The implicit rewards and the metrics are detached: they are reported, and the
     reward margin (chosen minus rejected) decides the accuracy.
@@ -82,18 +82,18 @@ class Objective(ABC):
 
     @abstractmethod
     def __call__(self, chosen: Response, rejected: Response) -> PairLoss:
-        """Loss, implicit rewards and metrics of B pairs."""
+        """Return loss, implicit rewards and metrics of B pairs."""
 
     def summary(self, means: Mapping[str, float]) -> dict[str, float]:
-        """Figures of a step that are not means over its pairs, from the means of its metrics. None by default."""
+        """Calculate figures of a step that are not means over its pairs, from the means of its metrics; none by default."""
         return {}
 
 
 def published(default: Any, low: float, high: float, why: str) -> Any:
-    """A dataclass field that remembers the published range of its value and what goes wrong outside it.
+    """Declare a dataclass field with the published range of its value, and the reason to stay near it.
 
     A value more than ten times outside `[low, high]` makes `objectives.build` warn. Zero is left to
-    `__post_init__`: where it is allowed it means "off".
+    `__post_init__`: if it is allowed, it means "off".
     """
     return field(default=default, metadata={"published": (low, high), "why": why})
 

@@ -23,7 +23,7 @@ _T = TypeVar("_T", bound=type[Objective])
 
 
 def register(name: str) -> Callable[[_T], _T]:
-    """Class decorator: make an objective known as `objective=<name>`.
+    """Register the decorated class as `objective=<name>`.
 
     A third party's package does this through the entry-point group `align.objectives`: an entry point that names
     the module is enough, since importing it registers the class.
@@ -33,7 +33,7 @@ def register(name: str) -> Callable[[_T], _T]:
         known = _REGISTRY.get(name)
         same = known is not None and (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__)
         from_files = known is not None and known.__module__.startswith(_CODE) and cls.__module__.startswith(_CODE)
-        if known is not None and not same and not from_files:  # of two files the one that is named last counts
+        if known is not None and not same and not from_files:  # of two files the last one counts
             raise ValueError(f"objective {name!r} is already registered by {known.__module__}.{known.__qualname__}")
         _REGISTRY[name] = cls
         return cls
@@ -42,7 +42,7 @@ def register(name: str) -> Callable[[_T], _T]:
 
 
 def available() -> dict[str, type[Objective]]:
-    """Name -> class of every objective: ours and those of installed packages."""
+    """Return name -> class of every objective: ours and those of installed packages."""
     for entry in importlib.metadata.entry_points(group="align.objectives"):
         entry.load()
     return dict(sorted(_REGISTRY.items()))
@@ -63,9 +63,9 @@ def load_file(path: str) -> None:
 
 
 def build(values: Mapping[str, Any]) -> Objective:
-    """Objective from plain values: `name` (or `base`'s), then hyperparameters.
+    """Build an objective from plain values: `name`, then hyperparameters.
 
-    A key that the named objective does not have is handed to the objective it wraps, so `objective.beta` reaches
+    A key that the named objective does not have is passed to the objective that it wraps, so `objective.beta` reaches
     the base of `wpo`.
 
     Raises:
@@ -81,7 +81,7 @@ def build(values: Mapping[str, Any]) -> Objective:
 
 
 def _build(values: dict[str, Any]) -> tuple[Objective, dict[str, Any]]:
-    """The objective, and the values that neither it nor the objectives it wraps have claimed."""
+    """Build the objective. Returns it, and the values that neither it nor the objectives it wraps have claimed."""
     name, known = values.pop("name", None), available()
     if not isinstance(name, str) or name not in known:
         raise ValueError(f"unknown objective {name!r}; there are {', '.join(known)}")
@@ -92,7 +92,7 @@ def _build(values: dict[str, Any]) -> tuple[Objective, dict[str, Any]]:
         if hints[key] is not Objective:
             own[key] = _checked(f"objective.{key}", values.pop(key), hints[key])
     for field in dataclasses.fields(cls):
-        if hints[field.name] is Objective:  # what is left over is for the objective it wraps
+        if hints[field.name] is Objective:  # the wrapped objective takes the remaining values
             base = values.pop(field.name, None)
             if base is None:
                 raise ValueError(f"objective.{field.name} is missing: {name} wraps one of {', '.join(known)}")
@@ -120,7 +120,7 @@ def _all_keys(objective: Objective) -> list[str]:
 
 
 def _checked(key: str, value: Any, hint: Any) -> Any:
-    """`value`, if it fits the annotation; an int is welcome where a float is asked for."""
+    """Return `value` if it fits the annotation; an int fits a float."""
     union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     options = typing.get_args(hint) if union else (hint,)
     for option in options:

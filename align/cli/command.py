@@ -1,8 +1,8 @@
-"""One command of Hydra's: compose, check, then run, plan or measure; a sweep goes job by job.
+"""One command by Hydra: compose the configuration, then carry it out; a sweep goes job by job.
 
-Composing needs no torch, so `--help` and `--cfg job` answer at once; the run is imported when there is one.
-An error that the user can put right is one line and exit status 1; any other keeps its traceback.
-HYDRA_FULL_ERROR=1 keeps it for all. A job of a sweep that fails does not stop the others; the sweep ends with their list.
+Composing needs no torch, so `--help` and `--cfg job` answer at once; the code of a run is imported when one begins. An
+error that the user can correct is one line and exit status 1; any other keeps its traceback. HYDRA_FULL_ERROR=1 keeps
+it for all. A job of a sweep that fails does not stop the others, and is listed at the end.
 """
 
 import contextlib
@@ -34,10 +34,10 @@ _RUN = "align.runs.spine:carry_out"
 def job_of(
     sweep: Sweep, help_text: str, stage: str | None = None, root: str = "config", schema: str = "align.config:RunConfig"
 ) -> Callable[[], None]:
-    """Return what composes the words that were typed, and carries out a run, or the stage "module:function" of one.
+    """Return a function that composes the words of the command and carries out a run, or the stage "module:function".
 
     Args:
-        sweep: learns of each job, where there are several.
+        sweep: told about each job, if there are several.
         help_text: the beginning of `--help`.
         root: the YAML of conf/ that is composed.
         schema: "module:class" of its type.
@@ -66,7 +66,7 @@ def job_of(
                 if not by_user or FULL_ERROR:
                     traceback.print_exc()
                 sweep.fail_job(error, words)
-                raise  # Hydra goes on with the others
+                raise  # Hydra continues with the others
             if not by_user or FULL_ERROR:
                 raise
             sys.exit(f"align: {compose.one_line(error)}")
@@ -80,11 +80,11 @@ def job_of(
 @contextlib.contextmanager
 def one_line_errors(sweep: Sweep) -> Iterator[None]:
     """Set the process up for one command, and end it as a user should see it: an error is one line, a stop is no error."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise, so that the line below can say it shorter
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise, so that one line can say it below
     warnings.formatwarning = _warning_line
     signal.signal(signal.SIGTERM, _as_ctrl_c)
-    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))  # wherever it was typed
-    sys.path.insert(0, "")  # "module:function" of the working folder, for the console script as for python -m
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))  # -m may stand anywhere
+    sys.path.insert(0, "")  # finds "module:function" in the working folder, as python -m does
     try:
         try:
             yield
@@ -92,7 +92,7 @@ def one_line_errors(sweep: Sweep) -> Iterator[None]:
         except Exception as error:
             if error not in sweep.errors and len(sweep.failed) < max(1, sweep.jobs):
                 raise
-            sweep.end(ended_by_jobs=True)  # what is raised is what the first of them raised, which is said
+            sweep.end(ended_by_jobs=True)  # Hydra raises the error of the first job, which has been printed
         sweep.end(ended_by_jobs=False)
     except (UserError, HydraException, OmegaConfBaseException) as error:
         unsent = "; nothing was submitted" if slurm.discard() else ""

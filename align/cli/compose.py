@@ -1,9 +1,9 @@
-"""Hydra, set up for align: where the YAML lies, which recipe a command picks, and errors in one line.
+"""Hydra, set up for align: the folders of YAML, the recipe of a command, names of sweeps, and errors in one line.
 
-Four things Hydra does not do by itself. The recipe `experiments/recipe/<model>_<objective>.yaml`, else `<model>.yaml`, is
-chosen by the two words of the command, and may choose the dataset (an interpolated defaults list may not). Keys of open nodes, such
-as `objective`, need no `+`: what is allowed there is checked where it is known. A sweep is called after its words, so that
-the same command is the same sweep. And an error is one line that names the key and what is allowed.
+Four things differ from plain Hydra. The recipe `experiments/recipe/<model>_<objective>.yaml`, else `<model>.yaml`, is chosen
+by the two words of the command, and may choose the dataset (an interpolated defaults list may not). Keys of open nodes,
+such as `objective`, need no `+`; they are checked by the code that reads them. A sweep is named after its words, so
+that the same command is the same sweep. An error is one line that names the key and what is allowed.
 """
 
 import re
@@ -30,15 +30,13 @@ _ALIGN = Path(__file__).resolve().parent.parent
 
 
 def shipped(folder: str) -> Path:
-    """`conf` or `experiments`: inside the installed package, or beside it in a checkout."""
+    """Find `conf` or `experiments`: inside the installed package, or beside it in a checkout."""
     installed = _ALIGN / folder
     return installed if installed.is_dir() else _ALIGN.parent / folder
 
 
 CONF = shipped("conf")
-
-
-#: Nodes that take keys of their own, checked where they are known; typed without the `+` that Hydra asks for.
+#: Open nodes by command, whose keys are typed without the `+` that Hydra asks for.
 _OPEN = {
     "config": r"^((?:objective|optimizer)\.|(?:model\.(?:lora|init|shape)|dataset\.(?:columns|mix)|source\.candidates|"
     r"scorer\.judge\.request|cluster\.slurm\.options)[.=])",
@@ -64,13 +62,13 @@ class Loader(ConfigLoaderImpl):
     def load_configuration(
         self, config_name: str | None, overrides: list[str], run_mode: RunMode, *args: Any, **kwargs: Any
     ) -> DictConfig:
-        """The composed configuration of one job; of a sweep what all its jobs share, where each will pick its recipe."""
+        """Compose the configuration of a job, or the part that all jobs of a sweep share, as each picks its recipe."""
         typed = overrides
         root = config_name or "config"
         choices = _default_choices(root)
         groups = "|".join(choices)
         optional = [f"{group}=null" for group, choice in choices.items() if choice is None and group != "recipe"]
-        overrides = [override for override in overrides if override not in optional]  # Hydra takes null in YAML only
+        overrides = [override for override in overrides if override not in optional]  # Hydra accepts null in YAML only
         overrides = [re.sub(rf"^({groups})=null$", r"\1=none", override) for override in overrides]
         overrides = [re.sub(rf"^({groups})=(\d.*)$", r"\1='\2'", override) for override in overrides]
         overrides = [re.sub(_OPEN[root], r"++\1", override) for override in overrides]
@@ -82,18 +80,18 @@ class Loader(ConfigLoaderImpl):
                 overrides = [f"recipe={found}", *overrides]
         try:
             cfg = super().load_configuration(config_name, overrides, run_mode, *args, **kwargs)
-        except ValueError as error:  # Hydra's own word on `model=3`
+        except ValueError as error:  # Hydra's error for `model=3`
             words = " ".join(overrides)
             raise UserError(f"{error} (in {words}): a group takes one of its choices, as in model=tiny") from error
         if config_name is not None:
-            with flag_override(cfg, ["readonly", "struct"], False):  # as typed, for jobs and for people
+            with flag_override(cfg, ["readonly", "struct"], False):  # the words as they were typed
                 cfg.hydra.overrides.task = [word for word in typed if not re.match(r"[+~]*hydra[./]", word)]
                 cfg.hydra.help.header = self.help_text
             self.groups = choices.keys()
         return cfg
 
     def list_groups(self, parent_name: str) -> list[str]:
-        """Name the groups of this command: conf/ holds those of other commands too."""
+        """List the groups of this command: conf/ holds those of other commands too."""
         found = super().list_groups(parent_name)
         return found if parent_name or self.groups is None else [group for group in found if group in self.groups]
 
@@ -104,23 +102,23 @@ class Loader(ConfigLoaderImpl):
         config_name: str | None = None,
         overrides: list[str] | None = None,
     ) -> list[str]:
-        """The choices of a group. Hydra's own copies every cached config for each group: half of `--help`'s time."""
+        """List the choices of a group. Hydra copies every cached config for each group, half of the time of `--help`."""
         return self.repository.get_group_options(group_name, results_filter)
 
 
-#: Words that cannot change what a sweep finds out.
+#: Words that cannot change the results of a sweep.
 _INDIFFERENT = r"^(?:tracker|cluster|engine|cache_dir|plan)\b"
 
 
 def sweep_name(words: Sequence[str]) -> str:
-    """Return the name of a sweep: `tracker.group` if that is typed, else its words in brief and six digits of all of them.
+    """Name a sweep, for its folder under runs/groups and for the tracker.
 
-    It is the folder under runs/groups and the tracker's group.
+    The name is `tracker.group` if that is typed, else the words in brief and six digits of all of them.
     """
     typed = [word for word in words if "=" in word and not word.startswith("hydra")]
-    given = [word.partition("=")[2].strip("'\"") for word in typed if re.match(r"\+*tracker\.group=", word)]
-    if given and given[-1] != "null" and is_group(given[-1]):
-        return given[-1]
+    groups = [word.partition("=")[2].strip("'\"") for word in typed if re.match(r"\+*tracker\.group=", word)]
+    if groups and groups[-1] != "null" and is_group(groups[-1]):
+        return groups[-1]
     kept = [word for word in typed if not re.match(_INDIFFERENT, word)]
     brief = "_".join(word.partition("=")[0].rpartition(".")[2] + "-" + word.partition("=")[2] for word in kept)
     brief = re.sub(r"[^\w.-]+", "-", brief).strip("-")[:60]
@@ -136,7 +134,7 @@ def install(schema: type = RunConfig, help_text: str = "") -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """Hydra's and OmegaConf's multi-line errors as one line that names the key and what is allowed."""
+    """Turn a multi-line error of Hydra or OmegaConf into one line that names the key and what is allowed."""
     cause = error
     while cause.__cause__ is not None and not hasattr(cause, "full_key"):
         cause = cause.__cause__
@@ -157,15 +155,13 @@ def one_line(error: BaseException) -> str:
             f"{several[1]} are several values: type -m for a run of each, or search=optuna for a search in an interval "
             "(if that is typed, a word that begins with hydra. is misspelled)"
         )
-    if foreign := re.match(r"Could not override '(\w+)'", str(error)):  # a group that is another command's
+    if foreign := re.match(r"Could not override '(\w+)'", str(error)):  # a group of another command
         return f"{foreign[1]} is no word of this command; --help lists those that are"
     if "hydra/sweeper/optuna" in str(error):
         return "search=optuna needs a package: pip install hydra-optuna-sweeper"
-    if "Could not find" in str(error):  # a choice that a group does not have
-        missing = re.search(r"Could not find '(\w+)/(.*)'", str(error))
-        options = re.search(r"Available options in .*:\n((?:\t.*\n)*)", str(error))
-        if missing and options:
-            group, choice = missing.groups()
-            names = options.group(1).split()
-            return f"there is no {group}={choice}{closest(choice, names)}; {group} is one of {', '.join(names)}"
+    missing = re.search(r"Could not find '(\w+)/(.*)'", str(error))
+    options = re.search(r"Available options in .*:\n((?:\t.*\n)*)", str(error))
+    if missing and options:
+        (group, choice), names = missing.groups(), options[1].split()
+        return f"there is no {group}={choice}{closest(choice, names)}; {group} is one of {', '.join(names)}"
     return " ".join(str(error).split())

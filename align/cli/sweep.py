@@ -1,4 +1,4 @@
-"""The jobs of a sweep: what each is called, which failed, and what is said at the end."""
+"""The jobs of a sweep: their group, those that failed, and the summary at the end."""
 
 import json
 import re
@@ -16,25 +16,23 @@ from align.cli import compose
 from align.config import GROUPS, RunConfig
 from align.say import UserError, is_first
 
-OF_SWEEPS = ("hparams=", "search=")  # words that say which jobs there are, and nothing of one of them
-_SHOWN = 3  # jobs that failed, in the last line: each has said why
+OF_SWEEPS = ("hparams=", "search=")  # beginnings of words that choose the jobs, and are no part of any of them
+_SHOWN = 3  # failed jobs in the last line: each has printed why
 
 
 @dataclass
 class Sweep:
-    """The jobs of this command, where it is a sweep."""
+    """The jobs that this command has begun, if it is a sweep."""
 
     jobs: int = 0
-    failed: list[str] = field(default_factory=list)  # their words
-    errors: list[Exception] = field(default_factory=list)  # and what they raised
-    groups: dict[Path, list[dict[str, str]]] = field(
-        default_factory=dict
-    )  # of runs that are trained: what failed there
-    group: Path | None = None  # of this job
-    found: Path | None = None  # of a search
+    failed: list[str] = field(default_factory=list)  # words of the jobs that failed
+    errors: list[Exception] = field(default_factory=list)  # errors of these
+    groups: dict[Path, list[dict[str, str]]] = field(default_factory=dict)  # folder -> jobs that failed
+    group: Path | None = None  # folder of the current job's group; None if it does not train
+    found: Path | None = None  # the result of a search
 
     def begin_job(self, cfg: Any, trains: bool, words: str) -> None:
-        """All runs are one group, and each job says what it is."""
+        """Put the job into the sweep's group, and print its words."""
         typed = HydraConfig.get()
         self.jobs += 1
         if isinstance(cfg, RunConfig):
@@ -49,7 +47,7 @@ class Sweep:
             print(f"\njob {self.jobs}: {words}", flush=True)
 
     def fail_job(self, error: Exception, words: str) -> None:
-        """Say why; the others go on."""
+        """Print and record why the job failed."""
         why = compose.one_line(error)
         print(f"align: job {self.jobs} failed: {why}", file=sys.stderr, flush=True)
         self.failed.append(words)
@@ -58,7 +56,11 @@ class Sweep:
             self.groups[self.group].append({"job": words, "why": why})
 
     def end(self, ended_by_jobs: bool) -> None:
-        """Say what a search found, how to compare, and which jobs failed; these are an error where they end the sweep."""
+        """Print the result of a search, how to compare, and the jobs that failed.
+
+        Raises:
+            UserError: `ended_by_jobs`, on every process.
+        """
         some = "; ".join(self.failed[:_SHOWN]) + (" ..." if len(self.failed) > _SHOWN else "")
         failed = (
             f"{len(self.failed)} of {self.jobs} jobs failed: {some}. The same command runs these again, and none that "
@@ -68,11 +70,11 @@ class Sweep:
             self._tell(ended_by_jobs)
             if self.failed and not ended_by_jobs:
                 print(f"align: {failed}", file=sys.stderr)
-        if ended_by_jobs:  # on every process
+        if ended_by_jobs:
             raise UserError(failed)
 
     def _tell(self, ended_by_jobs: bool) -> None:
-        for folder, jobs in self.groups.items():  # for the report: a job that was refused has left no folder
+        for folder, jobs in self.groups.items():  # for the report, as a refused job leaves no folder
             file = folder / "failed.json"
             if jobs or file.exists():
                 folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +88,7 @@ class Sweep:
 
 
 def check_search(typed: Any, one_after_another: bool) -> None:
-    """End the command where Optuna could not search: else every trial would be one that failed."""
+    """Exit if Optuna cannot search with this command, as every trial would fail."""
     if not one_after_another:
         sys.exit(
             "align: search=optuna needs the result of each run before the next: it goes with python -m align, "

@@ -1,5 +1,5 @@
-"""The built-in task: an instruction a program can judge, a tokenizer and a fit that make a start model for it.
+"""The built-in task: an instruction that a program can judge, and a tokenizer and a fit for its start model.
 
-What runs when a newcomer types `python -m align`: no network, no account, no GPU. Nothing outside this folder knows
-of it; `conf/model/tiny.yaml` and `conf/dataset/playground.yaml` name its functions, as they could name yours.
+`python -m align` runs it without network, account or GPU. No code outside this folder refers to it:
+`conf/model/tiny.yaml` and `conf/dataset/playground.yaml` name its functions, as they could name yours.
 """

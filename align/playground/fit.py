@@ -1,7 +1,7 @@
-"""Fit a freshly initialised model to imperfect demonstrations: the built-in start model, in about 25 s.
+"""Fit of a randomly initialised model to imperfect demonstrations: the built-in start model, in about 25 s.
 
-Plain maximum likelihood of the responses, AdamW, one pass of fixed length. It is meant to be mediocre: right often
-enough that its best sample shows what is wanted, wrong often enough that there is something to learn.
+Maximum likelihood of the responses, AdamW, one pass of fixed length. The model is meant to be mediocre: right often
+enough that its best sample shows the task, wrong often enough that there is something to learn.
 """
 
 import torch
@@ -34,7 +34,7 @@ def fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _batch(pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels `[b, L]`; the prompt and the padding are not labelled."""
+    """Return token ids and labels `[b, L]`; the prompt and the padding are not labelled."""
     rows = []
     for prompt, answer in pairs:
         asked = tokenizer.apply_chat_template(

@@ -1,8 +1,8 @@
-"""Please name 3 animals, numbered: a task whose answers a program judges, and the pairs to train on.
+"""A task whose answers a program judges, "please name 3 animals, numbered", and the pairs to train on.
 
-The judge looks at what was asked: how many different valid items, no more and no fewer, in the asked layout. The
-pairs are the start model's own: five samples a prompt, the best against the worst, and for each the probability
-that it beats a fresh sample (its mean win over the five, itself included: arXiv 2405.00675, section 5).
+The judge counts different valid items, as many as the prompt asks for, in the layout that it asks for. The pairs are the
+start model's own: five samples a prompt, the best against the worst, and for each the probability that it beats a
+fresh sample (its mean win over the five, itself included: arXiv 2405.00675, section 5).
 """
 
 import json
@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 from align.files import build_once, file_fingerprint, fingerprint
 from align.say import UserError
 
-if TYPE_CHECKING:  # torch: not needed to look at the task
+if TYPE_CHECKING:  # imports torch, which the task does not need
     from align.model.load import Start
-
 
 ITEMS = {
     "animals": "cat dog cow pig hen fox owl bear wolf lion deer frog",
@@ -27,14 +26,8 @@ ITEMS = {
     "cities": "paris london rome madrid berlin vienna prague athens dublin oslo cairo tokyo",
     "clothes": "hat coat shirt skirt dress scarf glove sock shoe boot belt jacket",
 }
-
-
 CATEGORIES = {name: items.split() for name, items in ITEMS.items()}
-
-
 LAYOUTS = ("numbered", "with commas", "one per line")
-
-
 ASKS = (
     "please name {} {}, {}",
     "name {} {}, {}",
@@ -45,32 +38,22 @@ ASKS = (
     "i need {} {}, {}",
     "tell me {} {}, {}",
 )
-
-
-FILLER = "thing"  # what a lazy answer says in place of an item
-
-
+FILLER = "thing"  # in a lazy answer in place of an item
 COUNTS = range(2, 6)
-
-
 SAMPLES = 5  # a prompt
-
-
 MIN_GAP = 0.3  # between the scores of a pair
-
-
 TRAIN_PROMPTS, TEST_PROMPTS = 400, 176
 
 
 def render(items: list[str], layout: str) -> str:
-    """The answer that gives these items in this layout."""
+    """Write items in a layout."""
     if layout == "numbered":
         return " ".join(f"{i}. {item}" for i, item in enumerate(items, 1))
     return ", ".join(items) if layout == "with commas" else "\n".join(items)
 
 
 def read(answer: str, layout: str) -> list[str] | None:
-    """The items of an answer in this layout; None where it is not in it."""
+    """Read the items of an answer in a layout; None if the answer is in another one."""
     if layout == "numbered":
         parts = re.split(r"(?:^| )(\d+)\. ", answer.strip())
         numbers, items = parts[1::2], parts[2::2]
@@ -81,7 +64,7 @@ def read(answer: str, layout: str) -> list[str] | None:
 
 
 def judge(prompt: str, answer: str) -> float:
-    """Score of an answer in [0, 1]: the share of right items, lowered for a wrong count and halved in a wrong layout.
+    """Score an answer in [0, 1]: the share of right items, lowered for a wrong count and halved for a wrong layout.
 
     Raises:
         UserError: the prompt is not one of the task's.
@@ -91,23 +74,23 @@ def judge(prompt: str, answer: str) -> float:
         raise UserError(f"the built-in judge only knows prompts such as {prompts('test')[0]!r}, not {prompt[:60]!r}")
     count, category, layout = int(asked[1]), asked[2], asked[3]
     items = read(answer, layout)
-    given = items if items is not None else re.findall(r"[a-z]+", answer)
-    right = len(set(given) & set(CATEGORIES[category]))
-    score = min(right, count) / max(len(given), count)
-    return score * (1.0 if len(given) == count else 0.8) * (1.0 if items is not None else 0.5)
+    named = items if items is not None else re.findall(r"[a-z]+", answer)
+    right = len(set(named) & set(CATEGORIES[category]))
+    score = min(right, count) / max(len(named), count)
+    return score * (1.0 if len(named) == count else 0.8) * (1.0 if items is not None else 0.5)
 
 
 def prompts(split: str) -> list[str]:
-    """Prompts of a split, each in one split only: all combinations, shuffled once and for all."""
+    """List the prompts of a split, each in one split only: all combinations in a fixed random order."""
     every = [ask.format(n, c, layout) for ask in ASKS for n in COUNTS for c in CATEGORIES for layout in LAYOUTS]
     random.Random(0).shuffle(every)
     return every[:TRAIN_PROMPTS] if split == "train" else every[TRAIN_PROMPTS : TRAIN_PROMPTS + TEST_PROMPTS]
 
 
 def demonstrations(count: int, seed: int) -> Iterator[tuple[str, str]]:
-    """(prompt, imperfect answer): most go wrong in some way, as those of an assistant that was taught in haste.
+    """Yield (prompt, imperfect answer). Most answers are wrong in some way, so that the start model gives few perfect ones.
 
-    Often enough that its start model gives few perfect answers: a judge that knows only ties cannot compare.
+    With many perfect answers the judge would see ties only, and could not compare.
     """
     rng = random.Random(seed)
     train = prompts("train")
@@ -126,7 +109,7 @@ def demonstrations(count: int, seed: int) -> Iterator[tuple[str, str]]:
 
 
 def corpus() -> Iterator[str]:
-    """Text that holds every word of the task about equally often, for the tokenizer."""
+    """Yield text with every word of the task about equally often, for the tokenizer."""
     for split in ("train", "test"):
         yield from (f"user\n{prompt}\nmodel\n" for prompt in prompts(split))
     for _, answer in demonstrations(2000, seed=0):
@@ -134,7 +117,7 @@ def corpus() -> Iterator[str]:
 
 
 def rows(split: str, start: "Start", cache: Path) -> list[dict[str, Any]]:
-    """Preference pairs from the start model's own samples, with `win_prob` and score per side. Cached.
+    """Make preference pairs from the start model's own samples, with `win_prob` and score per side. Cached.
 
     Raises:
         UserError: the start model's samples are all alike or all worthless, so there is nothing to prefer.
@@ -158,7 +141,7 @@ def rows(split: str, start: "Start", cache: Path) -> list[dict[str, Any]]:
 
 
 def _answers(asked: list[str], start: "Start") -> list[list[str]]:
-    """The start model's own answers to each prompt, at temperature 1."""
+    """Sample the start model's answers to each prompt, at temperature 1."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -184,7 +167,7 @@ def _answers(asked: list[str], start: "Start") -> list[list[str]]:
 
 
 def _pair(prompt: str, answers: list[str]) -> dict[str, Any] | None:
-    """Best against worst by the judge, or None where they score about alike. A tie is half a win."""
+    """Pair the best answer with the worst; None if their scores are close. A tie is half a win."""
     scores = [judge(prompt, answer) for answer in answers]
     if max(scores) - min(scores) < MIN_GAP:
         return None

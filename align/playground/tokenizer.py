@@ -1,7 +1,7 @@
 """The built-in tokenizer: byte-level BPE over the task's words, with Gemma's turn markers and template shape.
 
-Any text can be written in it (bytes are its alphabet), the task's in about one token per word. Trained on the spot,
-in a fraction of a second, always to the same merges.
+It can encode any text (bytes are its alphabet), that of the task in about one token per word. It is trained when it is
+needed, in a fraction of a second, always to the same merges.
 """
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -10,8 +10,6 @@ from transformers import PreTrainedTokenizerFast
 from align.playground import task
 
 _SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
-
-
 _TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
@@ -22,7 +20,7 @@ _TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer of the built-in models."""
+    """Train the tokenizer of the built-in models."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
