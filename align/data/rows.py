@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from align.config import DatasetConfig, SourceConfig
 from align.files import file_fingerprint, fingerprint
-from align.model.load import Start
+from align.model.load import Start, is_local
 from align.say import UserError, resolve
 
 _OURS = ("prompt", "chosen", "rejected", "chosen_win_prob", "rejected_win_prob", "chosen_score", "rejected_score", "id")
@@ -122,13 +122,13 @@ def _load_source(
 def read_rows(key: str, path: str, split: str, source: SourceConfig) -> Rows:
     """Read the rows of a local file, a `save_to_disk` folder, or a hub dataset."""
     file = Path(path).expanduser()
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
     if file.is_file():
-        readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
         if file.suffix not in readers:
             raise UserError(f"{key}={path} ends in {file.suffix!r}; files can be {', '.join(readers)}")
         return Rows(rows=readers[file.suffix](file), fingerprint=file_fingerprint(file), where=path)
     if not file.is_dir():
-        if path.startswith(("/", ".", "~")) or file.suffix in (".jsonl", ".json", ".parquet"):
+        if is_local(path) or file.suffix in readers:
             raise UserError(f"{key}={path} does not exist; it is taken from the working folder {Path.cwd()}")
         return _read_hub(key, path, split, source)
     try:

@@ -1,4 +1,4 @@
-"""From the `cluster` node of the configuration to the processes of a run. Refuses a cluster that cannot work."""
+"""The processes of a run, by the `cluster` node of the configuration. Refuses a cluster that cannot work."""
 
 import os
 

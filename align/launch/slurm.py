@@ -109,7 +109,7 @@ def _parameters(cluster: ClusterConfig, per_node: int, on_gpu: bool) -> dict[str
 
 
 def take_place() -> None:
-    """In one of several tasks of srun, set the variables that torchrun would set."""
+    """Set the variables that torchrun would set, if this is one of several tasks of srun."""
     env = os.environ
     if "SLURM_STEP_ID" not in env or "RANK" in env or env["SLURM_NTASKS"] == "1":
         return

@@ -27,7 +27,7 @@ from align.launch.rank import Cluster, Rank, alone, join, leave
 from align.model.load import load_policy
 from align.runs.iteration import training
 from align.say import Stopped, UserError
-from align.tracking.trackers import NoTracker
+from align.tracking.trackers import Tracker
 from align.train.train import train
 
 # What a cluster comes to --------------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def train_twice(jobs: list[Any]) -> list[int]:
         alone(job.cluster)
         policy = load_policy(job.cfg.model, job.start, job.cfg.seed)
         sizes.append(sum(weight.numel() for weight in policy.parameters()))
-        train(job, NoTracker())
+        train(job, Tracker())
     return sizes
 
 
