@@ -1,5 +1,6 @@
 """What the tests share: a way to type a command, tiny models made on the spot, and small files of pairs."""
 
+import functools
 import gc
 import json
 import os
@@ -15,8 +16,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+from hydra._internal.utils import create_config_search_path
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, flag_override
 
 from align.__main__ import main
+from align.cli import compose
+from align.config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -84,6 +90,46 @@ def align(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], t
         return Result(status, said.out, said.err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def composition() -> Callable[..., DictConfig]:
+    """Words -> what `align <words>` composes, Hydra's own node too. Nothing runs, and the same words are composed once."""
+    loader = compose.Loader(create_config_search_path(str(compose.CONF)))
+
+    @functools.cache
+    def node(*words: str) -> DictConfig:
+        compose.install()  # a command that was typed in this process may have left another schema
+        return loader.load_configuration("config", list(words), RunMode.RUN)
+
+    return node
+
+
+@pytest.fixture(scope="session")
+def composed(composition) -> Callable[..., RunConfig]:
+    """Words -> the settings of a run that they compose."""
+
+    def settings(*words: str) -> RunConfig:
+        node = composition(*words).copy()
+        with flag_override(node, ["readonly", "struct"], False):
+            del node["hydra"]
+        return OmegaConf.to_object(node)
+
+    return settings
+
+
+@pytest.fixture
+def jobs(align, monkeypatch) -> Callable[..., list[RunConfig]]:
+    """Type a command and get the settings of each of its runs; nothing runs, and each returns 0.5."""
+
+    def type_(*words: str) -> list[RunConfig]:
+        configs: list[RunConfig] = []
+        monkeypatch.setattr("align.runs.spine.carry_out", lambda cfg: configs.append(cfg) or 0.5)
+        result = align(*words, tracker="")
+        assert result.status == 0, result.err
+        return configs
+
+    return type_
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,14 @@ import datasets
 import pytest
 import torch
 from conftest import pair_row, quick, save_tiny, write_jsonl
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from align.cli.compose import one_line
 from align.config import RunConfig
+from align.runs.prepare import prepare
+from align.say import UserError
 from align.train.optim import OWNED
 
 Setup = Callable[[Path, Path], object]  # (working folder, tiny model) -> whatever
@@ -598,19 +603,46 @@ CLUSTER = [
 ]
 
 
-@pytest.mark.parametrize("case", [*KEYS, *GROUPS, *OBJECTIVES, *OPTIMIZERS, *DATA, *MODELS, *RUNS, *CLUSTER])
-def test_a_bad_input_is_refused_in_one_line(case, align, tiny_llama, pairs_file, tmp_path, monkeypatch):
+TABLE = [*KEYS, *GROUPS, *OBJECTIVES, *OPTIMIZERS, *DATA, *MODELS, *RUNS, *CLUSTER]
+LATER = {  # found when the model, the optimizer or the folder is made
+    *("no_weights", "weights_that_are_none", "small_embedding", "attention", "heads_to_initialise", "fit"),
+    *("LoRA_field", "LoRA_dropout", "adam_beta", "optim_without_its_package", "run_dir_below_a_file"),
+}
+TYPED = LATER | {
+    *("key_at_the_top", "word_without_=", "recipe", "beta_0", "line_that_is_not_JSON", "hub_model"),
+    *("folder_of_another_run", "online", "eight_GPUs_where_there_is_none", "slurm_without_submitit"),
+}
+
+
+@pytest.fixture
+def words(case, align, tiny_llama, pairs_file, tmp_path, monkeypatch):
+    """The words of a row, on a machine and in a folder that are as the row says."""
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     for name, value in case.env.items():
         monkeypatch.setenv(name, value)
     case.machine(monkeypatch)
     case.setup(tmp_path, tiny_llama)
+    tracker = [f"tracker={case.tracker}"] if case.tracker else []
+    return [*case.words, *tracker] if case.alone else quick(tiny_llama, pairs_file, *case.words, *tracker)
+
+
+@pytest.mark.parametrize("case", [row for row in TABLE if row.id not in TYPED])
+def test_a_bad_input_is_refused_in_one_line_before_a_model_is_loaded(case, words, composed, tmp_path):
     before = set(tmp_path.rglob("*"))
+    with pytest.raises((UserError, HydraException, OmegaConfBaseException)) as refused:
+        prepare(composed(*words))
+    line = one_line(refused.value)
+    assert "\n" not in line
+    for fragment in case.says:
+        assert fragment in line
+    assert set(tmp_path.rglob("*")) == before, "what is refused leaves nothing behind"
 
-    words = case.words if case.alone else quick(tiny_llama, pairs_file, *case.words)
-    result = align(*words, tracker=case.tracker)
 
+@pytest.mark.parametrize("case", [row for row in TABLE if row.id in TYPED])
+def test_a_command_that_is_refused_says_one_line_and_leaves_nothing_behind(case, words, align, tmp_path):
+    before = set(tmp_path.rglob("*"))
+    result = align(*words, tracker="")
     assert result.status != 0
     lines = result.err.splitlines()
     assert len(lines) == 1, result.err
@@ -618,6 +650,10 @@ def test_a_bad_input_is_refused_in_one_line(case, align, tiny_llama, pairs_file,
     for fragment in case.says:
         assert fragment in lines[0]
     assert set(tmp_path.rglob("*")) == before, "a refused command leaves nothing behind"
+
+
+def test_every_row_that_is_typed_is_in_the_table():
+    assert {row.id for row in TABLE} >= TYPED
 
 
 @pytest.mark.parametrize("theirs, ours", OWNED.items())

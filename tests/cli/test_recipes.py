@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import yaml
-from hydra.core.hydra_config import HydraConfig
 
 import objectives
 from align.choices import Device, Launcher, Precision, Rejected, Source, Strategy, WinProb
@@ -216,18 +215,10 @@ def command(recipe) -> list[str]:
     return second.removeprefix("# python -m align ").split()
 
 
-@pytest.fixture
-def composed(align, monkeypatch):
-    """Type a command and get the configurations its runs would get; nothing runs."""
-
-    def type_(*words):
-        configs = []
-        monkeypatch.setattr("align.runs.spine.carry_out", configs.append)
-        result = align(*words, tracker="")
-        assert result.status == 0, result.err
-        return configs
-
-    return type_
+def published_words(name: str) -> tuple[str, ...]:
+    """The words that pick a recipe of the table."""
+    model, objective = name.rsplit("_", 1)
+    return PUBLISHED[name].words or (f"objective={objective}", f"model={model}")
 
 
 def test_every_recipe_is_in_the_table_or_built_in():
@@ -236,24 +227,18 @@ def test_every_recipe_is_in_the_table_or_built_in():
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
-def test_the_command_in_a_recipe_picks_that_recipe(recipe, align, monkeypatch):
+def test_the_command_in_a_recipe_picks_that_recipe(recipe, composition):
     words = command(recipe)
     if recipe.stem in PUBLISHED and not PUBLISHED[recipe.stem].words:
         model, objective = recipe.stem.rsplit("_", 1)
         assert words == [f"objective={objective}", f"model={model}"]
-    picked = []
-    for runs in ("align.runs.spine.carry_out",):
-        monkeypatch.setattr(runs, lambda cfg: picked.append(HydraConfig.get().runtime.choices["recipe"]))
-    result = align(*words)
-    assert result.status == 0, result.err
-    assert picked == [recipe.stem]
+    assert composition(*words).hydra.runtime.choices["recipe"] == recipe.stem
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_recipe_has_every_published_figure(name, composed):
     row = PUBLISHED[name]
-    model, objective = name.rsplit("_", 1)
-    (cfg,) = composed(*(row.words or (f"objective={objective}", f"model={model}")))
+    cfg = composed(*published_words(name))
     assert cfg.model.path == row.model
     assert cfg.model.attn_implementation == row.attention
     assert cfg.model.lora == {}
@@ -283,8 +268,7 @@ def test_a_recipe_has_every_published_figure(name, composed):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_recipe_makes_its_pairs_as_published(name, composed):
     row = PUBLISHED[name]
-    model, objective = name.rsplit("_", 1)
-    (cfg,) = composed(*(row.words or (f"objective={objective}", f"model={model}")))
+    cfg = composed(*published_words(name))
     if row.selfplay is None:
         assert (cfg.source, cfg.iterations, cfg.scorer) == (PairSourceConfig(), 1, ScorerConfig())
         return
@@ -302,7 +286,7 @@ def test_a_recipe_makes_its_pairs_as_published(name, composed):
 
 @pytest.mark.parametrize("model", ["gemma2_9b", "llama3_8b"])
 def test_sppo_can_be_one_iteration_on_the_authors_pairs(model, composed):
-    (cfg,) = composed("objective=sppo", f"model={model}", "source=dataset", "dataset=sppo_iter1", "iterations=1")
+    cfg = composed("objective=sppo", f"model={model}", "source=dataset", "dataset=sppo_iter1", "iterations=1")
     check_settings(cfg)
     assert cfg.source.name is Source.dataset
     assert cfg.dataset.path == "UCLAML/synthetic_data_mistral-7b-instruct-sppo-iter1_score"
@@ -318,7 +302,7 @@ def test_hybrid_data_are_refused_without_their_further_answers(align):
 
 @pytest.mark.parametrize("objective", sorted(file.stem for file in CONF.glob("objective/*.yaml")))
 def test_the_built_in_task_plays_itself_as_its_own_pairs_were_made(objective, composed):
-    (cfg,) = composed(f"objective={objective}", "source=selfplay", "iterations=3")
+    cfg = composed(f"objective={objective}", "source=selfplay", "iterations=3")
     assert (cfg.model.name, cfg.dataset.name, cfg.iterations) == ("tiny", "playground", 3)
     drawn, chosen = cfg.sampling, cfg.selection
     assert (drawn.samples, drawn.temperature, drawn.top_p, drawn.max_new_tokens) == (task.SAMPLES, 1.0, 1.0, 64)
@@ -352,9 +336,9 @@ def test_every_yaml_composes_to_a_run_that_passes_the_checks(file, composed):
     words = [f"{file.parent.name}={file.stem}"]
     if file.stem == "local" and file.parent.name == "model":
         words.append("model.path=my-model")
-    (cfg,) = composed(*words)
+    cfg = composed(*words)
     if cfg.dataset.name == "local":
-        (cfg,) = composed(*words, "dataset.path=pairs.jsonl")
+        cfg = composed(*words, "dataset.path=pairs.jsonl")
     check_settings(cfg)
     chosen = getattr(cfg, file.parent.name)
     if file.parent.name in ("model", "dataset"):
@@ -382,7 +366,7 @@ CLUSTERS = {  # device, nodes, processes on each, strategy, launcher
 
 @pytest.mark.parametrize("name", sorted({file.stem for file in CONF.glob("cluster/*.yaml")} | CLUSTERS.keys()))
 def test_a_cluster_is_what_its_name_says(name, composed):
-    (cfg,) = composed("objective=wpo", "model=gemma2_9b", f"cluster={name}")
+    cfg = composed("objective=wpo", "model=gemma2_9b", f"cluster={name}")
     cluster = cfg.cluster
     made = (cluster.device, cluster.nodes, cluster.processes, cluster.strategy, cluster.launcher)
     assert made == CLUSTERS[name]
@@ -405,7 +389,7 @@ def test_a_dataset_says_in_its_first_line_what_it_is(file):
 @pytest.mark.parametrize("file", sorted(CONF.glob("scorer/*.yaml")), ids=lambda file: file.stem)
 def test_a_scorer_says_where_it_is_from_and_what_to_type(file, composed):
     comment = " ".join(line[2:] for line in file.read_text().splitlines() if line.startswith("# "))
-    (cfg,) = composed(f"scorer={file.stem}")
+    cfg = composed(f"scorer={file.stem}")
     if cfg.scorer.path is not None:
         assert comment.startswith(f"https://huggingface.co/{cfg.scorer.path} ")
     if cfg.scorer.name is not None:
@@ -417,6 +401,7 @@ def test_every_built_in_scorer_can_be_typed():
     assert {file.stem for file in CONF.glob("scorer/*.yaml")} == {"dataset", *registry._BUILT_IN}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
 def test_a_recipe_trains_one_step(recipe, align, tiny_llama, tiny_gemma2, pairs_file, tmp_path):
     words = [word for word in command(recipe) if not word.startswith("dataset.path=")]

@@ -20,64 +20,47 @@ from align.runs import spine
 SPACES = sorted(file.stem for file in CONF.glob("hparams/*.yaml"))
 
 
-@pytest.fixture
-def composed(align, monkeypatch):
-    """Type a command and get the configurations its runs would get; nothing runs, and each returns 0.5."""
-
-    def type_(*words):
-        configs = []
-        for runs in ("align.runs.spine.carry_out",):
-            monkeypatch.setattr(runs, lambda cfg: configs.append(cfg) or 0.5)
-        result = align(*words, tracker="")
-        assert result.status == 0, result.err
-        return configs
-
-    return type_
-
-
 # Which jobs there are ------------------------------------------------------------------------------------------------
 
 
-def test_jobs_over_objectives_each_take_the_recipe_of_the_built_in_task(composed):
+def test_jobs_over_objectives_each_take_the_recipe_of_the_built_in_task(jobs):
     """Their values: experiments/recipe/tiny_<objective>.yaml."""
-    jobs = composed("-m", "objective=dpo,simpo,sppo,wpo")
-    assert [(job.objective["name"], job.objective.get("beta"), job.optimizer["learning_rate"]) for job in jobs] == [
+    made = jobs("-m", "objective=dpo,simpo,sppo,wpo")
+    assert [(job.objective["name"], job.objective.get("beta"), job.optimizer["learning_rate"]) for job in made] == [
         ("dpo", 1.0, 3e-4),
         ("simpo", 2.0, 1.3e-4),
         ("sppo", 0.1, 5e-4),
         ("wpo", None, 3e-4),
     ]
-    assert jobs[3].objective["base"] == {"name": "dpo", "beta": 1.0}
+    assert made[3].objective["base"] == {"name": "dpo", "beta": 1.0}
 
 
 @pytest.mark.parametrize("space", SPACES)
-def test_a_search_space_is_a_sweep_without_further_words_and_its_first_line_is_its_command(space, composed):
+def test_a_search_space_is_a_sweep_without_further_words_and_its_first_line_is_its_command(space, jobs):
     first, second = (CONF / "hparams" / f"{space}.yaml").read_text().splitlines()[:2]
     assert first == "# @package _global_"
     words, _, runs = second.removeprefix("# python -m align ").partition("      ")
-    jobs = composed(*words.split())
-    assert len(jobs) == int(runs.split()[0])
-    assert {job.objective["name"] for job in jobs} == {space.split("_")[0]}
-    settings = [json.dumps([job.objective, job.optimizer["learning_rate"]]) for job in jobs]
-    assert len(set(settings)) == len(jobs)
-    assert len({job.tracker.group for job in jobs}) == 1
+    made = jobs(*words.split())
+    assert len(made) == int(runs.split()[0])
+    assert {job.objective["name"] for job in made} == {space.split("_")[0]}
+    settings = [json.dumps([job.objective, job.optimizer["learning_rate"]]) for job in made]
+    assert len(set(settings)) == len(made)
+    assert len({job.tracker.group for job in made}) == 1
 
 
-def test_a_key_that_is_typed_is_not_searched(composed):
-    jobs = composed("hparams=simpo_small", "model=gemma2_9b", "objective.beta=10", "optimizer.learning_rate=8e-7")
-    found = [(job.objective["beta"], job.objective["gamma_beta_ratio"]) for job in jobs]
+def test_a_key_that_is_typed_is_not_searched(jobs):
+    made = jobs("hparams=simpo_small", "model=gemma2_9b", "objective.beta=10", "optimizer.learning_rate=8e-7")
+    found = [(job.objective["beta"], job.objective["gamma_beta_ratio"]) for job in made]
     assert found == [(10, 0.3), (10, 0.5)]
-    assert {job.dataset.name for job in jobs} == {"gemma2_ultrafeedback_armorm"}  # of the recipe gemma2_9b_simpo
+    assert {job.dataset.name for job in made} == {"gemma2_ultrafeedback_armorm"}  # of the recipe gemma2_9b_simpo
 
 
-def test_a_job_knows_the_command_that_makes_it_alone(composed):
-    jobs = composed("hparams=simpo_tiny", "objective.gamma_beta_ratio=0.5", "optimizer.learning_rate=1e-4")
-    assert jobs[1].command == (
+def test_a_job_knows_the_command_that_makes_it_alone(jobs):
+    made = jobs("hparams=simpo_tiny", "objective.gamma_beta_ratio=0.5", "optimizer.learning_rate=1e-4")
+    assert made[1].command == (
         "python -m align objective=simpo objective.beta=2.0 objective.gamma_beta_ratio=0.5 optimizer.learning_rate=0.0001"
     )
-    assert (
-        composed("objective=simpo", "objective.beta=3")[0].command == "python -m align objective=simpo objective.beta=3"
-    )
+    assert jobs("objective=simpo", "objective.beta=3")[0].command == "python -m align objective=simpo objective.beta=3"
 
 
 def test_the_same_words_are_the_same_sweep_whatever_they_run_on():
@@ -93,8 +76,8 @@ def test_the_same_words_are_the_same_sweep_whatever_they_run_on():
     )  # refused by each job, and no folder made of it
 
 
-def test_a_word_that_is_null_leaves_a_search_space_or_a_recipe_out(composed):
-    (job,) = composed("hparams=null", "search=null", "recipe=null")
+def test_a_word_that_is_null_leaves_a_search_space_or_a_recipe_out(jobs):
+    (job,) = jobs("hparams=null", "search=null", "recipe=null")
     assert (job.objective["name"], job.optimizer["learning_rate"]) == ("dpo", 5e-7)  # the recipe has 3e-4
 
 
@@ -254,8 +237,8 @@ def test_several_values_without_m_say_what_to_type(align, typed):
     assert result.err.startswith(f"align: {typed} are several values: type -m for a run of each")
 
 
-def test_m_may_stand_anywhere(composed):
-    assert [job.seed for job in composed("objective=dpo", "-m", "seed=1,2")] == [1, 2]
+def test_m_may_stand_anywhere(jobs):
+    assert [job.seed for job in jobs("objective=dpo", "-m", "seed=1,2")] == [1, 2]
 
 
 def test_a_search_without_its_package_says_what_to_install(align, monkeypatch):
