@@ -4,7 +4,7 @@ import sys
 
 from align.cli.command import job_of, one_line_errors
 from align.cli.sweep import Sweep
-from align.say import closest, resolve
+from align.say import UserError, closest, resolve
 
 HELP = """align: train a policy on preference pairs, judge it, compare runs.
 
@@ -14,10 +14,10 @@ HELP = """align: train a policy on preference pairs, judge it, compare runs.
   align VERB ...                               a verb; align VERB --help explains it
 """
 
-#: Verb -> its purpose, and the function that reads its words itself.
+#: Verb -> its purpose, and the function that takes its words, whose module says what they are.
 TOOLS = {
-    "report": ("compare finished runs on one page", "align.report.command:main"),
-    "dashboard": ("lay out a wandb project for comparing runs", "align.tracking.dashboard:main"),
+    "report": ("compare finished runs on one page", "align.report.command:report"),
+    "dashboard": ("lay out a wandb project for comparing runs", "align.tracking.dashboard:dashboard"),
 }
 
 #: Verb -> its purpose, the function that gets its composed configuration, the YAML of conf/, and the type of that.
@@ -46,13 +46,24 @@ def main() -> None:
             "the words of a run are key=value"
         )
     if verb in TOOLS:
-        resolve(TOOLS[verb][1], verb)()
+        _use(TOOLS[verb][1], sys.argv[1:])
         return
     listed = "".join(f"\n  {name:<10} {purpose}" for name, (purpose, *_) in verbs.items())
     purpose, *stage = STAGES.get(verb, ("",))
     sweep = Sweep()
     with one_line_errors(sweep):
         job_of(sweep, f"align {verb} {purpose}\n" if stage else f"{HELP}{listed}\n", *stage)()
+
+
+def _use(tool: str, words: list[str]) -> None:
+    function = resolve(tool, "verb")
+    if {"-h", "--help"} & {*words}:
+        print(sys.modules[function.__module__].__doc__)
+        return
+    try:
+        function(words)
+    except UserError as error:
+        sys.exit(f"align: {error}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 REPORT = {"say", "files", "metrics", "stats"}  # it knows files, and nothing of the machine
-NOT_YET = {("train", "evaluation"), ("report", "onpolicy")}
+NOT_YET = {("train", "evaluation")}
 INSIDE = [
     {"layout"},
     {"attention", "head", "batching"},
@@ -37,6 +37,7 @@ OWNERS = {
     "deepspeed": "launch",
     "submitit": "launch",
     "matplotlib": "report",
+    "jinja2": "report",
     "vllm": "onpolicy",
     "lm_eval": "evaluation",
 }

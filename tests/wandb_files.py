@@ -8,7 +8,10 @@ from pathlib import Path
 
 def read_offline(folder: Path) -> list[dict]:
     """The offline wandb runs under a folder, in the order they began, one for each stretch. LevelDB's log framing, protobuf."""
+    import wandb
     from wandb.proto import wandb_internal_pb2 as protocol
+
+    wandb.teardown()  # its service writes behind the end of a run
 
     def values(items) -> dict:
         return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}

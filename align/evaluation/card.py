@@ -58,38 +58,38 @@ def model_card(
         config: the resolved configuration, nested.
         measured: what becomes results.json.
     """
-    rows = table(measured["start"], measured["trained"], "card")
-    base = start.path if not cfg.model.init else "built in, see `model.init` below"
-    header = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if not cfg.model.init:
-        header.append(f"base_model: {start.path}")
-    header += ["tags:", "- align", f"- {cfg.objective['name']}", "---"]
-    results = ["| | start | trained |", "| --- | ---: | ---: |", *(f"| {' | '.join(row)} |" for row in rows)]
-    versions = {m.__name__: m.__version__ for m in (align, torch, transformers, datasets)}
+    base = "built in, see `model.init` below" if cfg.model.init else start.path
+    base_model = "" if cfg.model.init else f"base_model: {start.path}\n"
+    revision = f" at revision {cfg.model.revision}" if cfg.model.revision else ""
     hyper = ", ".join(f"`{name}={value}`" for name, value in cfg.objective.items() if name != "name")
-    return "\n".join(
-        [
-            *header,
-            "",
-            f"# {cfg.model.name} trained with {cfg.objective['name']}",
-            "",
-            f"- Objective: **{cfg.objective['name']}**, {hyper}",
-            f"- Start model: {base}" + (f" at revision {cfg.model.revision}" if cfg.model.revision else ""),
-            f"- Data: {cfg.dataset.name}, {cfg.dataset.path or cfg.dataset.rows or 'a mix'}; {pairs.counts['train']['pairs']} pairs, "
-            f"fingerprint `{pairs.fingerprint}`",
-            f"- Batch: {cfg.train.pairs_per_step} pairs a step; learning rate {cfg.optimizer.get('learning_rate')}; seed {cfg.seed}",
-            f"- Made with {', '.join(f'{name} {version}' for name, version in versions.items())}",
-            f"- Cost: {cost_line(measured['cost'])}",
-            "",
-            "## Results",
-            "",
-            *results,
-            "",
-            "## Configuration",
-            "",
-            "```json",
-            json.dumps(config, indent=2, default=str),
-            "```",
-            "",
-        ]
-    )
+    versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (align, torch, transformers, datasets))
+    rows = "\n".join(f"| {' | '.join(row)} |" for row in table(measured["start"], measured["trained"], "card"))
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+{base_model}tags:
+- align
+- {cfg.objective["name"]}
+---
+
+# {cfg.model.name} trained with {cfg.objective["name"]}
+
+- Objective: **{cfg.objective["name"]}**, {hyper}
+- Start model: {base}{revision}
+- Data: {cfg.dataset.name}, {cfg.dataset.path or cfg.dataset.rows or "a mix"}; {pairs.counts["train"]["pairs"]} pairs, fingerprint `{pairs.fingerprint}`
+- Batch: {cfg.train.pairs_per_step} pairs a step; learning rate {cfg.optimizer.get("learning_rate")}; seed {cfg.seed}
+- Made with {versions}
+- Cost: {cost_line(measured["cost"])}
+
+## Results
+
+| | start | trained |
+| --- | ---: | ---: |
+{rows}
+
+## Configuration
+
+```json
+{json.dumps(config, indent=2, default=str)}
+```
+"""

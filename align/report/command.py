@@ -5,7 +5,6 @@ results.csv into `out`; without it, into the folder, or into what several have i
 """
 
 import os
-import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,10 +19,10 @@ def report(words: Sequence[str]) -> Path:
     Raises:
         UserError: anything the user can put right.
     """
-    from align.report.methods import study
-    from align.report.page import page
+    from align.report.page import markdown, page
     from align.report.read import read_runs
-    from align.report.text import markdown, results_csv, size
+    from align.report.study import study
+    from align.report.text import results_csv, size
 
     options = dict(word.split("=", 1) for word in words if "=" in word and not Path(word).exists())
     if unknown := options.keys() - {"out"}:
@@ -46,15 +45,3 @@ def report(words: Sequence[str]) -> Path:
     for name in files:
         print(out / name)
     return out / "report.html"
-
-
-def main() -> None:
-    """The command."""
-    words = sys.argv[1:]
-    if {"-h", "--help"} & {*words}:
-        print(__doc__)
-        return
-    try:
-        report(words)
-    except UserError as error:
-        sys.exit(f"align: {error}")

@@ -6,13 +6,13 @@ alone. No figure holds a script: what can be pointed at carries its words in `<t
 """
 
 import io
+import itertools
 import math
 import re
 import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
 from typing import Any
@@ -25,37 +25,20 @@ from matplotlib.ticker import MaxNLocator
 
 from align.stats.intervals import Estimate
 
+Point = tuple[float, ...]  # of a line: x, the mean over seeds, the least and the greatest of them
+
 SERIES = 8  # colours; a ninth method has the first one again, dashed
-
-
 _INK, _MUTED, _LINE, _HEAT, _PAPER = "#010101", "#020202", "#030303", "#040404", "#060606"
-
-
 _COLOURS = [f"#0505{number:02x}" for number in range(SERIES)]
-
-
 _VARIABLES = {_INK: "ink", _MUTED: "muted", _LINE: "line", _HEAT: "heat", _PAPER: "paper"} | {
     colour: f"c{number}" for number, colour in enumerate(_COLOURS)
 }
-
-
 _WIDTH = 3.5  # inches, of 96 pixels each: what a phone shows unscaled
-
-
 _LONG_LABEL = 18  # characters
-
-
 _LINE_OF_LABEL = 44
-
-
 _BEHIND: Any = {"facecolor": _PAPER, "edgecolor": "none", "pad": 0.8}
-
-
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
-
-
 _MARKERS = "osD^vPXh"
-
 
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -84,22 +67,10 @@ _STYLE: Any = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Series:
-    """A line: the mean over seeds and the range of them."""
-
-    number: int  # of the method
-    label: str
-    x: Sequence[float]
-    mean: Sequence[float]
-    low: Sequence[float]
-    high: Sequence[float]
-
-
 def whiskers(
     rows: Sequence[tuple[int, str, Estimate]], label: str, line: float | None, hollow: Set[int] = frozenset()
 ) -> str:
-    """A row for each (number, label, estimate): the mean, and its 95% interval where there is one; a dashed line.
+    """Draw a row for each (number, label, estimate): the mean, its 95% interval where there is one, a dashed line.
 
     Among intervals over seeds one over prompts only is dotted: it promises less, however short it is.
     """
@@ -118,15 +89,8 @@ def whiskers(
             marker = _MARKERS[number % SERIES]
             axes.plot([value.mean], [at], marker, color=colour, markersize=6, markerfacecolor=inside, gid=_gid(number))
             if above:
-                axes.text(
-                    0.005,
-                    at - 0.25,
-                    names[at],
-                    transform=axes.get_yaxis_transform(),
-                    fontsize=9,
-                    va="bottom",
-                    bbox=_BEHIND,
-                )
+                beside: Any = {"transform": axes.get_yaxis_transform(), "fontsize": 9, "va": "bottom", "bbox": _BEHIND}
+                axes.text(0.005, at - 0.25, names[at], **beside)
         if line is not None:
             axes.axvline(line, color=_MUTED, linewidth=1, linestyle=(0, (3, 3)))
         if above:
@@ -141,17 +105,18 @@ def whiskers(
         return _svg(figure, label)
 
 
-def curves(title: str, series: Sequence[Series], x_label: str) -> str:
-    """Lines over steps or iterations, the range over seeds behind them."""
+def curves(title: str, lines: Mapping[int, Sequence[Point]], x_label: str) -> str:
+    """Draw the lines of methods by number, over steps or iterations; the range over seeds is behind them."""
     with _figure(_WIDTH, 2.2) as (figure, axes):
-        for one in series:
-            colour, dash = _COLOURS[one.number % SERIES], _DASHES[one.number // SERIES % len(_DASHES)]
-            if any(high > low for low, high in zip(one.low, one.high, strict=True)):
-                axes.fill_between(one.x, one.low, one.high, color=colour, alpha=0.15, linewidth=0, gid=_gid(one.number))
-            marker = _MARKERS[one.number % SERIES] if len(one.x) <= 12 else None
-            axes.plot(
-                one.x, one.mean, color=colour, linestyle=dash, marker=marker, markersize=3.5, gid=_gid(one.number)
-            )
+        for number, points in lines.items():
+            if not points:
+                continue
+            x, mean, low, high = zip(*points, strict=True)
+            colour, dash = _COLOURS[number % SERIES], _DASHES[number // SERIES % len(_DASHES)]
+            if low != high:
+                axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0, gid=_gid(number))
+            marker = _MARKERS[number % SERIES] if len(x) <= 12 else None
+            axes.plot(x, mean, color=colour, linestyle=dash, marker=marker, markersize=3.5, gid=_gid(number))
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel(x_label)
@@ -159,7 +124,7 @@ def curves(title: str, series: Sequence[Series], x_label: str) -> str:
 
 
 def sweep_line(title: str, x_label: str, points: Sequence[tuple[float, Estimate]], low: float, high: float) -> str:
-    """A figure over one number, with its intervals; the axis holds `low` to `high`."""
+    """Draw a figure over one number, with its intervals; the axis holds `low` to `high`."""
     points = sorted(points, key=lambda point: point[0])
     xs = [x for x, _ in points]
     with _figure(_WIDTH, 2.2) as (figure, axes):
@@ -187,45 +152,40 @@ def heat_map(
     best: tuple[float, float] | None,
     bold: Set[tuple[float, float]],
 ) -> str:
-    """A value for each (x, y), written on it; deeper is higher, `best` is framed. An empty cell has no complete run."""
+    """Draw a value for each (x, y), written on it; deeper is higher, `best` is framed. An empty cell has no complete run."""
     xs, ys = (sorted({key[axis] for key in cells}) for axis in (0, 1))
     finite = [value for value in cells.values() if math.isfinite(value)]
     low, high = min(finite), max(finite)
     with _figure(0.6 + 0.6 * len(xs), 0.85 + 0.36 * len(ys)) as (figure, axes):
-        for column, x in enumerate(xs):
-            for row, y in enumerate(ys):
-                value = cells.get((x, y), math.nan)
-                known = math.isfinite(value)
-                depth = 0.06 + 0.5 * ((value - low) / (high - low) if high > low else 0.5) if known else 0.0
-                where = (column - 0.48, row - 0.46)
-                axes.add_patch(Rectangle(where, 0.96, 0.92, color=_HEAT, alpha=depth, linewidth=0))
-                if (x, y) == best:
-                    axes.add_patch(Rectangle(where, 0.96, 0.92, fill=False, edgecolor=_INK, linewidth=1.4))
-                text = f"{value:.{digits}f}".replace("-", "−") if known else "–"
-                weight = "bold" if (x, y) in bold else "normal"
-                colour = _INK if known else _MUTED
-                axes.text(column, row, text, ha="center", va="center", color=colour, fontweight=weight)
-        axes.set_xlim(-0.5, len(xs) - 0.5)
-        axes.set_ylim(-0.5, len(ys) - 0.5)
+        for (column, x), (row, y) in itertools.product(enumerate(xs), enumerate(ys)):
+            value = cells.get((x, y), math.nan)
+            known = math.isfinite(value)
+            depth = 0.06 + 0.5 * ((value - low) / (high - low) if high > low else 0.5) if known else 0.0
+            where = (column - 0.48, row - 0.46)
+            axes.add_patch(Rectangle(where, 0.96, 0.92, color=_HEAT, alpha=depth, linewidth=0))
+            if (x, y) == best:
+                axes.add_patch(Rectangle(where, 0.96, 0.92, fill=False, edgecolor=_INK, linewidth=1.4))
+            text = f"{value:.{digits}f}".replace("-", "−") if known else "–"
+            weight = "bold" if (x, y) in bold else "normal"
+            colour = _INK if known else _MUTED
+            axes.text(column, row, text, ha="center", va="center", color=colour, fontweight=weight)
+        axes.set(xlim=(-0.5, len(xs) - 0.5), ylim=(-0.5, len(ys) - 0.5), xlabel=x_label)
         axes.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])
         axes.set_yticks(range(len(ys)), [f"{y:g}" for y in ys])
         axes.grid(visible=False)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-        axes.set_xlabel(x_label)
+        axes.spines[:].set_visible(False)
         axes.set_title(y_label, loc="left", fontsize=10, color=_MUTED)  # level: beside two rows there is no room for it
         return _svg(figure, title)
 
 
 @lru_cache
 def key_of(number: int) -> str:
-    """The mark of a method in legends and tables: its colour, dash and marker."""
+    """Draw the mark of a method in legends and tables: its colour, dash and marker."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(0.36, 0.16))
         axes = figure.add_axes((0, 0, 1, 1))
         axes.axis("off")
-        axes.set_xlim(0, 1)
-        axes.set_ylim(0, 1)
+        axes.set(xlim=(0, 1), ylim=(0, 1))
         colour, dash = _COLOURS[number % SERIES], _DASHES[number // SERIES % len(_DASHES)]
         axes.plot([0.08, 0.92], [0.5, 0.5], color=colour, linestyle=dash)
         axes.plot([0.5], [0.5], _MARKERS[number % SERIES], color=colour, markersize=4)
@@ -241,7 +201,7 @@ def _gid(number: int) -> str:
 
 @contextmanager
 def _figure(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
-    """Inches, at 96 pixels each on the page."""
+    """Open a figure of so many inches, at 96 pixels each on the page."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, figure.subplots()
@@ -250,12 +210,8 @@ def _figure(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
 def _svg(figure: Figure, label: str) -> str:
     file = io.StringIO()
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # of letters that only the browser's font has
-        figure.savefig(
-            file,
-            format="svg",
-            transparent=True,
-            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-        )
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)

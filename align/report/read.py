@@ -1,4 +1,4 @@
-"""Run folders -> typed rows. Reads only what a run has written of itself, and nothing of it is trusted to be whole.
+"""Run folders -> typed rows. Reads only what a run has written of itself, and trusts none of it to be whole.
 
 A folder counts as a run where it holds identity.json, config.yaml beside plan.txt, or a traceback; a link to one counts
 as that run. The iterations of a self-play run belong to it and are no runs. A run without results.json is read as far as
@@ -10,113 +10,29 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
-from enum import Enum
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
-from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from filelock import FileLock, Timeout
 
 from align.files import flat
+from align.report.run import Answers, Run, State, Values
 from align.say import UserError
 from align.stats.length_control import length_controlled_win_rate
 
-Values = Mapping[str, Any]
-
+Parsed = TypeVar("Parsed", dict[str, Any], list[Any])
 
 _NOT_RUNS = ("checkpoints", "model", "policy", "wandb", "logs", "tensorboard")
-
-
 _OF_SUITES = "evaluation/*/results.json"
-
-
 _CALL = re.compile(r"^python -m align (--config-dir=\S+ )*")  # before the words of a command
-
-
-class State(Enum):
-    """How far a run got."""
-
-    complete = "complete"
-    failed = "failed"  # it left a traceback
-    collapsed = "collapsed"  # ended early, as it had nothing to hope for
-    running = "running"  # a process holds its folder
-    incomplete = "incomplete"  # stopped or killed: the same command goes on
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answers:
-    """What start model and policy said to one prompt, K answers each, and what the judge makes of it."""
-
-    prompt: str
-    start: list[str]
-    policy: list[str]
-    start_scores: list[float]  # empty where the scorer only compares
-    policy_scores: list[float]
-    chances: list[list[float]]  # [K][K] P(the policy's i-th answer beats the start model's j-th); a tie is one half
-
-    @property
-    def win_rate(self) -> float:
-        """A tie is half a win."""
-        return fmean(chance for row in self.chances for chance in row)
-
-    @property
-    def ties(self) -> float:
-        """The share of pairs of answers that are equally good."""
-        return fmean(chance == 0.5 for row in self.chances for chance in row)
-
-    @property
-    def wins(self) -> float:
-        """The share of pairs in which the policy's answer is the better one."""
-        return self.win_rate - self.ties / 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """One run folder."""
-
-    dir: Path
-    name: str  # what the report calls it: its folder, without what all folders have in common
-    state: State
-    note: str = ""  # why it is not complete, in a line
-    config: Values = field(default_factory=dict)  # "objective.beta": 2.0, ... all of config.yaml
-    identity: Values = field(default_factory=dict)  # likewise, of identity.json: what decides the result
-    start: Mapping[str, float] = field(default_factory=dict)  # results of the start model
-    trained: Mapping[str, float] = field(default_factory=dict)  # of the policy; "cost/..." and what suites say, too
-    held_out: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # accuracy: pair: 0, 0.5 or 1
-    suites: Mapping[str, str] = field(default_factory=dict)  # what `align evaluate` has measured, a line each
-    curves: Mapping[str, list[tuple[int, float]]] = field(default_factory=dict)  # metric: (step, value), in order
-    answers: list[Answers] = field(default_factory=list)
-    iterations: Sequence[Mapping[str, float]] = field(default_factory=list)  # of self-play
-    steps: int | None = None  # planned; of self-play those of all iterations that are done
-    made_with: str = ""  # versions
-    command: str = ""
-
-    @property
-    def told(self) -> bool:
-        """Whether it says what its settings are; what failed early does not."""
-        return bool(self.config or self.identity) or self.state is State.complete
-
-    @property
-    def objective(self) -> str:
-        """Its name."""
-        return str(self.config.get("objective.name", "unknown"))
-
-    @property
-    def seed(self) -> int | None:
-        """The seed of data order, new weights and sampling."""
-        return self.config.get("seed")
-
-    @property
-    def last_step(self) -> int:
-        """The last step that is in metrics.jsonl."""
-        return max((points[-1][0] for points in self.curves.values()), default=0)
+_PLANNED = re.compile(r"^steps\s+([\d,]+) of ", re.MULTILINE)  # in plan.txt
+_VERSIONS = re.compile(r"^- Made with (.*)$", re.MULTILINE)  # in a model card
 
 
 def read_runs(folders: Iterable[Path]) -> list[Run]:
-    """All runs in and below the folders, each once, in the order of their paths; then jobs that failed without a folder.
+    """Read all runs in and below the folders, each once, in the order of their paths; then jobs that left no folder.
 
     Raises:
         UserError: a folder is not there, or neither a run nor a failed job is in any of them.
@@ -126,8 +42,8 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
         if not folder.is_dir():
             raise UserError(f"no folder {folder}: give folders of runs, e.g. python -m align report runs")
     found = sorted({path.resolve() for folder in folders for path in find_runs(folder)})
-    above = common_folder(found) if found else Path()
-    runs = [read_run(path, str(path.relative_to(above)) if path != above else path.name) for path in found]
+    above = Path(os.path.commonpath([path.parent for path in found])) if found else Path()
+    runs = [read_run(path, str(path.relative_to(above))) for path in found]
     runs += _failed_jobs(folders, {_CALL.sub("", run.command) for run in runs})
     if not runs:
         raise UserError(
@@ -136,18 +52,13 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
     return runs
 
 
-def common_folder(paths: Iterable[Path]) -> Path:
-    """The deepest folder that holds all of them; of one run, the folder it is in."""
-    return Path(os.path.commonpath([path.resolve().parent for path in paths]))
-
-
 def find_runs(folder: Path) -> Iterator[Path]:
-    """Run folders in and below a folder, links included."""
+    """Find run folders in and below a folder, links included."""
     return (path for path, is_run in _walk(folder) if is_run)
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, bool]]:
-    """(folder, whether it is a run's); what is below a run's is left out."""
+    """Yield each folder with True where it is a run's; what is below a run's is left out."""
     seen: set[Path] = set()  # links may lead in a circle
     for path, inner, files in os.walk(folder, followlinks=True):
         own = Path(path)
@@ -155,59 +66,46 @@ def _walk(folder: Path) -> Iterator[tuple[Path, bool]]:
             inner.clear()
             continue
         seen.add(own.resolve())
-        if "identity.json" in files or {"config.yaml", "plan.txt"} <= set(files) or any(_tracebacks(own)):
-            inner.clear()
-            yield own, True
-        else:
-            inner[:] = sorted(name for name in inner if name not in _NOT_RUNS and not name.startswith("."))
-            yield own, False
+        is_run = "identity.json" in files or {"config.yaml", "plan.txt"} <= set(files) or bool(_tracebacks(own))
+        kept = [] if is_run else sorted(name for name in inner if name not in _NOT_RUNS and not name.startswith("."))
+        inner[:] = kept
+        yield own, is_run
 
 
 def _failed_jobs(folders: Iterable[Path], ran: Set[str]) -> list[Run]:
-    """Of failed.json in the folders of sweeps; those whose words made a run after all, `ran`, are told as that run."""
-    made: dict[str, Run] = {}
+    """Read failed.json in the folders of sweeps; jobs whose words are a run after all, in `ran`, are left out."""
+    jobs: dict[str, Run] = {}
     for own in (path for folder in folders for path, is_run in _walk(folder) if not is_run):
-        for job in _list(own / "failed.json"):
+        for job in _parsed(own / "failed.json", json.loads, list):
+            if not isinstance(job, dict):
+                continue
             words, why = (" ".join(str(job.get(key, "")).split()) for key in ("job", "why"))
             if words and words not in ran:
                 file = own.resolve() / "failed.json"
-                made.setdefault(words, Run(dir=file / words, name=words, state=State.failed, note=why or "no message"))
-    return [*made.values()]
+                jobs.setdefault(words, Run(dir=file / words, name=words, state=State.failed, note=why or "no message"))
+    return [*jobs.values()]
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """One run folder, whatever of it is there."""
+    """Read one run folder, whatever of it is there."""
     results = _json(folder / "results.json")
-    plan = _text(folder / "plan.txt")
-    planned = re.search(r"^steps\s+([\d,]+) of ", plan, re.MULTILINE)
-    config = _yaml(folder / "config.yaml")
+    config = _parsed(folder / "config.yaml", yaml.safe_load, dict)
     curves = _curves(folder)
-    told = results.get("iterations")
-    iterations = [_numbers(made) for made in told] if isinstance(told, list) else []
+    rows = results.get("iterations")
+    iterations = [_numbers(row) for row in rows] if isinstance(rows, list) else []
+    planned = _PLANNED.search(_text(folder / "plan.txt"))
     steps = int(planned[1].replace(",", "")) if planned else None
     if iterations:
-        steps = int(sum(made.get("steps", 0) for made in iterations))
+        steps = int(sum(row.get("steps", 0) for row in iterations))
     state, note = _state(folder, bool(results), curves, steps)
-    card = next((text for place in ("model", "policy") for text in [_text(folder / place / "README.md")] if text), "")
-    if not card and (last := _last_iteration(folder)):
-        card = _text(last / "policy" / "README.md")
-    made_with = re.search(r"^- Made with (.*)$", card, re.MULTILINE)
-    problem = ""
-    answers: list[Answers] = []
-    try:
-        answers = _answers(folder)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        problem = f"its answers cannot be read: {' '.join(str(error).split())[:200]}"
-    measured = _suites(folder)
-    of_start = {name.replace("/start/", "/", 1): value for name, value in measured.items() if "/start/" in name}
-    of_policy = {name: value for name, value in measured.items() if "/start/" not in name}
-    sides = {
-        "start": _numbers(results.get("start", {}) or _unprefixed(_json(folder / "start.json"))) | of_start,
-        "trained": _numbers(results.get("trained", {})) | _cost(results) | of_policy,
-    }
-    if answers and "win_rate" in sides["trained"]:
-        sides["trained"].setdefault("lc_win_rate", _length_controlled(answers))
-        sides["start"].setdefault("lc_win_rate", 0.5)
+    answers, problem = _answers(folder)
+    start, trained = _results(folder, results)
+    if answers and "win_rate" in trained:
+        trained.setdefault("lc_win_rate", _length_controlled(answers))
+        start.setdefault("lc_win_rate", 0.5)
+    saved = [folder / "model", folder / "policy", *(own / "policy" for own in reversed(_iterations(folder)))]
+    card = next(filter(None, (_text(own / "README.md") for own in saved)), "")
+    made_with = _VERSIONS.search(card)
     return Run(
         dir=folder,
         name=name,
@@ -215,8 +113,8 @@ def read_run(folder: Path, name: str) -> Run:
         note="; ".join(filter(None, (note, problem))),
         config={key: value for key, value in flat(config).items() if key != "command"},
         identity=flat(_json(folder / "identity.json")),
-        start=sides["start"],
-        trained=sides["trained"],
+        start=start,
+        trained=trained,
         held_out=_held_out(folder),
         suites={
             file.parent.name: str(_json(file.with_name("settings.json")).get("note", ""))
@@ -250,8 +148,8 @@ def _state(folder: Path, done: bool, curves: Mapping[str, Any], steps: int | Non
     return State.incomplete, f"stopped {reached}; the same command goes on"
 
 
-def _tracebacks(folder: Path) -> Iterator[Path]:
-    yield from sorted(folder.glob("logs/*.traceback"))
+def _tracebacks(folder: Path) -> list[Path]:
+    return sorted(folder.glob("logs/*.traceback"))
 
 
 def _is_held(lock: Path) -> bool:
@@ -267,70 +165,74 @@ def _is_held(lock: Path) -> bool:
 
 
 def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Of metrics.jsonl; of self-play all iterations in a row, as in a tracker."""
+    """Read metrics.jsonl; of self-play all iterations in a row, as in a tracker."""
     curves: dict[str, list[tuple[int, float]]] = {}
     before = 0
     for own in _iterations(folder) or [folder]:
         rows = [row for row in _lines(own / "metrics.jsonl") if isinstance(row.get("step"), int)]
-        rows = [row for row in rows if row["step"] or not before]
         for row in rows:
-            for name, value in row.items():
-                if name != "step" and isinstance(value, int | float):
-                    curves.setdefault(name, []).append((before + row["step"], float(value)))
+            if row["step"] or not before:
+                for name, value in _numbers(row).items():
+                    if name != "step":
+                        curves.setdefault(name, []).append((before + row["step"], value))
         before += max((row["step"] for row in rows), default=0)
     return curves
 
 
-def _answers(folder: Path) -> list[Answers]:
-    """Of samples.jsonl, or of the last complete iteration of self-play."""
-    made = []
-    for row in _lines(folder / "samples.jsonl"):
-        scores = row.get("scores") or {"start": [], "policy": []}  # none where the scorer only compares
-        certain = [[(a > b) + 0.5 * (a == b) for b in scores["start"]] for a in scores["policy"]]
-        chances = row.get("chances", certain)
-        if [len(of) for of in chances] != [len(row["start"])] * len(row["policy"]) or not any(chances):
-            raise ValueError(f"samples.jsonl lacks scores of answers to {row['prompt']!r}")
-        scored = all(map(math.isfinite, scores["start"] + scores["policy"]))
-        if not scored or not all(0 <= chance <= 1 for of in chances for chance in of):
-            continue  # as in the win rate
-        made.append(
-            Answers(
-                prompt=row["prompt"],
-                start=row["start"],
-                policy=row["policy"],
-                start_scores=scores["start"],
-                policy_scores=scores["policy"],
-                chances=chances,
-            )
-        )
-    last = _last_iteration(folder)
-    return _selfplay_answers(folder, last) if last else made
+def _results(folder: Path, results: Values) -> tuple[dict[str, float], dict[str, float]]:
+    """Return results of start model and policy. A suite's are "alpaca_eval/win_rate", "lm_eval/start/gsm8k"."""
+    at_start = {name.removeprefix("eval/"): value for name, value in _json(folder / "start.json").items()}
+    start, trained = _numbers(results.get("start") or at_start), _numbers(results.get("trained"))
+    trained |= {f"cost/{name}": value for name, value in _numbers(results.get("cost")).items()}
+    for file in sorted(folder.glob(_OF_SUITES)):
+        for name, value in _numbers(_json(file)).items():
+            if "/start/" in name:
+                start[name.replace("/start/", "/", 1)] = value
+            else:
+                trained[name] = value
+    return start, trained
+
+
+def _answers(folder: Path) -> tuple[list[Answers], str]:
+    """Read samples.jsonl: answers, and a line on why they cannot be read."""
+    try:
+        return [answers for row in _lines(folder / "samples.jsonl") if (answers := _answers_of(row))], ""
+    except (ValueError, KeyError, TypeError) as error:
+        return [], f"its answers cannot be read: {' '.join(str(error).split())[:200]}"
+
+
+def _answers_of(row: Values) -> Answers | None:
+    """Parse the answers to one prompt; None where the judge has no number for one, as in the win rate."""
+    scores = row.get("scores") or {"start": [], "policy": []}  # none where the scorer only compares
+    certain = [[(a > b) + 0.5 * (a == b) for b in scores["start"]] for a in scores["policy"]]
+    chances = row.get("chances", certain)
+    if [len(of) for of in chances] != [len(row["start"])] * len(row["policy"]) or not any(chances):
+        raise ValueError(f"samples.jsonl lacks scores of answers to {row['prompt']!r}")
+    numbers = all(map(math.isfinite, scores["start"] + scores["policy"]))
+    if not numbers or not all(0 <= chance <= 1 for of in chances for chance in of):
+        return None
+    return Answers(
+        prompt=row["prompt"],
+        start=row["start"],
+        policy=row["policy"],
+        start_scores=scores["start"],
+        policy_scores=scores["policy"],
+        chances=chances,
+    )
 
 
 def _held_out(folder: Path) -> dict[str, dict[str, float]]:
-    """Of held_out.jsonl: whether the policy ranks each held-out pair rightly, by each of its accuracies."""
-    made: dict[str, dict[str, float]] = {}
+    """Read held_out.jsonl: by each accuracy, whether the policy ranks each held-out pair rightly."""
+    outcomes: dict[str, dict[str, float]] = {}
     for row in _lines(folder / "held_out.jsonl"):
         for name, outcome in _numbers(row).items():
             if name != "pair" and 0 <= outcome <= 1:
-                made.setdefault(name, {})[str(row.get("pair"))] = outcome
-    return made
-
-
-def _cost(results: Values) -> dict[str, float]:
-    return {f"cost/{name}": value for name, value in _numbers(results.get("cost")).items()}
-
-
-def _suites(folder: Path) -> dict[str, float]:
-    """What `align evaluate` has found, by names that carry the suite: "alpaca_eval/win_rate", "lm_eval/start/gsm8k"."""
-    made: dict[str, float] = {}
-    for file in sorted(folder.glob(_OF_SUITES)):
-        made |= _numbers(_json(file))
-    return made
+                outcomes.setdefault(name, {})[str(row.get("pair"))] = outcome
+    return outcomes
 
 
 def _length_controlled(answers: list[Answers]) -> float:
-    """The length-controlled win rate by pairs of answers, without AlpacaEval's difficulties: these are other prompts."""
+    """Compute the length-controlled win rate by pairs of answers, without AlpacaEval's difficulties of its prompts."""
     rows = [
         (chance, len(ours), len(theirs))
         for one in answers
@@ -340,54 +242,10 @@ def _length_controlled(answers: list[Answers]) -> float:
     return length_controlled_win_rate(*zip(*rows, strict=True)).rate
 
 
-def _selfplay_answers(folder: Path, last: Path) -> list[Answers]:
-    from align.onpolicy.figures import side_by_side, usable
-    from align.onpolicy.pairs import scored_prompts
-    from align.onpolicy.sample import read_samples
-    from align.onpolicy.score import read_scores
-    from align.onpolicy.select import preferences
-
-    number = int(last.name.removeprefix("iter_"))
-    told = {"policy": number, "before": number - 1, "start": 0}  # in the order in which selfplay.py compares
-    if number == 1:
-        del told["before"]
-    rows = side_by_side(
-        {name: read_samples(folder / f"iter_{of}" / "evaluation" / "responses") for name, of in told.items()}, number
-    )
-    prompts = {row.prompt_id: row.prompt for row in rows}
-    made = []
-    for scored in usable([*scored_prompts(rows, read_scores(last / "evaluation" / "scores"))]):
-        ours, theirs = (
-            [i for i, candidate in enumerate(scored.candidates) if candidate.origin == side]
-            for side in ("policy", "start")
-        )
-        scores = [candidate.score for candidate in scored.candidates]
-        numbers = [score for score in scores if score is not None]
-        matrix = scored.preferences or preferences(numbers, temperature=0.0)
-        chances = [[matrix[i][j] for j in theirs] for i in ours]
-        asked = prompts[scored.id]
-        made.append(
-            Answers(
-                prompt=asked if isinstance(asked, str) else asked[-1]["content"],
-                start=[scored.candidates[j].text for j in theirs],
-                policy=[scored.candidates[i].text for i in ours],
-                start_scores=[numbers[j] for j in theirs] if len(numbers) == len(scores) else [],
-                policy_scores=[numbers[i] for i in ours] if len(numbers) == len(scores) else [],
-                chances=chances,
-            )
-        )
-    return made
-
-
 def _iterations(folder: Path) -> list[Path]:
-    """The folders of self-play's trainings, in order."""
+    """List the folders of self-play's trainings, in order."""
     own = [path for path in folder.glob("iter_*") if path.name[5:].isdigit() and path.name != "iter_0"]
     return sorted(own, key=lambda path: int(path.name[5:]))
-
-
-def _last_iteration(folder: Path) -> Path | None:
-    """The newest iteration that is complete."""
-    return next((path for path in reversed(_iterations(folder)) if (path / "summary.json").exists()), None)
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -400,32 +258,21 @@ def _text(file: Path) -> str:
         return ""
 
 
+def _parsed(file: Path, parse: Callable[[str], Any], kind: type[Parsed]) -> Parsed:
+    """Read what a file holds; an empty one of its kind where it is absent, damaged or of another kind."""
+    try:
+        content = parse(_text(file))
+    except (ValueError, yaml.YAMLError):
+        return kind()
+    return content if isinstance(content, kind) else kind()
+
+
 def _json(file: Path) -> dict[str, Any]:
-    try:
-        made = json.loads(_text(file) or "{}")
-    except ValueError:
-        return {}
-    return made if isinstance(made, dict) else {}
-
-
-def _list(file: Path) -> list[dict[str, Any]]:
-    try:
-        made = json.loads(_text(file) or "[]")
-    except ValueError:
-        return []
-    return [one for one in made if isinstance(one, dict)] if isinstance(made, list) else []
-
-
-def _yaml(file: Path) -> dict[str, Any]:
-    try:
-        made = yaml.safe_load(_text(file)) or {}
-    except yaml.YAMLError:
-        return {}
-    return made if isinstance(made, dict) else {}
+    return _parsed(file, json.loads, dict)
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    """Of a JSONL file; a last line that was cut off by a kill is left out."""
+    """Read a JSONL file; a last line that was cut off by a kill is left out."""
     for line in _text(file).splitlines():
         try:
             row = json.loads(line)
@@ -438,7 +285,3 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
 def _numbers(node: Any) -> dict[str, float]:
     pairs = node.items() if isinstance(node, Mapping) else ()
     return {name: float(value) for name, value in pairs if isinstance(value, int | float)}
-
-
-def _unprefixed(metrics: Values) -> dict[str, Any]:
-    return {name.removeprefix("eval/"): value for name, value in metrics.items()}

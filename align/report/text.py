@@ -1,27 +1,23 @@
-"""What a study comes to in words, which page and Markdown share; report.md and results.csv."""
+"""The findings of a study in words, which report.html and report.md share; results.csv."""
 
 import csv
 import io
-from collections.abc import Sequence
-from typing import Any
 
-from align.report.methods import Comparison, Comparisons, Method, Study
+from align.report.methods import Method, shares
 from align.report.naming import value_text
-from align.report.read import Run, State
-from align.report.tables import count, number, span, tables
+from align.report.run import Run, State
+from align.report.study import Comparison, Comparisons, Study
+from align.report.tables import number, span
 
 _LONGER = 1.15  # answers that are so many times as long as the start model's are pointed out
-
-
 _MANY = 6  # methods: of more the best owes something to being picked
-
-
 _NAMED = 5  # methods in a sentence, at most
 
 
 def size(study: Study) -> str:
-    """How much there is, in a line."""
-    parts = [count(len(study.runs) - len(study.unfinished), "complete run")]
+    """Say in a line how many runs and methods there are."""
+    complete = len(study.runs) - len(study.unfinished)
+    parts = [f"{complete} complete run{'' if complete == 1 else 's'}"]
     if len(study.methods) > 1:
         seeds = sorted({len(method.runs) for method in study.methods})
         parts[0] += f" of {len(study.methods)} methods, {span(seeds)} {'seed' if seeds == [1] else 'seeds'} each"
@@ -34,7 +30,7 @@ def size(study: Study) -> str:
 
 
 def subject(study: Study) -> str:
-    """Which models and data the runs are about."""
+    """Say which models and data the runs are about."""
     names = [
         ", ".join(dict.fromkeys(str(run.config[key]) for run in study.runs if key in run.config))
         for key in ("model.name", "dataset.name")
@@ -43,7 +39,7 @@ def subject(study: Study) -> str:
 
 
 def findings(study: Study) -> list[str]:
-    """What a reader must know first, a sentence each."""
+    """Say what a reader must know first, a sentence each."""
     said = []
     if study.methods and not study.judged:
         said.append("No judge: there are no win rates, and accuracy on held-out pairs is not quality.")
@@ -58,13 +54,15 @@ def findings(study: Study) -> list[str]:
     if longer:
         said.append(f"Answers much longer than the start model's, and judges like long answers: {_few(longer)}.")
     if len(study.methods) > 1:
-        for what, values in study.unequal.items():
+        for what, values in study.shared.items():
+            if len(values) == 1:
+                continue
             (most, of_most), *others = sorted(values.items(), key=lambda value: -len(value[1]))
             told = [f"{most} for {'most' if len(of_most) > 2 else _few(of_most)}"]
             told += [f"{value} for {_few(labels)}" for value, labels in others]
             said.append(f"Not the same for all methods: {what} ({'; '.join(told)}).")
-        if study.equal:
-            *first, last = study.equal
+        if equal := [what for what, values in study.shared.items() if len(values) == 1]:
+            *first, last = equal
             said.append(f"The same for all methods: {' and '.join(filter(None, (', '.join(first), last)))}.")
     if any(len(method.runs) == 1 for method in study.methods):
         said.append(
@@ -93,8 +91,8 @@ def _about_the_best(study: Study, ranked: list[Method]) -> list[str]:
             "the others are" if len(apart) == len(against) else f"{_few(apart)} {'is' if len(apart) == 1 else 'are'}"
         )
         said.append(f"Whether {which} below it cannot be told: they have no {main.items} in common.")
-    same = [method.label for method, one in against if one and not one.made.significant]
-    below = [method.label for method, one in against if one and one.made.significant]
+    same = [method.label for method, one in against if one and not one.result.significant]
+    below = [method.label for method, one in against if one and one.result.significant]
     if same and not below and not apart:
         said.append(f"No method is significantly below it: {_few(same)}.")
     elif same:
@@ -111,17 +109,17 @@ def _few(labels: list[str]) -> str:
 
 
 def unfinished_rows(study: Study) -> list[tuple[str, str, str, str]]:
-    """(run, folder, state, why) of runs that have no results, and of those that count as another's twin."""
+    """Return (run, folder, state, why) of runs that have no results, and of those that count as another's twin."""
     rows = []
     for run in study.unfinished:
-        folder = run.name if run.told else ""  # else the name is all there is of it
+        folder = run.name if run.has_settings else ""  # else the name is all there is of it
         rows.append((study.name(run), folder, run.state.value, run.note))
     left_out = [(run, f"same settings and seed as {kept.name}") for run, kept in study.twins]
     return rows + [(study.name(run), run.name, "left out", why) for run, why in left_out]
 
 
 def provenance(run: Run) -> dict[str, str]:
-    """Where a run's figures come from."""
+    """Say where a run's figures come from."""
     code = ", ".join(f"{k.partition('.')[2]} {v}" for k, v in run.identity.items() if k.startswith("objective_code."))
     return {
         "steps": value_text(run.steps),
@@ -135,59 +133,26 @@ def provenance(run: Run) -> dict[str, str]:
 
 
 def provenance_of_all(study: Study) -> tuple[dict[str, str], list[str]]:
-    """(what is the same for all runs, the names of what is not)."""
-    all_of = [provenance(run) for run in study.told]
+    """Return (what is the same for all runs, the names of what is not)."""
+    all_of = [provenance(run) for run in study.known]
     if not all_of:
         return {}, []
     differs = [name for name in all_of[0] if len({own[name] for own in all_of}) > 1]
     return {name: value for name, value in all_of[0].items() if name not in differs and value != "–"}, differs
 
 
-# Files ----------------------------------------------------------------------------------------------------------------
-
-
-def markdown(study: Study, made: str) -> str:
-    """report.md: the tables of the page, without its figures."""
-    parts = [f"# {subject(study)}", f"{size(study)}. {made}", "\n".join(f"- {line}" for line in findings(study))]
-    for table in tables(study):
-        rows = [
-            [method.label if method else "start model", *(f"{of} ({small})" if small else of for of, small in cells)]
-            for method, cells in table.rows
-        ]
-        parts += [f"## {table.title}", *table.told("in brackets"), _table(["method", *table.heads], rows)]
-        parts.append("\n".join(f"- {column.heading}: {column.explanation or column.title}" for column in table.columns))
-    for comparisons in (study.main, study.beside):
-        if comparisons and comparisons.made:
-            parts += [
-                f"## Differences of {comparisons.quantity}",
-                about_comparisons(comparisons),
-                "\n".join(f"- {one.sentence}" for one in told(study, comparisons)),
-            ]
-    if unfinished := unfinished_rows(study):
-        parts += [
-            "## Runs that do not count",
-            _table(["run", "folder", "state", "why"], [list(row) for row in unfinished]),
-        ]
-    same, differs = provenance_of_all(study)
-    sources = [[study.name(run), run.name, *(provenance(run)[name] for name in differs)] for run in study.told]
-    if sources:
-        parts += ["## Provenance", "\n".join(f"- {name}: {value}" for name, value in same.items())]
-        parts.append(_table(["run", "folder", *differs], sources))
-    return "\n\n".join(filter(None, parts)) + "\n"
-
-
-def told(study: Study, comparisons: Comparisons) -> list[Comparison]:
-    """The comparisons that are told in words: all of a few methods, of many those with the best."""
+def selected(study: Study, comparisons: Comparisons) -> list[Comparison]:
+    """Select the comparisons that are told in words: all of a few methods, of many those with the best."""
     few = len(study.methods) <= _MANY
-    return comparisons.made if few else [one for one in comparisons.made if one.a is study.methods[0]]
+    return comparisons.pairs if few else [one for one in comparisons.pairs if one.a is study.methods[0]]
 
 
 def about_comparisons(comparisons: Comparisons) -> str:
-    """What the words rest on."""
+    """Say what comparisons rest on."""
     items = comparisons.items
-    number_of = span(sorted({one.made.prompts for one in comparisons.made}))
-    over = " or ".join(sorted({one.made.over.replace("prompts", items) for one in comparisons.made}))
-    pairs = len(comparisons.made)
+    number_of = span(sorted({one.result.prompts for one in comparisons.pairs}))
+    over = " or ".join(sorted({one.result.over.replace("prompts", items) for one in comparisons.pairs}))
+    pairs = len(comparisons.pairs)
     correction = f", after Holm's correction for {pairs} comparisons" if pairs > 1 else ""
     what = "Win rates against the start model" if comparisons.name == "win_rate" else comparisons.quantity.capitalize()
     return (
@@ -197,32 +162,19 @@ def about_comparisons(comparisons: Comparisons) -> str:
 
 
 def results_csv(study: Study) -> str:
-    """results.csv: a row for each run, complete or not, with all its results at full precision."""
+    """Write results.csv: a row for each run, complete or not, with all its results at full precision."""
     trained, start = (sorted({name for run in study.runs for name in getattr(run, of)}) for of in ("trained", "start"))
     varied = [key for key in study.varied if key not in ("seed", "objective.name", "run_dir")]
+    fixed, outcome = ["run", "state", "method", "objective", "seed", "steps"], ["win_share", "tie_share", "loss_share"]
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    fixed = ["run", "state", "method", "objective", "seed", "steps"]
-    outcome = ["win_share", "tie_share", "loss_share"]
     writer.writerow([*fixed, *varied, *outcome, *trained, *(f"start/{name}" for name in start)])
     for run in study.runs:
-        wins, ties = ([getattr(answers, name) for answers in run.answers] for name in ("wins", "ties"))
-        parts: list[Any] = ["", "", ""]
-        if wins:
-            parts = [sum(wins) / len(wins), sum(ties) / len(ties)]
-            parts.append(1 - parts[0] - parts[1])
         writer.writerow(
             [run.name, run.state.value, study.labels[run.dir], run.objective, run.seed, run.last_step]
             + [value_text(run.config[key]) if key in run.config else "" for key in varied]
-            + parts
+            + [*(shares([run]) or ["", "", ""])]
             + [run.trained.get(name, "") for name in trained]
             + [run.start.get(name, "") for name in start]
         )
     return file.getvalue()
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(cell.replace('|', chr(92) + '|').replace(chr(10), ' ') for cell in cells)} |"
-
-    return "\n".join([line(heads), line(["---"] * len(heads)), *map(line, rows)])

@@ -10,7 +10,6 @@ wandb cannot do, which are intervals and tests (align report).
 
 import importlib.util
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -214,15 +213,3 @@ def _titles(place: Literal["result", "eval", "train"], *of: str) -> dict[str, st
 def _title(metric: Metric, place: str) -> str:
     label = metric.label("training" if place == "train" else "held-out")
     return label[0].upper() + label[1:]
-
-
-def main() -> None:
-    """Run the command on the words of the command line."""
-    words = sys.argv[1:]
-    if {"-h", "--help"} & {*words}:
-        print(__doc__)
-        return
-    try:
-        dashboard(words)
-    except UserError as error:
-        sys.exit(f"align: {error}")

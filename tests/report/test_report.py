@@ -18,13 +18,14 @@ from conftest import quick
 from filelock import FileLock
 
 from align import metrics
-from align.report import charts
-from align.report.command import main, report
-from align.report.methods import Study, study
-from align.report.page import page
-from align.report.read import State, find_runs, read_runs
+from align.__main__ import main
+from align.report.command import report
+from align.report.page import markdown, page
+from align.report.read import find_runs, read_runs
+from align.report.run import State
+from align.report.study import Study, study
 from align.report.tables import figure
-from align.report.text import markdown, results_csv
+from align.report.text import results_csv
 
 SETTINGS = {
     "model": {"name": "tiny"},
@@ -219,7 +220,7 @@ def test_jobs_that_failed_without_a_folder_are_listed_and_those_that_ran_after_a
     write_failed(study_folder / "groups" / "monday", kto="the same again")
     without = said_of(study_folder / "wpo-1", study_folder / "simpo-1")
     study = study_of(study_folder)
-    (job,) = (run for run in study.runs if not run.told)
+    (job,) = (run for run in study.runs if not run.has_settings)
     assert (job.name, job.state, job.note) == ("objective=kto seed=1", State.failed, "no labels here")
     assert [method.label for method in study.methods] == ["wpo", "simpo", "dpo"]
     assert study.varied == study_of(*study_folder.glob("*-?")).varied and "groups" not in without
@@ -265,59 +266,27 @@ def test_wins_ties_and_win_rate_are_those_of_the_samples(tmp_path):
     assert fmean(answers.win_rate for answers in read.answers) == pytest.approx(read.trained["win_rate"])
 
 
-def write_selfplay(folder: Path, wins: list[list[float]] | None = None) -> Path:
-    """Two iterations, two prompts, one answer each; the scorer gives scores, or P(i beats j) among the three policies."""
-    write_run(folder, state="incomplete")
-    for number in range(3):
-        responses = folder / f"iter_{number}" / "evaluation" / "responses"
-        responses.mkdir(parents=True)
-        rows = [
-            {
-                "iteration": number,
-                "prompt_id": p,
-                "k": 0,
-                "prompt": [{"role": "user", "content": p}],
-                "response": f"{p}{number}",
-                "response_ids": [7],
-            }
-            for p in ("p", "q")
-        ]
-        (responses / "00000-of-00001.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (responses / "manifest.json").write_text(json.dumps({"shards": 1, "rows": 2}))
-    scores = folder / "iter_2" / "evaluation" / "scores"
-    scores.mkdir()
-    rows = [
-        {
-            "iteration": 2,
-            "prompt_id": p,
-            "k": k,
-            **({"wins": wins[k]} if wins else {"score": [0.9, 0.5, 0.9 if p == "q" else 0.1][k]}),
-        }
-        for p in ("p", "q")
-        for k in range(3)  # the new policy, the one before, the start model
-    ]
-    (scores / "00000-of-00001.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (scores / "manifest.json").write_text(json.dumps({"shards": 1, "rows": 6}))
+def write_selfplay(folder: Path) -> Path:
+    """A run of two iterations: answers and held-out pairs at its top are those of the last policy."""
+    write_run(folder)
     for number in (1, 2):
-        (folder / f"iter_{number}" / "summary.json").write_text("{}")
+        (folder / f"iter_{number}").mkdir()
         (folder / f"iter_{number}" / "metrics.jsonl").write_text(
             "".join(json.dumps({"step": s, "eval/entropy": 1.0 + number + s / 10}) + "\n" for s in (0, 4))
         )
+    results = json.loads((folder / "results.json").read_text())
     iterations = [{"iteration": n, "steps": 4, "win_rate": 0.5 + n / 10} for n in (1, 2)]
-    results = {"start": {"win_rate": 0.5}, "trained": {"win_rate": 0.75}, "iterations": iterations}
-    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "results.json").write_text(json.dumps({**results, "iterations": iterations}))
     return folder
 
 
-def test_self_play_is_read_as_one_run_with_the_answers_of_its_last_iteration(tmp_path):
+def test_self_play_is_read_as_one_run_with_the_curves_of_its_iterations_in_a_row(tmp_path):
     (run,) = read_runs([write_selfplay(tmp_path / "play")])
-    assert [(a.prompt, a.policy, a.start, a.wins, a.ties) for a in run.answers] == [
-        ("p", ["p2"], ["p0"], 1.0, 0.0),
-        ("q", ["q2"], ["q0"], 0.0, 1.0),
-    ]
+    assert [answers.prompt for answers in run.answers] == PROMPTS
     assert run.steps == 8
-    assert run.curves["eval/entropy"] == [(0, 2.0), (4, 2.4), (8, 3.4)]
+    assert run.curves == {"eval/entropy": [(0, 2.0), (4, 2.4), (8, 3.4)]}
     assert study_of(tmp_path).methods[0].label == "dpo self-play"
+    assert "win rate against the start model" in page(study_of(tmp_path), "").split("<h2>Iterations")[1]
 
 
 # Methods and comparisons ----------------------------------------------------------------------------------------------
@@ -370,24 +339,24 @@ def test_a_large_difference_is_called_significant_and_a_small_one_is_not(study_f
     study = study_of(study_folder)
     wpo, simpo, dpo = study.methods
     against = study.main.between(wpo, dpo)
-    assert against.made.significant and "wpo is above dpo: significant" in against.sentence
+    assert against.result.significant and "wpo is above dpo: significant" in against.sentence
     assert "dpo is below wpo: significant" in study.main.between(dpo, wpo).sentence
-    assert study.main.between(dpo, wpo).made.low == -against.made.high
+    assert study.main.between(dpo, wpo).result.low == -against.result.high
     assert "simpo and dpo: not significant" in study.main.between(simpo, dpo).sentence
 
 
 def test_one_seed_is_compared_by_prompts(tmp_path):
     write_run(tmp_path / "a", "dpo")
     write_run(tmp_path / "b", "wpo", better=0.6)
-    (made,) = study_of(tmp_path).main.made
-    assert (made.made.over, made.made.prompts) == ("prompts", 12)
+    (made,) = study_of(tmp_path).main.pairs
+    assert (made.result.over, made.result.prompts) == ("prompts", 12)
 
 
 def test_methods_that_answered_other_prompts_are_compared_by_those_they_share(tmp_path):
     write_run(tmp_path / "a", "dpo")
     write_run(tmp_path / "b", "wpo", prompts=[*PROMPTS[4:], "another"])
     write_run(tmp_path / "c", "simpo", prompts=["x", "y", "z"])
-    assert [made.made.prompts for made in study_of(tmp_path).main.made] == [8]
+    assert [made.result.prompts for made in study_of(tmp_path).main.pairs] == [8]
 
 
 def test_another_judge_is_another_measure_and_is_said(tmp_path):
@@ -426,15 +395,15 @@ def test_learning_rates_over_which_every_objective_was_swept_are_in_the_names_on
 
 
 def test_the_p_of_several_comparisons_is_told_as_corrected_beside_an_interval_that_is_not(study_folder):
-    one = study_of(study_folder).main.made[0]
-    assert one.made.p_adjusted >= one.made.p_value and re.search(r"95%: .* to .*; p after Holm\s", one.sentence)
-    (alone,) = study_of(study_folder / "dpo-1", study_folder / "wpo-1").main.made
+    one = study_of(study_folder).main.pairs[0]
+    assert one.result.p_adjusted >= one.result.p_value and re.search(r"95%: .* to .*; p after Holm\s", one.sentence)
+    (alone,) = study_of(study_folder / "dpo-1", study_folder / "wpo-1").main.pairs
     assert re.search(r"95%: .* to .*; p\s", alone.sentence)
 
 
 def test_hollow_is_explained_only_where_a_method_is_not_significantly_below_the_highest(study_folder):
-    assert "Hollow:" not in charts.at_a_glance(study_of(study_folder))  # wpo is above both
-    assert "Hollow:" in charts.at_a_glance(study_of(study_folder / "dpo-1", study_folder / "simpo-1"))
+    assert "Hollow:" not in page(study_of(study_folder), "")  # wpo is above both
+    assert "Hollow:" in page(study_of(study_folder / "dpo-1", study_folder / "simpo-1"), "")
 
 
 def test_two_methods_are_what_settings_compares_first(study_folder):
@@ -514,7 +483,7 @@ def test_two_numbers_that_vary_make_heat_maps_and_one_makes_lines(tmp_path):
     line, grid = sorted(study.sweeps, key=lambda sweep: sweep.title)
     assert (grid.title, grid.x, grid.y) == ("simpo", "objective.beta", "objective.gamma_beta_ratio")
     assert (line.title, line.x, line.y) == ("dpo", "objective.beta", None)
-    html = charts.sweeps(study)
+    html = page(study, "")
     assert "gamma_beta_ratio</text>" in html and html.count("<figcaption>simpo: win rate</figcaption>") == 1
     assert html.index("dpo: win rate") < html.index("<details")  # the others of both are behind a click
     assert html.index("<details") < html.index("simpo: length")
@@ -536,8 +505,8 @@ def test_without_a_judge_methods_are_compared_by_held_out_pairs_and_it_is_said(t
     for name, objective, better in (("a", "dpo", -1.4), ("b", "wpo", 0.6)):  # all pairs wrong, all right
         without_judge(write_run(tmp_path / name, objective, better=better))
     study = study_of(tmp_path)
-    (one,) = study.main.made
-    assert (one.made.difference, one.made.prompts, one.made.over) == (1.0, 30, "prompts")
+    (one,) = study.main.pairs
+    assert (one.result.difference, one.result.prompts, one.result.over) == (1.0, 30, "prompts")
     assert [method.label for method in study.methods] == ["wpo", "dpo"] and study.beside is None
     said = said_of(tmp_path)
     assert "No judge: there are no win rates, and accuracy on held-out pairs is not quality." in said
@@ -549,8 +518,8 @@ def test_without_a_judge_methods_are_compared_by_held_out_pairs_and_it_is_said(t
 def test_beside_win_rates_accuracies_are_compared_too(study_folder):
     study = study_of(study_folder)
     assert (study.main.quantity, study.beside.quantity) == ("win rate", "accuracy by mean_logp")
-    assert {one.made.prompts for one in study.main.made} == {12}
-    assert {one.made.prompts for one in study.beside.made} == {30}
+    assert {one.result.prompts for one in study.main.pairs} == {12}
+    assert {one.result.prompts for one in study.beside.pairs} == {30}
 
 
 def test_pairs_of_other_data_are_not_taken_for_the_same(tmp_path):
@@ -558,7 +527,7 @@ def test_pairs_of_other_data_are_not_taken_for_the_same(tmp_path):
         run = without_judge(write_run(tmp_path / name, objective))
         identity = json.loads((run / "identity.json").read_text())
         (run / "identity.json").write_text(json.dumps({**identity, "pairs": name}))
-    assert study_of(tmp_path).main.made == []
+    assert study_of(tmp_path).main.pairs == []
     assert "cannot be told: they have no held-out pairs in common" in said_of(tmp_path)
 
 
@@ -711,7 +680,7 @@ def test_a_line_that_is_damaged_does_not_end_the_report(tmp_path, file, line):
 )
 def test_a_wrong_command_is_one_line(words, told, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["align.report", *words])
+    monkeypatch.setattr(sys, "argv", ["align", "report", *words])
     with pytest.raises(SystemExit) as end:
         main()
     assert str(end.value).startswith("align: ") and told in str(end.value) and "\n" not in str(end.value)
@@ -735,3 +704,24 @@ def test_what_align_has_trained_is_reported(align, tiny_llama, pairs_file, tmp_p
         assert float(row["win_rate"]) == trained["win_rate"]
         assert float(row["win_share"]) + float(row["tie_share"]) / 2 == pytest.approx(trained["win_rate"])
     assert "The same for all methods" in html
+
+
+@pytest.mark.slow
+def test_the_last_policy_of_self_play_is_reported_with_its_answers_and_held_out_pairs(
+    align, tiny_llama, tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    for name, many in (("prompts", 12), ("held_out", 4)):
+        rows = [{"prompt": [{"role": "user", "content": f"{name} {i}"}]} for i in range(many)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["source=selfplay", "iterations=2", "scorer=program", "scorer.path=test_report:judge", "objective=dpo"]
+    words += [f"dataset.eval_path={tmp_path / 'held_out.jsonl'}", "sampling.samples=3", "sampling.max_new_tokens=8"]
+    words += ["evaluation.samples_per_prompt=2", "evaluation.max_new_tokens=8", "train.pairs_per_step=4"]
+    made = align(*quick(tiny_llama, tmp_path / "prompts.jsonl", f"run_dir={tmp_path / 'runs' / 'play'}"), *words)
+    assert made.status == 0, made.err
+    (run,) = read_runs([tmp_path / "runs"])
+    assert len(run.answers) == 4 and run.steps == 4 and len(run.iterations) == 2 and run.made_with
+    assert fmean(answers.win_rate for answers in run.answers) == pytest.approx(run.trained["win_rate"])
+    ranked = run.held_out["accuracy/mean_logp"].values()
+    assert fmean(ranked) == pytest.approx(run.trained["accuracy/mean_logp"])
+    assert "dpo self-play" in said_of(tmp_path / "runs")

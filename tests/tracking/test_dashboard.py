@@ -13,8 +13,9 @@ import pytest
 from conftest import ROOT
 
 from align import metrics
+from align.__main__ import main
 from align.say import UserError
-from align.tracking.dashboard import importlib, main, view
+from align.tracking.dashboard import importlib, view
 
 pytest.importorskip("wandb_workspaces")
 pytestmark = pytest.mark.filterwarnings("ignore:Pydantic V1 style:DeprecationWarning")  # theirs, when imported
@@ -37,7 +38,7 @@ def typed(monkeypatch, capsys):
     """Type `python -m align dashboard <words>`: what it printed, or its one line of error."""
 
     def run(*words: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["align.dashboard", *words])
+        monkeypatch.setattr(sys, "argv", ["align", "dashboard", *words])
         capsys.readouterr()
         try:
             main()

@@ -1,0 +1,235 @@
+"""Runs -> methods: what is the same but for the seed is one method. Its figures over seeds, and any two item by item.
+
+    figure of a method    mean over its seeds, with the 95% interval of that mean: over seeds, and of win rates and accuracies
+                          over seeds and prompts (or held-out pairs), so that one seed is enough
+    a against b           a's win rate minus b's, both against the start model and at the same prompts; where there is
+                          no judge a's accuracy by mean_logp minus b's, at the same held-out pairs; paired
+    significant           p at most 0.05 after Holm's correction for all comparisons that are made of that quantity
+
+The statistics are those of align.stats. Pure: no files. A run that is there twice, with the same settings and seed, counts
+once. Left out: held-out pairs of one prompt are taken as independent, since a run does not say whose prompt a pair has.
+"""
+
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from align.metrics import Metric, row
+from align.report.methods import Method, by_seed, measured_alike, shared
+from align.report.naming import is_fingerprint, kind, labels, prominence, settings_of, short_name, value_text, varied
+from align.report.run import Run, State
+from align.stats import intervals
+
+#: Two methods are compared by the first of these that any method has -> its words, and those of its items.
+COMPARED = {
+    "win_rate": ("win rate", "prompts"),
+    "accuracy/mean_logp": ("accuracy by mean_logp", "held-out pairs"),
+}
+_FEWEST = 6  # prompts of a comparison: where five all agree, a sign test has p = 2^-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Method `a` minus method `b`, at the prompts or pairs that both have."""
+
+    a: Method
+    b: Method
+    result: intervals.Comparison
+    corrected: bool  # its p, by Holm for several comparisons; its interval never is
+
+    @property
+    def sentence(self) -> str:
+        """The comparison in words."""
+        a, b, result = self.a.label, self.b.label, self.result
+        between = f"{signed(result.low)} to {signed(result.high)}"
+        p = "p after Holm" if self.corrected else "p"
+        figures = f"{signed(result.difference)} (95%: {between}; {p}\N{NO-BREAK SPACE}{p_value(result)})"
+        if not result.significant:
+            return f"{a} and {b}: not significant, {figures}"
+        return f"{a} is {'above' if result.difference > 0 else 'below'} {b}: significant, {figures}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparisons:
+    """Every two methods by one quantity."""
+
+    name: str  # of COMPARED
+    quantity: str  # the same in words
+    items: str  # the word for what is paired
+    pairs: list[Comparison]
+
+    def between(self, a: Method, b: Method) -> Comparison | None:
+        """Find the comparison of two, in that order."""
+        both = {a.number, b.number}
+        found = (one for one in self.pairs if {one.a.number, one.b.number} == both)
+        return next((one if one.a is a else _turned(one) for one in found), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Methods of one objective over one or two numbers, all else the same."""
+
+    title: str
+    x: str  # "objective.beta"
+    y: str | None  # "objective.gamma_beta_ratio"; None: one number only
+    methods: list[Method]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """All that a report shows."""
+
+    runs: list[Run]  # those that count first, in the order of the methods
+    labels: Mapping[Path, str]  # folder of a run -> label of its method
+    methods: list[Method]  # the best by the main quantity first
+    twins: list[tuple[Run, Run]]  # (left out, the one that counts)
+    main: Comparisons  # by win rate, or where there is no judge by accuracy
+    beside: Comparisons | None  # where there is a judge: by accuracy
+    sweeps: list[Sweep]
+    varied: list[str]  # settings that differ between runs, the seed among them
+    shared: dict[str, dict[str, list[str]]]  # what ought to be the same -> its values -> labels of methods
+
+    @property
+    def judged(self) -> bool:
+        """True where any method has a win rate."""
+        return self.main.name == "win_rate"
+
+    @property
+    def unfinished(self) -> list[Run]:
+        """Runs without results."""
+        return [run for run in self.runs if run.state is not State.complete]
+
+    @property
+    def known(self) -> list[Run]:
+        """Runs whose settings are known."""
+        return [run for run in self.runs if run.has_settings]
+
+    def columns(self, among: Sequence[Metric]) -> list[Metric]:
+        """Select the metrics that any method has."""
+        return [metric for metric in among if any(method.of_suite(metric.name) for method in self.methods)]
+
+    @property
+    def other_results(self) -> list[str]:
+        """Further results that runs have, of suites and groups."""
+        names = sorted({name for method in self.methods for run in method.runs for name in run.trained})
+        known = {name: row(name) for name in names if not name.endswith("standard_error")}
+        return [name for name, metric in known.items() if metric is None or "further" in metric.shown.split()]
+
+    def start(self, name: str) -> float | None:
+        """Return the start model's figure, the mean over runs."""
+        values = [run.start[name] for method in self.methods for run in method.runs if name in run.start]
+        return fmean(values) if values else None
+
+    def name(self, run: Run) -> str:
+        """Name a run where its method is not enough."""
+        return f"{self.labels[run.dir]}, seed {value_text(run.seed)}" if run.has_settings else run.name
+
+
+def study(runs: Sequence[Run]) -> Study:
+    """Group runs into methods, and compare them."""
+    twins = _twins(run for run in runs if run.state is State.complete)
+    left_out = {run.dir for run, _ in twins}
+    known = [run for run in runs if run.has_settings]
+    groups: dict[str, list[Run]] = {}
+    for run in known:
+        groups.setdefault(_settings_text(run), []).append(run)
+    names = labels([(kind(run), settings_of(run)) for run, *_ in groups.values()])
+    label_of = {run.dir: run.name for run in runs}
+    found = []
+    for label, group in zip(names, groups.values(), strict=True):
+        label_of |= {run.dir: label for run in group}
+        counted = [run for run in group if run.state is State.complete and run.dir not in left_out]
+        counted.sort(key=lambda run: run.seed or 0)
+        if counted:
+            found.append(Method(number=0, label=label, runs=counted, settings=settings_of(counted[0])))
+    main, *others = [name for name in COMPARED if any(method.figure(name) for method in found)] or [*COMPARED][:1]
+    found.sort(key=lambda method: (-value.mean if (value := method.figure(main)) else 0.0, method.label))
+    methods = [replace(method, number=number) for number, method in enumerate(found)]
+    in_order = {run.dir: run for method in methods for run in method.runs}
+    decides = {key for run in runs for key in run.identity}
+    return Study(
+        runs=[*in_order.values(), *(run for run in runs if run.dir not in in_order)],
+        labels=label_of,
+        methods=methods,
+        twins=twins,
+        main=_comparisons(methods, main),
+        beside=_comparisons(methods, others[0]) if others else None,
+        sweeps=_sweeps(methods),
+        varied=sorted(varied([run.config for run in known]), key=lambda key: (key not in decides, prominence(key))),
+        shared=shared(methods),
+    )
+
+
+def signed(value: float) -> str:
+    """Return +0.031, with a real minus."""
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def p_value(result: intervals.Comparison) -> str:
+    """Return a p-value as it is read, behind "p"."""
+    p = "below 0.001" if result.p_adjusted < 0.001 else f"= {result.p_adjusted:.3f}"
+    return p.replace(" ", "\N{NO-BREAK SPACE}")
+
+
+# Parts ----------------------------------------------------------------------------------------------------------------
+
+
+def _twins(runs: Iterable[Run]) -> list[tuple[Run, Run]]:
+    """Pair each run with one before it that has the same settings and seed."""
+    seen: dict[str, Run] = {}
+    firsts = [(run, seen.setdefault(f"{run.seed} {_settings_text(run)}", run)) for run in runs]
+    return [(run, first) for run, first in firsts if first is not run]
+
+
+def _settings_text(run: Run) -> str:
+    return json.dumps(settings_of(run), sort_keys=True, default=str)
+
+
+def _comparisons(methods: Sequence[Method], name: str) -> Comparisons:
+    values = {method.number: method.by_item(name) for method in methods}
+    raw = []
+    for a, b in itertools.combinations(methods, 2):
+        both = [item for item in values[a.number] if item in values[b.number]]
+        if len(both) >= _FEWEST and measured_alike(a, b, name):
+            raw.append((a, b, intervals.compare(*(by_seed(values[method.number], both) for method in (a, b)))))
+    adjusted = intervals.holm([result.p_value for *_, result in raw])
+    pairs = [
+        Comparison(a=a, b=b, result=replace(result, p_adjusted=p), corrected=len(raw) > 1)
+        for (a, b, result), p in zip(raw, adjusted, strict=True)
+    ]
+    quantity, items = COMPARED[name]
+    return Comparisons(name=name, quantity=quantity, items=items, pairs=pairs)
+
+
+def _turned(one: Comparison) -> Comparison:
+    was = one.result
+    result = replace(was, difference=-was.difference, low=-was.high, high=-was.low, seeds=was.seeds[::-1])
+    return replace(one, a=one.b, b=one.a, result=result)
+
+
+def _sweeps(methods: Sequence[Method]) -> list[Sweep]:
+    """Find methods of an objective that differ by numbers: of two the first are the axes, the rest makes several maps."""
+    found = []
+    for of_kind in dict.fromkeys(kind(method.runs[0]) for method in methods):
+        own = [method for method in methods if kind(method.runs[0]) == of_kind]
+        differ = sorted(varied([method.settings for method in own]), key=prominence)
+        differ = [key for key in differ if not is_fingerprint(key)]
+        axes = [key for key in differ if all(_is_number(method.settings.get(key)) for method in own)][:2]
+        if not axes:
+            continue
+        maps: dict[str, list[Method]] = {}
+        for method in own:
+            rest = [f"{short_name(key)}={value_text(method.settings.get(key))}" for key in differ if key not in axes]
+            maps.setdefault(" ".join([of_kind, *rest]), []).append(method)
+        for title, members in maps.items():
+            if len(members) >= 3 and all(len({m.settings[axis] for m in members}) > 1 for axis in axes):
+                found.append(Sweep(title=title, x=axes[0], y=axes[1] if len(axes) > 1 else None, methods=members))
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
