@@ -1,1 +1,1 @@
-"""What several runs came to, side by side: run folders in; one page, one Markdown file and one table of figures out."""
+"""Runs side by side: run folders in; one page, one Markdown file and one table of figures out."""

@@ -53,7 +53,7 @@ def _other(name: str, of_suite: str) -> Metric:
 
 
 def _compared(study: Study, columns: list[Metric], title: str) -> Table:
-    """Means over all seeds of a method."""
+    """Lay out means over all seeds of a method."""
     rows: list[tuple[Method | None, list[Cell]]] = []
     over: set[Over] = set()
     for method in study.methods:
@@ -94,7 +94,7 @@ def _sentence(study: Study, over: Set[Over], judged: bool) -> str:
 
 
 def _of_suites(study: Study, columns: list[Metric], title: str) -> Table:
-    """Means over the seeds that were evaluated."""
+    """Lay out means over the seeds that were evaluated."""
     rows: list[tuple[Method | None, list[Cell]]] = []
     intervals = errors = False
     for method in study.methods:
