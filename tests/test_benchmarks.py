@@ -29,14 +29,14 @@ def test_the_script_for_a_gpu_can_be_imported_without_one():
     assert "--peak-tflops" in done.stdout
 
 
-@pytest.mark.matrix
+@pytest.mark.nightly
 def test_trl_and_align_agree_on_the_losses_that_the_benchmark_compares():
     done = run("benchmarks/compare_trl.py", "--quick")
     assert done.returncode == 0, done.stderr
     assert "| align dpo / TRL dpo |" in done.stdout
 
 
-@pytest.mark.matrix
+@pytest.mark.nightly
 def test_the_memory_table_has_a_row_for_each_vocabulary_and_budget():
     done = run("benchmarks/memory.py", "--vocabulary", "500", "1000", "--tokens", "1024")
     assert done.returncode == 0, done.stderr

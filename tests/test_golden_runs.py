@@ -23,7 +23,7 @@ def test_the_run_that_was_killed_is_recorded_as_the_same_command_undisturbed():
 
 
 @pytest.mark.slow
-@pytest.mark.matrix
+@pytest.mark.nightly
 @pytest.mark.multiprocess
 def test_the_runs_end_as_they_were_recorded():
     # Another processor or torch sums in another order: figures agree to float32's rounding, weights not to the bit.

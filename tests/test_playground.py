@@ -65,7 +65,7 @@ def test_demonstrations_are_imperfect_and_always_the_same():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "objective", ["dpo", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("simpo", "sppo", "wpo"))]
+    "objective", ["dpo", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("simpo", "sppo", "wpo"))]
 )
 def test_the_built_in_task_is_learned(tmp_path_factory, tmp_path, objective):
     cache = tmp_path_factory.getbasetemp() / "built-in"

@@ -237,7 +237,7 @@ STARTERS = {
     [
         "torchrun c10d",
         "variables",
-        *(pytest.param(s, marks=pytest.mark.matrix) for s in ("torchrun static", "accelerate")),
+        *(pytest.param(s, marks=pytest.mark.nightly) for s in ("torchrun static", "accelerate")),
     ],
 )
 def test_processes_that_somebody_else_has_started_meet_again(tmp_path, starter):
@@ -263,7 +263,7 @@ def test_processes_that_somebody_else_has_started_meet_again(tmp_path, starter):
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(
-    "how", ["ddp", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("fsdp", "zero2", "zero3"))]
+    "how", ["ddp", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("fsdp", "zero2", "zero3"))]
 )  # each library keeps something of the first
 def test_a_second_training_in_the_same_processes_is_as_the_first(
     align, monkeypatch, tmp_path, tiny_llama, pairs_file, how
@@ -311,12 +311,12 @@ def test_processes_that_are_stopped_outside_of_training_end_at_once(tmp_path):
         pytest.param(
             "SIGKILL",
             r"^process 1 of 2 was ended by SIGKILL; out of memory\? try a smaller engine.tokens_per_micro_batch",
-            marks=pytest.mark.matrix,  # as `oom` below
+            marks=pytest.mark.nightly,  # as `oom` below
         ),
         pytest.param(
             "SIGSEGV",
             r"^process 1 of 2 was ended by SIGSEGV; what it printed last is in .*1.log$",
-            marks=pytest.mark.matrix,
+            marks=pytest.mark.nightly,
         ),
     ],
     ids=["UserError", "another error", "SIGKILL", "SIGSEGV"],
@@ -371,7 +371,7 @@ class Bad(Objective):
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        pytest.param("raise", "process 1 of 2: ZeroDivisionError: the sky fell (bad.py:", marks=pytest.mark.matrix),
+        pytest.param("raise", "process 1 of 2: ZeroDivisionError: the sky fell (bad.py:", marks=pytest.mark.nightly),
         ("oom", "process 1 of 2 was ended by SIGKILL; out of memory? try a smaller engine.tokens_per_micro_batch"),
         ("nan", "step 1: the loss is not finite for pairs row-"),  # which rank 1 has seen, and rank 0 has not
     ],
@@ -420,9 +420,9 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize(
     "cluster",
     [
-        pytest.param(["cluster=cpu"], id="single", marks=pytest.mark.matrix),
+        pytest.param(["cluster=cpu"], id="single", marks=pytest.mark.nightly),
         pytest.param(["cluster=cpu_2"], id="ddp"),
-        pytest.param(["cluster=cpu_2", "cluster.strategy=fsdp"], id="fsdp", marks=pytest.mark.matrix),
+        pytest.param(["cluster=cpu_2", "cluster.strategy=fsdp"], id="fsdp", marks=pytest.mark.nightly),
     ],
 )
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on_once_there_is_room(
@@ -491,8 +491,8 @@ def long_run(folder: Path, model: Path, pairs: Path, cluster: str) -> list[str]:
     "cluster, how",
     [
         ("cluster=cpu_2", "Ctrl-C"),
-        *(pytest.param("cluster=cpu", how, marks=pytest.mark.matrix) for how in ("SIGINT", "SIGTERM", "Ctrl-C")),
-        *(pytest.param("cluster=cpu_2", how, marks=pytest.mark.matrix) for how in ("SIGINT", "SIGTERM")),
+        *(pytest.param("cluster=cpu", how, marks=pytest.mark.nightly) for how in ("SIGINT", "SIGTERM", "Ctrl-C")),
+        *(pytest.param("cluster=cpu_2", how, marks=pytest.mark.nightly) for how in ("SIGINT", "SIGTERM")),
     ],
 )
 def test_a_run_that_is_asked_to_stop_saves_and_the_same_command_goes_on(

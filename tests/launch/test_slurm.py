@@ -1,6 +1,6 @@
 """Jobs on a real SLURM: one, of two processes, an array, one that is preempted, one whose time is up, and refusals.
 
-`make test-slurm` makes a SLURM of one node (slurm_node.sh) and runs this file; elsewhere it is skipped, also beside
+`make nightly PART=slurm` makes a SLURM of one node (slurm_node.sh) and runs this file; elsewhere it is skipped, also beside
 somebody's own cluster, which has other partitions and better things to do. Commands are typed as a user types them. What
 a job must come to is what the same command trains without SLURM.
 """
@@ -31,17 +31,17 @@ def _why_not() -> str:
         asked = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=30)
         nodes = subprocess.run(["sinfo", "--noheader"], capture_output=True, text=True, timeout=30)
     except FileNotFoundError as error:
-        return f"no SLURM here ({error.filename} is missing): make test-slurm makes one"
+        return f"no SLURM here ({error.filename} is missing): make nightly PART=slurm makes one"
     except subprocess.TimeoutExpired:
-        return "SLURM's controller does not answer: make test-slurm starts one"
+        return "SLURM's controller does not answer: make nightly PART=slurm starts one"
     if asked.returncode or nodes.returncode:
-        return "SLURM's controller does not answer: make test-slurm starts one"
+        return "SLURM's controller does not answer: make nightly PART=slurm starts one"
     if not re.search(rf"^ClusterName\s*= {OURS}$", asked.stdout, re.MULTILINE):
         return "the SLURM that answers is not the one of tests/launch/slurm_node.sh"
     return ""
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.skipif(bool(_why_not()), reason=_why_not())]
+pytestmark = [pytest.mark.slow, pytest.mark.nightly, pytest.mark.skipif(bool(_why_not()), reason=_why_not())]
 
 
 @dataclass(frozen=True)

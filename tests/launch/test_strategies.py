@@ -1,6 +1,6 @@
 """Sharing out a run changes rounding only: ddp, fsdp, zero2 and zero3 against one process, by either way to start.
 
-Every run here is a real command. Those with the mark `matrix` repeat what the others cover: `make test-matrix`.
+Every run here is a real command. Those with the mark `nightly` repeat what the others cover: `make nightly PART=strategies`.
 """
 
 import json
@@ -29,7 +29,7 @@ STARTERS = {
 }
 CLASSES = {"llama": "LlamaForCausalLM", "gemma2": "Gemma2ForCausalLM"}
 
-# Every strategy; both starters, models and objectives among them. The rest is of the matrix.
+# Every strategy; both starters, models and objectives among them. The rest is nightly.
 COVERING: set[Run] = {
     ("torchrun", "ddp", "llama", "dpo"),
     ("plain", "fsdp", "llama", "dpo"),
@@ -103,7 +103,7 @@ def worst_weight(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
 @pytest.mark.parametrize(
     "run",
     [
-        pytest.param(run, id="-".join(run), marks=[] if run in COVERING else [pytest.mark.matrix])
+        pytest.param(run, id="-".join(run), marks=[] if run in COVERING else [pytest.mark.nightly])
         for run in ALL
         if run[:2] != ("plain", "single")  # which the others are compared with
     ],

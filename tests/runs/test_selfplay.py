@@ -1,7 +1,7 @@
 """Self-play as its user meets it: what the iterations leave in the folder, how they go on, and what is refused.
 
 The scorer is a program that counts vowels. A random model's answers differ in that, so that every prompt has a pair
-that can be worked out from the texts. The lower half types real commands; `make test-matrix` has the long ones.
+that can be worked out from the texts. The lower half types real commands; `make nightly PART=selfplay` has the long ones.
 """
 
 import contextlib
@@ -335,7 +335,7 @@ def test_more_iterations_go_on_from_those_that_are_done_and_rewrite_none_of_them
 
 
 @pytest.mark.slow
-@pytest.mark.matrix
+@pytest.mark.nightly
 def test_one_iteration_and_then_two_is_the_same_as_two_at_once(align, words, two, tmp_path):
     for iterations in (1, 2):
         result = align(*words(tmp_path / "run", f"iterations={iterations}"))
@@ -966,7 +966,7 @@ def killed(moments: list[Moment], words: Callable[..., list[str]], tmp_path: Pat
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(
     "at",
-    [(0, 5), pytest.param((8,), marks=pytest.mark.matrix)],
+    [(0, 5), pytest.param((8,), marks=pytest.mark.nightly)],
     ids=["sampling, then a checkpoint", "saving the second policy"],
 )
 def test_self_play_that_is_killed_goes_on_by_the_same_command_and_loses_nothing(tmp_path, words, home, two, at):
@@ -996,7 +996,7 @@ def test_self_play_that_is_asked_to_stop_while_it_samples_stops_and_the_same_com
 
 
 @pytest.mark.slow
-@pytest.mark.matrix
+@pytest.mark.nightly
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("moment", MOMENTS, ids=[f"{moment.stage} of {moment.sight[:6]}" for moment in MOMENTS])
 def test_self_play_that_is_killed_at_any_moment_goes_on_and_loses_nothing(tmp_path, words, home, two, moment):
@@ -1004,7 +1004,7 @@ def test_self_play_that_is_killed_at_any_moment_goes_on_and_loses_nothing(tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.matrix
+@pytest.mark.nightly
 @pytest.mark.multiprocess
 def test_self_play_that_is_killed_ten_times_in_a_row_loses_nothing(tmp_path, words, home, two):
     killed(MOMENTS, words, tmp_path, home, two)
@@ -1012,7 +1012,7 @@ def test_self_play_that_is_killed_ten_times_in_a_row_loses_nothing(tmp_path, wor
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.nightly)])
 def test_two_processes_play_as_one_does(tmp_path, words, home, two, strategy):
     folder = tmp_path / "run"
     cluster = ["cluster=cpu_2", f"cluster.strategy={strategy}", "tracker=none"]
@@ -1047,7 +1047,7 @@ def built_in(objective: str, iterations: int, tmp_path: Path) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.matrix
+@pytest.mark.nightly
 def test_sppo_on_the_built_in_task_wins_more_with_each_of_two_iterations_and_ends_at_three_quarters(tmp_path):
     rates = built_in("sppo", 3, tmp_path)
     assert 0.5 < rates[0] < rates[1]
@@ -1055,7 +1055,7 @@ def test_sppo_on_the_built_in_task_wins_more_with_each_of_two_iterations_and_end
 
 
 @pytest.mark.slow
-@pytest.mark.matrix
+@pytest.mark.nightly
 @pytest.mark.parametrize("objective", ["dpo", "wpo", "simpo"])
 def test_other_objectives_play_the_built_in_task(tmp_path, objective):
     rates = built_in(objective, 2, tmp_path)

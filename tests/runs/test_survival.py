@@ -1,6 +1,6 @@
 """kill -9 at any moment: the same command goes on, and ends where a run that nobody killed ends.
 
-One of the twenty moments is in CI; the others, with the mark `matrix`, are run by hand: `make test-matrix`.
+One of the twenty moments is in CI; the others carry the mark `nightly`: `make nightly PART=survival`.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ def moments(strategy: str, number: int) -> list[Moment]:
 
 
 MOMENTS = [
-    pytest.param(strategy, moment, id=f"{strategy}: {moment}", marks=[] if i < number else [pytest.mark.matrix])
+    pytest.param(strategy, moment, id=f"{strategy}: {moment}", marks=[] if i < number else [pytest.mark.nightly])
     for strategy, number in KILLS.items()
     for i, moment in enumerate(moments(strategy, BY_HAND))
 ]

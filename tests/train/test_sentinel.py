@@ -202,7 +202,7 @@ def test_a_bound_that_cannot_be_is_refused(align, tiny_llama, pairs_file, words,
 
 
 @pytest.mark.slow
-@pytest.mark.matrix
+@pytest.mark.nightly
 @pytest.mark.multiprocess
 def test_two_processes_collapse_together(tiny_llama, pairs_file, tmp_path):
     from commands import Command
