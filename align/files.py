@@ -6,7 +6,6 @@
     fingerprint    sixteen hex digits of a value, or of a file
 
 Processes may be killed at any moment: the lock goes with the process, and the next one starts that file or folder anew.
-Nothing here deletes what is finished.
 """
 
 import contextlib
@@ -67,16 +66,10 @@ def writing(what: str, remedy: str) -> Iterator[None]:
         raise UserError(f"{what} ({getattr(error, 'strerror', None) or error}){remedy}") from error
 
 
-# Folders of the cache -----------------------------------------------------------------------------------------------
-
-
 def build_once(
     folder: Path, build: Callable[[Path], None], remedy: str = "set cache_dir= or ALIGN_CACHE", what: str = ""
 ) -> Path:
-    """Return `folder`, after `build(temporary folder)` has filled it, now or earlier.
-
-    Args:
-        what: a name for a line that says that it was made: the log of a sweep then shows what its runs share once.
+    """Return `folder`, after `build(temporary folder)` has filled it, now or earlier; `what` is named in a line then.
 
     Raises:
         UserError: it cannot be written; the message ends with the remedy.
@@ -110,18 +103,12 @@ def say_made(what: str, began: float, folder: Path) -> None:
     print(f"made {what} in {time.perf_counter() - began:.1f} s: {folder}", flush=True)
 
 
-# Folders of rows ----------------------------------------------------------------------------------------------------
-
-
 def check_manifest(folder: Path, inputs: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """Return the manifest of a folder that holds `what`, such as "pairs"; its inputs must be these.
-
-    Raises:
-        UserError: the folder was made from other inputs; the message names those that differ.
-    """
-    manifest = _read_manifest(folder, what, "delete it, or name another")
+    """Return the manifest of a folder of `what`, such as "pairs", or raise `UserError` with the inputs that differ."""
+    remedy = "delete it, or name another"
+    manifest = _read_manifest(folder, what, remedy)
     if differ := differences({name: manifest.get(name) for name in inputs}, as_json(inputs)):
-        raise UserError(f"{folder} holds {what} of other inputs ({'; '.join(differ)}): delete it, or name another")
+        raise UserError(f"{folder} holds {what} of other inputs ({'; '.join(differ)}): {remedy}")
     return manifest
 
 
@@ -159,11 +146,7 @@ class Shards:
     remedy: str = ": name another folder"  # for a folder that cannot be written
 
     def begin(self, inputs: Mapping[str, Any]) -> None:
-        """Write the manifest, or compare it with the one that is there.
-
-        Raises:
-            UserError: the folder was made from other inputs, or cannot be written.
-        """
+        """Write the manifest, or raise `UserError` where the one that is there has other inputs."""
         inputs = {**inputs, "shards": self.count, "rows": self.rows}
         with self._writing():
             (self.folder / "locks").mkdir(parents=True, exist_ok=True)
@@ -211,11 +194,7 @@ class Shards:
             write_text(self._file(number), text)
 
     def read(self, parse: Callable[[Any], Any] = lambda row: row) -> list[Any]:
-        """Return the rows of all shards in order, each as `parse` makes it of what was written.
-
-        Raises:
-            UserError: a shard is missing or damaged.
-        """
+        """Return the rows of all shards in order, as `parse` makes them, or raise `UserError` for one that is damaged."""
         rows: list[Any] = []
         for file in map(self._file, range(self.count)):
             try:
@@ -225,9 +204,8 @@ class Shards:
                 raise UserError(f"{self.folder} is not finished, {file.name} is missing: {_AGAIN}") from error
             except (ValueError, TypeError, KeyError) as error:
                 raise UserError(f"{file} is damaged ({error}): delete it, and {_AGAIN}") from error
-        if len(rows) != self.rows:
-            found = f"{len(rows)} {self.what} in place of {self.rows}"
-            raise UserError(f"{self.folder} holds {found}: delete it, and {_AGAIN}")
+        if (count := len(rows)) != self.rows:
+            raise UserError(f"{self.folder} holds {count} {self.what} in place of {self.rows}: delete it, and {_AGAIN}")
         return rows
 
     def _take(self, number: int, lock: FileLock) -> bool:
@@ -249,13 +227,9 @@ class Shards:
         return writing(f"cannot write {self.folder}", self.remedy)
 
 
-# Fingerprints and differences ---------------------------------------------------------------------------------------
-
-
 def fingerprint(*parts: Any) -> str:
     """Return sixteen hex digits that change when any of these JSON-able values does."""
-    text = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def file_fingerprint(path: Path) -> str:
@@ -268,10 +242,8 @@ def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested settings by dotted keys, as they are typed."""
     made: dict[str, Any] = {}
     for name, value in node.items():
-        if isinstance(value, Mapping) and value:
-            made |= flat(value, f"{prefix}{name}.")
-        else:
-            made[f"{prefix}{name}"] = value
+        nested = isinstance(value, Mapping) and value
+        made |= flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
     return made
 
 

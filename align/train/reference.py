@@ -47,16 +47,13 @@ def reference_logps(
 ) -> Tensor:
     """Return the `[N, 2]` float32 log-probabilities of each pair's chosen and rejected response, in nats. Cached.
 
-    Collective: every process of the run calls it.
+    Collective: every process of the run calls it. Raises `UserError` if the cache cannot be written.
 
     Args:
         policy: `engine.attach`ed in `layout`, at step 0, wrapped as in training; `weights` tells it from others.
         lengths: `(prompt, chosen, rejected)` tokens of each pair; `budget` is a training micro-batch's.
         name: of the split, for the progress bar and the file.
         between: called by every process before each shard; it may raise to stop.
-
-    Raises:
-        UserError: the cache cannot be written.
     """
     inputs = {
         "version": _VERSION,
@@ -69,7 +66,6 @@ def reference_logps(
     }
     by_length = sorted(range(len(pairs)), key=lambda i: (-fed_tokens([lengths[i]], Layout.shared), i))
     chunks = [by_length[at : at + _SHARD_PAIRS] for at in range(0, len(pairs), _SHARD_PAIRS)]
-
     shards = Shards(
         folder=cache / "reference" / fingerprint(inputs),
         what="reference log-probabilities",
@@ -87,9 +83,8 @@ def reference_logps(
             shards.write(number, [{"chosen": chosen, "rejected": rejected} for chosen, rejected in logps.tolist()])
     if made and rank.is_first:
         say_made(f"reference log-probabilities of {made:,} {name} pairs", began, shards.folder)
-    read = rank.from_first(lambda: torch.tensor(shards.read(lambda row: (row["chosen"], row["rejected"]))))
     column = torch.empty(len(pairs), 2)
-    column[by_length] = read
+    column[by_length] = rank.from_first(lambda: torch.tensor(shards.read(lambda row: (row["chosen"], row["rejected"]))))
     return column
 
 

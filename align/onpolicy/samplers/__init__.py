@@ -10,12 +10,4 @@ from align.onpolicy.samplers.hf import hf_sampler
 from align.onpolicy.samplers.openai import openai_sampler
 from align.onpolicy.samplers.vllm import vllm_sampler
 
-__all__ = [
-    "Prompt",
-    "Sample",
-    "Sampler",
-    "hf_sampler",
-    "openai_sampler",
-    "seeds",
-    "vllm_sampler",
-]
+__all__ = ["Prompt", "Sample", "Sampler", "hf_sampler", "openai_sampler", "seeds", "vllm_sampler"]

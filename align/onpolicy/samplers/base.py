@@ -43,34 +43,33 @@ class Sampler(Protocol):
 
         Args:
             temperature: above 0; logits are divided by it.
-            top_p: in (0, 1]; then only the most probable tokens are drawn from that together reach it.
+            top_p: in (0, 1]; only the most probable tokens that together reach it are drawn from.
             max_new_tokens: of a response, the stop token included.
         """
 
 
 def seeds(seed: int, iteration: int, prompt_id: str, samples: int) -> list[int]:
     """Return the seeds of a prompt's K responses. The k-th does not depend on K."""
-
-    def of(k: int) -> int:
-        digest = hashlib.sha256(f"{seed} {iteration} {k} {prompt_id}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") % _SEEDS
-
-    return [of(k) for k in range(samples)]
+    digests = (hashlib.sha256(f"{seed} {iteration} {k} {prompt_id}".encode()).digest() for k in range(samples))
+    return [int.from_bytes(digest[:8], "big") % _SEEDS for digest in digests]
 
 
-def as_sample(drawn: Sequence[int], tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> Sample:
-    """Return the sample that these token ids are; what was drawn behind the first stop token is left out."""
-    end = next((at for at, token in enumerate(drawn, 1) if token in stops), len(drawn))
-    ids = list(drawn[:end])
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    return Sample(text=str(text), response_ids=ids, finished=bool(ids) and ids[-1] in stops)
+def as_sample(
+    drawn: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    stops: Sequence[int],
+    stopped: bool = False,
+    by: Any = None,
+) -> Sample:
+    """Return the sample that these token ids are; what was drawn behind the first stop token is left out.
 
-
-def with_stop(drawn: Sequence[int], reason: Any, stops: Sequence[int]) -> list[int]:
-    """Return the token ids of a response that ended by itself, with the stop token that some servers leave out.
-
-    `reason` is the token that the server names, where it names one.
+    Args:
+        stopped: the server says that the response ended by itself; some leave out the stop token, which is added.
+        by: the token that it ended with, where the server names it.
     """
-    if set(drawn) & set(stops):
-        return list(drawn)
-    return [*drawn, reason if reason in stops else stops[0]]
+    ids = list(drawn[: next((at for at, token in enumerate(drawn, 1) if token in stops), len(drawn))])
+    finished = bool(ids) and ids[-1] in stops
+    if stopped and not finished:
+        ids.append(by if by in stops else stops[0])
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    return Sample(text=str(text), response_ids=ids, finished=finished or stopped)

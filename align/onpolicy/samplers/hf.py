@@ -12,7 +12,7 @@ Left out: weights that are divided among processes (fsdp, zero3), continuous bat
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from align.engine import evaluating
 from align.model.chat import stop_token_ids
+from align.onpolicy.batches import batches, pad
 from align.onpolicy.samplers.base import Prompt, Sample, Sampler, as_sample
 from align.say import UserError
 
@@ -38,7 +39,8 @@ def hf_sampler(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, toke
     ) -> list[list[Sample]]:
         made: list[list[Sample]] = [[] for _ in prompts]
         with evaluating(policy):
-            for batch in _batches(prompts, max_new_tokens, tokens_per_batch):
+            lengths = [len(prompt.token_ids) + max_new_tokens for prompt in prompts]
+            for batch in batches(lengths, tokens_per_batch, [len(prompt.seeds) for prompt in prompts]):
                 some = [prompts[i] for i in batch]
                 try:
                     drawn = iter(_draw(policy, some, stops, temperature, top_p, max_new_tokens))
@@ -54,23 +56,6 @@ def hf_sampler(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, toke
     return sample
 
 
-def _batches(prompts: Sequence[Prompt], max_new_tokens: int, budget: int) -> Iterator[list[int]]:
-    """Yield prompts of like length, the longest first, as many as fit the budget with all their responses; at least one."""
-    batch: list[int] = []
-    longest = rows = 0
-    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i].token_ids)):
-        if not prompts[i].seeds:
-            continue
-        rows += len(prompts[i].seeds)
-        longest = longest or len(prompts[i].token_ids)
-        if batch and rows * (longest + max_new_tokens) > budget:
-            yield batch
-            batch, longest, rows = [], len(prompts[i].token_ids), len(prompts[i].seeds)
-        batch.append(i)
-    if batch:
-        yield batch
-
-
 def _draw(
     policy: PreTrainedModel,
     prompts: Sequence[Prompt],
@@ -82,12 +67,11 @@ def _draw(
     """Return the token ids of every response, those of the first prompt first; behind a stop token they mean nothing."""
     device = policy.device
     stop = torch.tensor(stops, device=device)
-    ids, mask = _left_padded(prompts, stops[0], device)  # [B, width]
-    rolls = torch.tensor(  # [R, max_new_tokens] uniform in [0, 1)
-        [_rolls(seed, max_new_tokens) for prompt in prompts for seed in prompt.seeds],
-        dtype=torch.float64,
-        device=device,
-    )
+    ids, mask = pad([prompt.token_ids for prompt in prompts], stops[0], device, side="left")  # [B, width]
+    # Python's generator, since it promises the same numbers for all versions
+    uniform = [random.Random(seed).random for prompt in prompts for seed in prompt.seeds]
+    numbers = [[draw() for _ in range(max_new_tokens)] for draw in uniform]
+    rolls = torch.tensor(numbers, dtype=torch.float64, device=device)  # [R, max_new_tokens] in [0, 1)
     of_prompt = torch.tensor([i for i, prompt in enumerate(prompts) for _ in prompt.seeds], device=device)
     drawn = torch.full((len(rolls), max_new_tokens), stops[0], device=device)  # [R, max_new_tokens]
 
@@ -114,24 +98,6 @@ def _draw(
     return tokens
 
 
-def _rolls(seed: int, count: int) -> list[float]:
-    """Return uniform numbers in [0, 1), float64. Python's generator, since it promises the same numbers for all versions."""
-    generator = random.Random(seed)
-    return [generator.random() for _ in range(count)]
-
-
-def _left_padded(prompts: Sequence[Prompt], padding: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return (token ids, 1 where they are no padding), `[B, width]` each."""
-    width = max(len(prompt.token_ids) for prompt in prompts)
-    ids = torch.full((len(prompts), width), padding)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        at = width - len(prompt.token_ids)
-        ids[row, at:] = torch.tensor(prompt.token_ids)
-        mask[row, at:] = 1
-    return ids.to(device), mask.to(device)
-
-
 def _next_logits(policy: PreTrainedModel, cache: DynamicCache, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
     """Return `[b, V]` float32 logits of the token that follows each row of `ids`, which the cache then holds too."""
     options: dict[str, Any] = {"logits_to_keep": 1} if policy._supports_logits_to_keep() else {}
@@ -143,11 +109,7 @@ def _next_logits(policy: PreTrainedModel, cache: DynamicCache, ids: Tensor, mask
 
 
 def _choose(logits: Tensor, roll: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Return the token, `[b]`, that each of the uniform numbers `[b]` falls on, by softmax of `[b, V]` logits.
-
-    Raises:
-        UserError: the logits are no numbers.
-    """
+    """Return the token, `[b]`, that each of the uniform numbers `[b]` falls on, by softmax of `[b, V]` logits."""
     probs = (logits / temperature).softmax(-1)
     if top_p < 1:
         probs = probs.masked_fill(probs < _least_kept(probs, top_p), 0.0)

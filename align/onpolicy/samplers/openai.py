@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from align.model.chat import stop_token_ids
-from align.onpolicy.samplers.base import Prompt, Sample, Sampler, as_sample, with_stop
+from align.onpolicy.samplers.base import Prompt, Sample, Sampler, as_sample
 from align.onpolicy.samplers.servers import Send, Servers, in_threads
 from align.say import UserError
 
@@ -41,9 +41,6 @@ def openai_sampler(
         served: what that name must end with, where servers may still hold the policy before; None: any will do.
         path: of the policy, for the error that says so.
         requests_at_once: over all servers.
-
-    Raises:
-        UserError: here for bad URLs; when sampling, for a server that refuses or is greedy, or if none answers.
     """
     stops = stop_token_ids(tokenizer)
 
@@ -75,7 +72,12 @@ def openai_sampler(
         jobs = [{**rest, "prompt": list(p.token_ids), "seed": seed} for p in prompts for seed in p.seeds]
 
         def draw(body: Body, over: threading.Event) -> Sample:
-            return _as_sample(_choice(servers.ask("/completions", body, over)), tokenizer, stops)
+            choice = _choice(servers.ask("/completions", body, over))
+            ids = choice.get("token_ids")
+            if ids is None:
+                ids = tokenizer(choice["text"], add_special_tokens=False).input_ids
+            by = choice.get("stop_reason", choice.get("matched_stop"))
+            return as_sample(ids, tokenizer, stops, choice["finish_reason"] == "stop", by)
 
         drawn = iter(in_threads(draw, jobs, requests_at_once))
         return [[next(drawn) for _ in prompt.seeds] for prompt in prompts]
@@ -92,11 +94,7 @@ def _first_model(servers: Servers) -> str:
 
 
 def _choice(answer: Any) -> Body:
-    """Return the one response of an answer.
-
-    Raises:
-        UserError: the server speaks another protocol, or ended the response for a reason of its own.
-    """
+    """Return the one response of an answer, or raise `UserError` where it is none, or was ended by the server."""
     try:
         choice: Body = answer["choices"][0]
         reason = choice["finish_reason"]
@@ -105,12 +103,3 @@ def _choice(answer: Any) -> Body:
     if reason not in ("stop", "length"):
         raise UserError(f"sampling.urls: the server ended a response because of {reason!r}")
     return choice
-
-
-def _as_sample(choice: Body, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> Sample:
-    ids = choice.get("token_ids")
-    if ids is None:
-        ids = tokenizer(choice["text"], add_special_tokens=False).input_ids
-    if choice["finish_reason"] == "stop":
-        ids = with_stop(ids, choice.get("stop_reason", choice.get("matched_stop")), stops)
-    return as_sample(ids, tokenizer, stops)

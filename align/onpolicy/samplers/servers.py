@@ -61,9 +61,6 @@ class Servers:
             setting: the knob that holds the URLs, for messages.
             check: called with each server and its first POST, before that is sent, and again after it was away;
                 raises UserError for one that cannot be used.
-
-        Raises:
-            UserError: no URLs, or one that is none, or that holds a key.
         """
         if not urls:
             raise UserError(f"{setting} is empty: give the servers, e.g. '{setting}=[http://localhost:8000]'")
@@ -83,9 +80,6 @@ class Servers:
         Args:
             path: behind /v1, e.g. "/completions".
             over: set when nobody waits for the answer any more.
-
-        Raises:
-            UserError: a server refuses the request, or none has answered for `PATIENCE` seconds.
         """
         over = over or threading.Event()
         started, tries = time.monotonic(), 0
@@ -119,13 +113,12 @@ class Servers:
 
     def _rest(self, url: str, reason: str) -> None:
         """Leave a server alone for a while. Requests that were under way together count as one failure."""
-        first, most = _PAUSES
         with self._lock:
             if self._rests_until[url] > time.monotonic():
                 return
             if self._failures[url] == _WORTH_A_LINE:
                 tqdm.write(f"align: {url}: {reason}; trying again for {PATIENCE:.0f} seconds", file=sys.stderr)
-            self._rests_until[url] = time.monotonic() + min(most, first * 2 ** self._failures[url])
+            self._rests_until[url] = time.monotonic() + min(_PAUSES[1], _PAUSES[0] * 2 ** self._failures[url])
             self._failures[url] = min(self._failures[url] + 1, 16)
 
     def _once_checked(self, url: str, body: dict[str, Any]) -> None:

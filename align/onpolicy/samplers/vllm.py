@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from align.model.chat import stop_token_ids
-from align.onpolicy.samplers.base import Prompt, Sample, Sampler, as_sample, with_stop
+from align.onpolicy.samplers.base import Prompt, Sample, Sampler, as_sample
 from align.say import UserError
 
 
@@ -21,11 +21,7 @@ from align.say import UserError
 def vllm_sampler(
     model: str, tokenizer: PreTrainedTokenizerBase, revision: str | None = None, bf16: bool = False
 ) -> Iterator[Sampler]:
-    """Yield a sampler of the policy in a folder, or of that name and revision on the hub.
-
-    Raises:
-        UserError: vLLM is not installed here.
-    """
+    """Yield a sampler of the policy in a folder, or of that name and revision on the hub."""
     try:
         from vllm import LLM, SamplingParams
         from vllm.distributed import cleanup_dist_env_and_memory
@@ -57,7 +53,8 @@ def vllm_sampler(
             use_tqdm=False,
         )
         outputs = (answer.outputs[0] for answer in answers)  # in the order of the prompts
-        return [[_as_sample(next(outputs), tokenizer, stops) for _ in prompt.seeds] for prompt in prompts]
+        drawn = (as_sample(o.token_ids, tokenizer, stops, o.finish_reason == "stop", o.stop_reason) for o in outputs)
+        return [[next(drawn) for _ in prompt.seeds] for prompt in prompts]
 
     try:
         yield sample
@@ -65,10 +62,3 @@ def vllm_sampler(
         engine = None  # `sample` holds it too, by this name
         gc.collect()
         cleanup_dist_env_and_memory()
-
-
-def _as_sample(output: Any, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> Sample:
-    ids = list(output.token_ids)
-    if output.finish_reason == "stop":
-        ids = with_stop(ids, output.stop_reason, stops)
-    return as_sample(ids, tokenizer, stops)

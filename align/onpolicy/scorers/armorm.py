@@ -99,11 +99,7 @@ class ArmoRMScorer(PointwiseModel):
         return [values.get(i, math.nan) for i in range(len(rows))]
 
     def _find_boundary(self, ids: list[int], lost: int) -> int | None:
-        """Return where the last boundary begins; None where it was cut away.
-
-        Raises:
-            UserError: there is none, so the chat template is not Llama-3's.
-        """
+        """Return where the last boundary begins; None where it was cut away."""
         width = len(self._boundary)
         for at in range(len(ids) - width, -1, -1):
             if ids[at : at + width] == self._boundary:

@@ -22,20 +22,13 @@ class Kind(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """The identity of a scorer, recorded with its scores: two that could disagree differ in it.
-
-    Attributes:
-        name: the kind of scorer and what it loaded: "reward_model:Skywork/...".
-        revision: a hub commit, or a fingerprint of local weights or code.
-        template: how prompt and response were put into one text: the chat template, or a sentence where there is none.
-        settings: whatever else can change a score: the maximal length, the precision.
-    """
+    """The identity of a scorer, recorded with its scores: two that could disagree differ in it."""
 
     kind: Kind
-    name: str
-    revision: str
-    template: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    name: str  # the kind of scorer and what it loaded: "reward_model:Skywork/..."
+    revision: str  # a hub commit, or a fingerprint of local weights or code
+    template: str  # that puts prompt and response into one text; a sentence where there is none
+    settings: Mapping[str, Any] = field(default_factory=dict)  # whatever else can change a score
 
 
 @dataclass(frozen=True, kw_only=True)

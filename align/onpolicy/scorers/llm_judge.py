@@ -56,9 +56,8 @@ class JudgeScorer:
 
     def __init__(self, cfg: ScorerConfig, rank: Rank) -> None:
         if cfg.judge.served_model is None:
-            raise UserError(
-                "scorer.name=llm_judge needs scorer.judge.served_model, the name that its server knows it by"
-            )
+            missing = "scorer.judge.served_model, the name that its server knows it by"
+            raise UserError(f"scorer.name=llm_judge needs {missing}")
         self._cfg = cfg.judge
         self._servers = Servers(cfg.judge.urls, setting="scorer.judge.urls")
         self._template = _template(cfg.template)
@@ -73,11 +72,7 @@ class JudgeScorer:
         )
 
     def __call__(self, items: Sequence[Item]) -> list[Scores]:
-        """Return [K][K] P(i beats j) for each item.
-
-        Raises:
-            UserError: the server refuses the request, or none has answered for `servers.PATIENCE` seconds.
-        """
+        """Return [K][K] P(i beats j) for each item."""
         asked = {
             (number, i, j): fill(self._template, as_text(item.prompt), first, second)
             for number, item in enumerate(items)
@@ -91,11 +86,8 @@ class JudgeScorer:
 
     def _ask(self, text: str, over: threading.Event) -> Verdict:
         """Return the verdict on one filled template."""
-        body = {
-            "model": self._cfg.served_model,
-            "messages": [{"role": "user", "content": text}],
-            **self._request,
-        }
+        message = {"role": "user", "content": text}
+        body = {"model": self._cfg.served_model, "messages": [message], **self._request}
         if not self._without_logprobs:
             try:
                 return read_answer(self._servers.ask("/chat/completions", body, over))
@@ -115,11 +107,7 @@ def fill(template: str, prompt: str, first: str, second: str) -> str:
 
 
 def read_answer(answer: Any) -> Verdict:
-    """Return the verdict in a chat completion.
-
-    Raises:
-        UserError: it is no chat completion.
-    """
+    """Return the verdict in a chat completion."""
     try:
         choice, usage = answer["choices"][0], answer.get("usage") or {}
         text = choice["message"]["content"] or ""

@@ -6,20 +6,21 @@ look like scores. The head computes in float32: a bfloat16 number around 10 come
 Left out: models that do not fit one device, quantisation.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from align.config import ScorerConfig
 from align.launch.rank import Rank
 from align.model.chat import merge_system_message, read_template
 from align.model.load import NotHereError, cannot_load, content_fingerprint, is_local
+from align.onpolicy.batches import batches, pad
 from align.onpolicy.scorers.base import Identity, Item, Kind, Scores, as_messages
 from align.say import UserError
 
@@ -28,11 +29,7 @@ _SOME = 3  # names in an error
 
 
 class ModelScorer:
-    """A scorer that is a model: its configuration and tokenizer are loaded at once, its weights at the first call.
-
-    Raises:
-        UserError: no path, or nothing there that can be read.
-    """
+    """A scorer that is a model: its configuration and tokenizer are loaded at once, its weights at the first call."""
 
     kind: Any  # what its weights are loaded by: `kind.from_pretrained`
 
@@ -67,11 +64,7 @@ class ModelScorer:
 
     @cached_property
     def _model(self) -> PreTrainedModel:
-        """The model on its device, with every weight accounted for.
-
-        Raises:
-            UserError: it cannot be loaded, or checkpoint and model do not have the same weights; they are named.
-        """
+        """The model on its device, with every weight accounted for; `UserError` names those that are not."""
         try:
             model, loading = self.kind.from_pretrained(
                 self._path,
@@ -107,8 +100,8 @@ class ModelScorer:
             at: further arguments of its forward, a value for each row.
         """
         values = [0.0] * len(rows)
-        for some in batches([len(row) for row in rows], self._cfg.tokens_per_batch, equal):
-            ids, mask = pad([rows[i] for i in some], pad_token_id, self._rank.device)
+        for some in batches([len(row) for row in rows], self._cfg.tokens_per_batch, [1] * len(rows), equal):
+            ids, mask = pad([rows[i] for i in some], pad_token_id, self._rank.device, side="right")
             more = {name: torch.tensor([each[i] for i in some], device=ids.device) for name, each in at.items()}
             out = self._model(input_ids=ids, attention_mask=mask, **more)
             numbers = out if torch.is_tensor(out) else out.logits[:, 0]  # [b]
@@ -149,18 +142,13 @@ class PointwiseModel(ModelScorer):
 
 
 def render(item: Item, tokenizer: PreTrainedTokenizerBase, cfg: ScorerConfig) -> list[list[int]]:
-    """Return [K] token ids of the conversation with each response, by the chat template, which alone adds a BOS.
-
-    Raises:
-        UserError: the template refuses the conversation.
-    """
+    """Return [K] token ids of the conversation with each response, by the chat template, which alone adds a BOS."""
     messages = merge_system_message(as_messages(item.prompt), cfg.system_message)
     texts = []
     for response in item.responses:
         try:
-            texts.append(
-                tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": response}], tokenize=False)
-            )
+            turns = [*messages, {"role": "assistant", "content": response}]
+            texts.append(tokenizer.apply_chat_template(turns, tokenize=False))
         except Exception as error:  # Jinja raises whatever the template's author chose
             system = messages[0]["role"] == "system"
             hint = ": set scorer.system_message=merge" if system else "; give a template that takes it"
@@ -175,30 +163,6 @@ def cut(ids: list[int], length: int) -> tuple[list[int], int]:
     if len(ids) <= length:
         return ids, 0
     return [*ids[:1], *ids[len(ids) - length + 1 :]], len(ids) - length
-
-
-def batches(lengths: Sequence[int], budget: int, equal: bool = False) -> Iterator[list[int]]:
-    """Yield the indices of rows that go through the model together, longest first: at most `budget` tokens, padding included.
-
-    `equal`: only rows of one length together, for models that padding would confuse.
-    """
-    some: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        full = (len(some) + 1) * lengths[some[0]] > budget if some else False
-        if some and (full or (equal and lengths[i] != lengths[some[0]])):
-            yield some
-            some = []
-        some.append(i)
-    if some:
-        yield some
-
-
-def pad(rows: Sequence[list[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return `[b, width]` token ids, padded on the right, and their mask: a causal model then never sees the padding."""
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [pad_token_id] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    return ids.to(device), mask.to(device)
 
 
 def _head_in_float32(model: PreTrainedModel) -> None:

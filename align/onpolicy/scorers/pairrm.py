@@ -78,16 +78,13 @@ class PairRMScorer(ModelScorer):
 
     def __init__(self, cfg: ScorerConfig, rank: Rank) -> None:
         super().__init__(cfg, rank)
-        if self._config.model_type != "deberta-v2":
-            raise UserError(
-                f"scorer.path={cfg.path} is a {self._config.model_type} and not the deberta-v2 that PairRM is"
-            )
+        if (kind := self._config.model_type) != "deberta-v2":
+            raise UserError(f"scorer.path={cfg.path} is a {kind} and not the deberta-v2 that PairRM is")
         self._marker_ids = [self._tokenizer.convert_tokens_to_ids(marker) for marker in MARKERS]
         special = {None, self._tokenizer.unk_token_id, self._tokenizer.sep_token_id, *self._marker_ids}
         if len(special) < len(MARKERS) + 3:
-            raise UserError(
-                f"the tokenizer of {cfg.path} lacks PairRM's special tokens {', '.join(MARKERS)} or a separator"
-            )
+            names = ", ".join(MARKERS)
+            raise UserError(f"the tokenizer of {cfg.path} lacks PairRM's special tokens {names} or a separator")
         self.identity = self._identify(
             Kind.pairwise,
             " ".join((MARKERS[0], "prompt", MARKERS[1], "A", MARKERS[2], "B")),
@@ -136,12 +133,8 @@ class PairRMScorer(ModelScorer):
 
 def _wins(responses: Sequence[str], logits: Mapping[tuple[str, str], float]) -> list[list[float]]:
     """Return [K][K] P(i beats j) from the logits of all ordered pairs of different texts."""
-
-    def lead(a: str, b: str) -> float:
-        return 0.0 if a == b else logits[a, b] - logits[b, a]
-
-    scores = [sum(lead(a, b) for b in responses) / len(responses) for a in responses]
-    return preferences(scores, temperature=1.0)
+    leads = [[0.0 if a == b else logits[a, b] - logits[b, a] for b in responses] for a in responses]
+    return preferences([sum(row) / len(row) for row in leads], temperature=1.0)
 
 
 def _counts(responses: Sequence[str], cuts: Mapping[tuple[str, str], int]) -> list[dict[str, int]]:

@@ -31,11 +31,7 @@ class ProgramScorer:
         )
 
     def __call__(self, items: Sequence[Item]) -> list[Scores]:
-        """Return [K] what the function says, for each item.
-
-        Raises:
-            UserError: it returns no number.
-        """
+        """Return [K] what the function says, for each item."""
         return [Scores(values=[self._score(last_turn(i.prompt), r) for r in i.responses]) for i in items]
 
     def _score(self, prompt: str, response: str) -> float:

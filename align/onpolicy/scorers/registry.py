@@ -8,7 +8,7 @@ Left out: torch, until a scorer is made.
 
 import importlib.metadata
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from align.config import RunConfig, ScorerConfig, check_node
@@ -19,33 +19,24 @@ if TYPE_CHECKING:  # torch: not needed to look a name up
     from align.launch.rank import Rank
 
 
-@dataclass(frozen=True, kw_only=True)
-class _BuiltIn:
-    """A scorer of align: where it is made, and the keys of `ScorerConfig` that it reads; of a nested node the first word."""
-
-    make: str
-    reads: tuple[str, ...]
-    kind: Kind = Kind.pointwise
-
-
 _HERE = "align.onpolicy.scorers"
 _MODEL = ("path", "revision", "max_length", "tokens_per_batch", "system_message")
-_BUILT_IN = {
-    "program": _BuiltIn(make=f"{_HERE}.program:ProgramScorer", reads=("path",)),
-    "reward_model": _BuiltIn(make=f"{_HERE}.reward_model:RewardModelScorer", reads=(*_MODEL, "template")),
-    "armorm": _BuiltIn(make=f"{_HERE}.armorm:ArmoRMScorer", reads=_MODEL),
-    "pairrm": _BuiltIn(
-        make=f"{_HERE}.pairrm:PairRMScorer", reads=("path", "revision", "tokens_per_batch"), kind=Kind.pairwise
-    ),
-    "llm_judge": _BuiltIn(
-        make=f"{_HERE}.llm_judge:JudgeScorer", reads=("revision", "template", "judge"), kind=Kind.pairwise
-    ),
+#: name -> (class, keys of `ScorerConfig` that it reads; of a nested node the first word)
+_BUILT_IN: dict[str, tuple[str, tuple[str, ...]]] = {
+    "program": ("program:ProgramScorer", ("path",)),
+    "reward_model": ("reward_model:RewardModelScorer", (*_MODEL, "template")),
+    "armorm": ("armorm:ArmoRMScorer", _MODEL),
+    "pairrm": ("pairrm:PairRMScorer", ("path", "revision", "tokens_per_batch")),
+    "llm_judge": ("llm_judge:JudgeScorer", ("revision", "template", "judge")),
 }
+_PAIRWISE = ("pairrm", "llm_judge")
 
 
 def available() -> list[str]:
     """Return the names of all scorers: ours and those of installed packages."""
-    return sorted({*_BUILT_IN, *(entry.name for entry in importlib.metadata.entry_points(group="align.scorers"))})
+    return sorted(
+        {*_BUILT_IN, *(entry.name for entry in importlib.metadata.entry_points(group="align.scorers"))}
+    )
 
 
 def scorer_of(cfg: RunConfig) -> ScorerConfig:
@@ -62,11 +53,7 @@ def scorer_of(cfg: RunConfig) -> ScorerConfig:
 
 
 def build(cfg: ScorerConfig, rank: "Rank") -> Scorer:
-    """Build the scorer that the configuration describes; models run on `rank.device`.
-
-    Raises:
-        UserError: an unknown name, a setting that it does not read or that is out of range, a model that is not there.
-    """
+    """Build the scorer that the configuration describes, or raise `UserError`; models run on `rank.device`."""
     check_node(cfg, "scorer.")
     if cfg.name is None:
         raise UserError(
@@ -75,8 +62,9 @@ def build(cfg: ScorerConfig, rank: "Rank") -> Scorer:
     if ":" in cfg.name:
         make = resolve(cfg.name, "scorer.name")
     elif cfg.name in _BUILT_IN:
-        _check_unread(cfg, _BUILT_IN[cfg.name].reads)
-        make = resolve(_BUILT_IN[cfg.name].make, "scorer.name")
+        name, reads = _BUILT_IN[cfg.name]
+        _check_unread(cfg, reads)
+        make = resolve(f"{_HERE}.{name}", "scorer.name")
     else:
         make = _of_a_package(cfg.name)
     scorer = make(cfg, rank)
@@ -89,7 +77,7 @@ def build(cfg: ScorerConfig, rank: "Rank") -> Scorer:
 
 def stand_in(cfg: ScorerConfig) -> Identity:
     """Return what is known of a scorer without its files, for plans where the hub cannot be reached."""
-    kind = _BUILT_IN[str(cfg.name)].kind if cfg.name in _BUILT_IN else Kind.pointwise
+    kind = Kind.pairwise if cfg.name in _PAIRWISE else Kind.pointwise
     return Identity(kind=kind, name=f"{cfg.name}:{cfg.path}", revision="unknown", template="unknown")
 
 
