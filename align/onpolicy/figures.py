@@ -1,7 +1,8 @@
 """Figures of answers: who wins, how good, long and varied they are. Pure: no files, no models.
 
 All policies answer the same held-out prompts, each with random numbers of its own, since answers that share them are no
-independent samples; and one scorer sees all answers to a prompt together, so a pairwise scorer can say who wins. Left out: what a training says of itself (accuracies, its results.json).
+independent samples; and one scorer sees all answers to a prompt together, so a pairwise scorer can say who wins.
+Left out: what a training says of itself (accuracies, its results.json).
 """
 
 import math
@@ -46,9 +47,8 @@ def figures(rows: Sequence[ResponseRow], scored: Sequence[ScoredPrompt], name: s
         "unfinished": fmean(not row.finished for row in own),
         "repetition": fmean(repetition(row.response_ids) for row in own),
     }
-    scores = [
-        [c.score for c in prompt.candidates if c.origin == name and c.score is not None] for prompt in usable(scored)
-    ]
+    candidates = [prompt.candidates for prompt in usable(scored)]
+    scores = [[c.score for c in some if c.origin == name and c.score is not None] for some in candidates]
     if all(scores) and scores:
         made["judge_score"] = fmean(score for of_prompt in scores for score in of_prompt)
         made["score_spread"] = fmean(max(of_prompt) - min(of_prompt) for of_prompt in scores)
@@ -89,9 +89,8 @@ def ties(scored: Sequence[ScoredPrompt], ours: str, theirs: str) -> float:
 def chances(prompt: ScoredPrompt, ours: str, theirs: str) -> list[list[float]]:
     """Return in row i, column j P(the i-th answer of `ours` beats the j-th of `theirs`)."""
     matrix = matrix_of(prompt, temperature=0.0)
-    rows, columns = (
-        [i for i, candidate in enumerate(prompt.candidates) if candidate.origin == name] for name in (ours, theirs)
-    )
+    origins = [candidate.origin for candidate in prompt.candidates]
+    rows, columns = ([i for i, origin in enumerate(origins) if origin == name] for name in (ours, theirs))
     return [[matrix[i][j] for j in columns] for i in rows]
 
 

@@ -32,9 +32,6 @@ def write_pairs(
 
     Returns:
         For each split: `prompts`, `pairs`, and `dropped`, the number of prompts without a pair for each reason.
-
-    Raises:
-        UserError: responses or scores are missing or damaged, or the folder holds pairs of other ones.
     """
     inputs = {
         "responses": _manifest_of(responses),
@@ -78,11 +75,7 @@ def choose(
 
 
 def scored_prompts(responses: Sequence[ResponseRow], scores: Sequence[Mapping[str, Any]]) -> Iterator[ScoredPrompt]:
-    """Yield each prompt's responses with their scores, in the order of the responses.
-
-    Raises:
-        UserError: a response has no score.
-    """
+    """Yield each prompt's responses with their scores, in the order of the responses."""
     by_key = {(row["iteration"], row["prompt_id"], row["k"]): row for row in scores}
     for prompt_id, own in groupby(responses, key=lambda row: row.prompt_id):
         rows = list(own)
@@ -111,9 +104,7 @@ def _row(prompt: ResponseRow, pair: Selection) -> dict[str, Any]:
 def describe_counts(counts: dict[str, dict[str, Any]]) -> str:
     """Return in a line what became of the prompts of each split."""
     lines = []
-    for split, of_split in counts.items():
-        dropped = ", ".join(f"{count} {reason}" for reason, count in of_split["dropped"].items())
-        lines.append(
-            f"{split} pairs {of_split['pairs']} of {of_split['prompts']} prompts ({dropped or 'none dropped'})"
-        )
+    for split, known in counts.items():
+        dropped = ", ".join(f"{count} {reason}" for reason, count in known["dropped"].items()) or "none dropped"
+        lines.append(f"{split} pairs {known['pairs']} of {known['prompts']} prompts ({dropped})")
     return "; ".join(lines)

@@ -61,18 +61,14 @@ def sample_from(
         prompts: their candidates of other origins become rows too.
         cfg: of the run, for its seed.
         what: is sampled, for the progress bar.
-
-    Raises:
-        UserError: a prompt without tokens or that comes twice, a folder that holds the responses of other inputs or
-            cannot be written, a backend that is not installed, or no server that answers.
     """
     check_sampling(settings)
     tokenizer = policy.start.tokenizer
     ids = _token_ids(prompts, tokenizer)
-    size = settings.prompts_per_shard
+    size, samples = settings.prompts_per_shard, settings.samples
     chunks = [prompts[at : at + size] for at in range(0, len(prompts), size)]
-    rows = settings.samples * len(prompts) + sum(len(prompt.candidates) for prompt in prompts)
-    shards = Shards(folder=folder, what="responses", count=len(chunks), rows=rows)
+    count = samples * len(prompts) + sum(len(prompt.candidates) for prompt in prompts)
+    shards = Shards(folder=folder, what="responses", count=len(chunks), rows=count)
     shards.begin(
         {
             "iteration": iteration,
@@ -91,28 +87,20 @@ def sample_from(
     with rank.autocast(), open_sampler(policy, settings, rank) as sampler:
         for number in shards.claim(what if rank.is_first else ""):
             drawn = sampler(
-                [
-                    Prompt(token_ids=ids[prompt.id], seeds=seeds(cfg.seed, iteration, prompt.id, settings.samples))
-                    for prompt in chunks[number]
-                ],
+                [Prompt(token_ids=ids[p.id], seeds=seeds(cfg.seed, iteration, p.id, samples)) for p in chunks[number]],
                 temperature=settings.temperature,
                 top_p=settings.top_p,
                 max_new_tokens=settings.max_new_tokens,
             )
             made = zip(chunks[number], drawn, strict=True)
-            shards.write(
-                number, [asdict(row) for prompt, own in made for row in _rows(prompt, own, iteration, tokenizer)]
-            )
+            rows = [row for prompt, own in made for row in _rows(prompt, own, iteration, tokenizer)]
+            shards.write(number, map(asdict, rows))
     del sampler  # it holds the policy
     free()
 
 
 def read_samples(folder: Path) -> list[ResponseRow]:
-    """Return all rows of a finished folder, in the order of the prompts, the K of each together.
-
-    Raises:
-        UserError: a shard is missing or damaged.
-    """
+    """Return all rows of a finished folder, in the order of the prompts, the K of each together."""
     remedy = f"type align sample run_dir={folder.parent} first, with model= and dataset= as of this command"
     return Shards.open(folder, "responses", remedy).read(_parse)
 
@@ -127,21 +115,12 @@ def _rows(
 ) -> list[ResponseRow]:
     """Return a prompt's samples, and behind them its candidates of other origins, as long as the policy would say them."""
     blank = ResponseRow(iteration=iteration, prompt_id=prompt.id, k=0, prompt=prompt.text, split=prompt.split)
-    own = [
-        replace(blank, response=sample.text, response_ids=sample.response_ids, finished=sample.finished)
-        for sample in samples
-    ]
+    rows = [replace(blank, response=it.text, response_ids=it.response_ids, finished=it.finished) for it in samples]
     end = stop_token_ids(tokenizer)[-1]
-    others = [
-        replace(
-            blank,
-            response=other.text,
-            response_ids=[*tokenizer(other.text, add_special_tokens=False).input_ids, end],
-            origin=other.origin,
-        )
-        for other in prompt.candidates
-    ]
-    return [replace(row, k=k) for k, row in enumerate([*own, *others])]
+    for other in prompt.candidates:
+        ids = [*tokenizer(other.text, add_special_tokens=False).input_ids, end]
+        rows.append(replace(blank, response=other.text, response_ids=ids, origin=other.origin))
+    return [replace(row, k=k) for k, row in enumerate(rows)]
 
 
 def _token_ids(prompts: Sequence[PromptRow], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
@@ -154,9 +133,6 @@ def _token_ids(prompts: Sequence[PromptRow], tokenizer: PreTrainedTokenizerBase)
         if not ids[prompt.id]:
             raise UserError(f"prompt {prompt.id!r} is empty")
     return ids
-
-
-# Backends -----------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -188,10 +164,8 @@ def check_sampling(settings: SamplingConfig) -> None:
             "sampling.backend=openai 'sampling.urls=[http://localhost:8000]'"
         )
     if (settings.backend is Backend.openai) != bool(settings.urls):
-        raise UserError(
-            "sampling.urls goes with sampling.backend=openai: e.g. sampling.backend=openai "
-            "'sampling.urls=[http://localhost:8000]'"
-        )
+        example = "sampling.backend=openai 'sampling.urls=[http://localhost:8000]'"
+        raise UserError(f"sampling.urls goes with sampling.backend=openai: e.g. {example}")
 
 
 def answering_cluster(cfg: RunConfig) -> Cluster:

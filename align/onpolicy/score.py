@@ -48,10 +48,6 @@ def annotate(responses: Sequence[ResponseRow], scorer: Scorer, folder: Path, *, 
 
     Returns:
         What the scorer counts, over all rows: tokens that were cut, tokens that a judge was paid for.
-
-    Raises:
-        UserError: the folder holds scores of other responses or of another scorer; a response comes twice; the
-            scorer gives what cannot be a score; the folder cannot be written.
     """
     groups = _by_prompt(responses)
     chunks = [groups[at : at + _SHARD_PROMPTS] for at in range(0, len(groups), _SHARD_PROMPTS)]
@@ -60,25 +56,15 @@ def annotate(responses: Sequence[ResponseRow], scorer: Scorer, folder: Path, *, 
         rows = [[row.iteration, row.prompt_id, row.k, row.prompt, row.response] for row in group]
         digest.update(json.dumps(rows).encode())
     shards = Shards(folder=folder, what="scores", count=len(chunks), rows=len(responses))
-    shards.begin(
-        {
-            "version": _VERSION,
-            "responses": digest.hexdigest()[:16],
-            "scorer": asdict(scorer.identity),
-            "prompts": len(groups),
-        }
-    )
+    inputs = {"version": _VERSION, "responses": digest.hexdigest()[:16], "scorer": asdict(scorer.identity)}
+    shards.begin({**inputs, "prompts": len(groups)})
     for number in shards.claim("" if silent else f"scores by {scorer.identity.name}"):
         shards.write(number, _score(chunks[number], scorer))
     return counts(read_scores(folder))
 
 
 def read_scores(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows that `annotate` wrote, in the order of the responses' prompts and of k; a null is NaN.
-
-    Raises:
-        UserError: scores are missing or damaged; the message says what to do.
-    """
+    """Return the rows that `annotate` wrote, in the order of the responses' prompts and of k; a null is NaN."""
     remedy = f"type align annotate run_dir={folder.parent} scorer=... first"
     return Shards.open(folder, "scores", remedy).read(_parse)
 

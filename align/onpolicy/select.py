@@ -83,9 +83,6 @@ def preferences(scores: Sequence[float], temperature: float) -> list[list[float]
     """Return [K][K] P(i beats j) = sigmoid((s_i - s_j) / temperature); at temperature 0 it is 1, 0, or 1/2 for a tie.
 
     A score that is not finite makes its row and column NaN or certain: `select_pair` drops such prompts.
-
-    Raises:
-        UserError: the temperature is below 0.
     """
     if not temperature >= 0:
         raise UserError(f"the temperature of preferences must be 0 or above, not {temperature}")
@@ -112,11 +109,7 @@ def select_pair(
 ) -> Selection | Dropped:
     """Choose the pair of one prompt, or say why it has none. What ties leave open goes to the first candidate.
 
-    `preferences` is [K][K], P(candidate i beats candidate j); `rng` is for a rejected one at random.
-
-    Raises:
-        UserError: some candidates have scores and others not, or the preferences are no [K][K] probabilities with
-            P(i beats j) + P(j beats i) = 1.
+    `rng` is for a rejected one at random.
     """
     given = [candidate.score for candidate in candidates if candidate.score is not None]
     if given and len(given) < len(candidates):
@@ -161,9 +154,6 @@ def select(
     """Return pairs by prompt id, in the order of the prompts, and how many prompts were dropped for which reason.
 
     A prompt's pair depends on the seed and its id, not on the other prompts; iterations give seeds of their own.
-
-    Raises:
-        UserError: a prompt comes twice, or is not one that `select_pair` takes; it is named.
     """
     pairs: dict[str, Selection] = {}
     dropped: Counter[Dropped] = Counter()

@@ -34,9 +34,7 @@ _PAIRWISE = ("pairrm", "llm_judge")
 
 def available() -> list[str]:
     """Return the names of all scorers: ours and those of installed packages."""
-    return sorted(
-        {*_BUILT_IN, *(entry.name for entry in importlib.metadata.entry_points(group="align.scorers"))}
-    )
+    return sorted({*_BUILT_IN, *(entry.name for entry in importlib.metadata.entry_points(group="align.scorers"))})
 
 
 def scorer_of(cfg: RunConfig) -> ScorerConfig:
