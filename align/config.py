@@ -107,7 +107,7 @@ class JudgeConfig:
 class ScorerConfig:
     """The scorer of responses: a program, a reward model or a language model."""
 
-    #: program, reward_model, armorm, pairrm, llm_judge, one of a package's, "module:function"; null: the dataset's judge
+    #: program, reward_model, armorm, pairrm, llm_judge, one of a package, "module:function"; null: the dataset's judge
     name: str | None = None
     path: str | None = None  # program: "module:function"; models: a hub name, or a folder
     revision: str | None = None  # hub revision; null: the newest. llm_judge: your name for the served version
@@ -314,7 +314,7 @@ _SECRET = r"((?:\b[A-Z0-9_]*(?:KEY|TOKEN|SECRET|PASSWORD)[A-Z0-9_]*=)|(?<=://))(
 
 
 def plain(cfg: RunConfig) -> dict[str, Any]:
-    """Return the configuration as plain values, for YAML, JSON and trackers. Text that looks like a secret is hidden."""
+    """Return the configuration as plain values, for YAML, JSON and trackers. What looks like a secret is hidden."""
 
     def value(node: Any) -> Any:
         if isinstance(node, Enum):

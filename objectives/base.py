@@ -85,7 +85,7 @@ class Objective(ABC):
         """Return loss, implicit rewards and metrics of B pairs."""
 
     def summary(self, means: Mapping[str, float]) -> dict[str, float]:
-        """Calculate figures of a step that are not means over its pairs, from the means of its metrics; none by default."""
+        """Calculate figures of a step that are not means over its pairs, from the means of its metrics; default: none."""
         return {}
 
 

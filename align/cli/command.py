@@ -47,13 +47,13 @@ def job_of(
     def job(node: DictConfig) -> float | None:
         typed = HydraConfig.get()
         sweeps = typed.mode is RunMode.MULTIRUN
-        given: Any = OmegaConf.to_container(typed.overrides.task)  # as typed: ${seed} is not resolved
-        words = shlex.join(word for word in given if not word.startswith(OF_SWEEPS))
+        task: Any = OmegaConf.to_container(typed.overrides.task)  # as typed: ${seed} is not resolved
+        words = shlex.join(word for word in task if not word.startswith(OF_SWEEPS))
         try:
             cfg: Any = OmegaConf.to_object(node)
             if isinstance(cfg, RunConfig):
-                own = [source.path for source in typed.runtime.config_sources if source.provider == "command-line"]
-                folders = [f"--config-dir={path}" for path in own]
+                sources = [source for source in typed.runtime.config_sources if source.provider == "command-line"]
+                folders = [f"--config-dir={source.path}" for source in sources]
                 cfg.command = f"{shlex.join(['python', '-m', 'align', *folders])} {words}"
             if sweeps:
                 sweep.begin_job(cfg, stage is None and not cfg.plan, words)
@@ -79,7 +79,7 @@ def job_of(
 
 @contextlib.contextmanager
 def one_line_errors(sweep: Sweep) -> Iterator[None]:
-    """Set the process up for one command, and end it as a user should see it: an error is one line, a stop is no error."""
+    """Set up the process for one command, and end it as users should see it: an error is one line, a stop is none."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise, so that one line can say it below
     warnings.formatwarning = _warning_line
     signal.signal(signal.SIGTERM, _as_ctrl_c)

@@ -1,9 +1,10 @@
 """Hydra, set up for align: the folders of YAML, the recipe of a command, names of sweeps, and errors in one line.
 
-Four things differ from plain Hydra. The recipe `experiments/recipe/<model>_<objective>.yaml`, else `<model>.yaml`, is chosen
-by the two words of the command, and may choose the dataset (an interpolated defaults list may not). Keys of open nodes,
-such as `objective`, need no `+`; they are checked by the code that reads them. A sweep is named after its words, so
-that the same command is the same sweep. An error is one line that names the key and what is allowed.
+Four things differ from plain Hydra. The two words of a command choose the recipe,
+`experiments/recipe/<model>_<objective>.yaml` or else `<model>.yaml`, which may choose the dataset (an interpolated
+defaults list may not). Keys of open nodes, such as `objective`, need no `+`; they are checked by the code that reads
+them. A sweep is named after its words, so that the same command is the same sweep. An error is one line that names the
+key and what is allowed.
 """
 
 import re
@@ -102,7 +103,7 @@ class Loader(ConfigLoaderImpl):
         config_name: str | None = None,
         overrides: list[str] | None = None,
     ) -> list[str]:
-        """List the choices of a group. Hydra copies every cached config for each group, half of the time of `--help`."""
+        """List the choices of a group. Hydra copies every cached config for each group: half of `--help`'s time."""
         return self.repository.get_group_options(group_name, results_filter)
 
 

@@ -167,7 +167,7 @@ def truncate(
     """Cut a pair to `max_length`, by the rule that `truncation` names.
 
     `papers` is the rule of trl 0.9.6, with which the SimPO, DPO and WPO models were trained: if prompt and longer
-    response exceed `max_length`, keep the prompt's last `max_prompt_length` tokens; if they still do, cut both responses
+    response exceed `max_length`, keep the prompt's last `max_prompt_length` tokens; if they still do, cut the responses
     to `max_length - max_prompt_length`. One thing differs: a BOS that the cut would lose is kept as the first token.
 
     Raises:

@@ -60,9 +60,9 @@ def load_splits(cfg: DatasetConfig, start: Start, cache: Path, content: Content 
         for name, source in cfg.mix.items()
     }
     ours = [parts[name] for name, source in cfg.mix.items() if source.eval_path is None and source.eval_split is None]
-    held = {_prompt_hash(row) for part in ours for row in part["held_out"].rows}
+    held_out = {_prompt_hash(row) for part in ours for row in part["held_out"].rows}
     for part in parts.values():  # a prompt that is held out of one source may be in another
-        rows = [row for row in part["train"].rows if _prompt_hash(row) not in held]
+        rows = [row for row in part["train"].rows if _prompt_hash(row) not in held_out]
         part["train"] = replace(part["train"], rows=rows)
     weights = {name: source.weight for name, source in cfg.mix.items()}
     return {
@@ -105,13 +105,13 @@ def _load_source(
     train = _renamed(train, source, key, content)
     hashes = [_prompt_hash(row) for row in train.rows]
     prompts = sorted(set(hashes))
-    held = set(prompts[: max(1, round(eval_fraction * len(prompts)))])  # the smallest: stable as a set grows
-    if len(held) == len(prompts):
+    chosen = set(prompts[: max(1, round(eval_fraction * len(prompts)))])  # the smallest: stable as a set grows
+    if len(chosen) == len(prompts):
         raise UserError(f"{train.where} has one prompt only, so none can be held out: give {key}.eval_path")
     sides = {"train": False, "held_out": True}
     return {
         name: Rows(
-            rows=[row for row, prompt in zip(train.rows, hashes, strict=True) if (prompt in held) is side],
+            rows=[row for row, prompt in zip(train.rows, hashes, strict=True) if (prompt in chosen) is side],
             fingerprint=fingerprint(train.fingerprint, name, eval_fraction),
             where=train.where,
         )

@@ -201,7 +201,7 @@ def _blocks(queries: int, keys: int, window: int | None) -> list[tuple[slice, sl
 
 
 def _hide(block: Tensor, queries: int, window: int | None, value: float) -> None:
-    """Write `value` into a block, `[K, G * n, m]`, where the query does not see the key; the queries are the last keys."""
+    """Write `value` into a block, `[K, G * n, m]`, where the query sees no such key; the queries are the last keys."""
     keys = block.shape[-1]
     square = window is None or window >= keys  # without a window only the last keys can come after a query
     first = keys - queries if square else 0
@@ -326,9 +326,9 @@ def _sees(segments: Segments, window: int | None, device: torch.device) -> Calla
     reach = 2**30 if window is None else window
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        own = (response[key] == 0) | (response[key] == response[query])  # 0: the prompt
+        related = (response[key] == 0) | (response[key] == response[query])  # 0: the prompt
         near = position[query] - position[key] < reach
-        return (group[query] == group[key]) & own & (query >= key) & near
+        return (group[query] == group[key]) & related & (query >= key) & near
 
     return sees
 

@@ -83,7 +83,7 @@ def _longest_first(lengths: Sequence[Lengths], layout: Layout) -> list[int]:
 
 
 def _like_sums(lengths: Sequence[Lengths], layout: Layout, number: int) -> list[list[int]]:
-    """Return `number` batches of similar sums: each group, longest first, goes into the batch with the fewest tokens."""
+    """Return `number` batches of similar sums: each group, longest first, joins the batch with the fewest tokens."""
     batches: list[list[int]] = [[] for _ in range(number)]
     heap = [(0, at) for at in range(number)]
     for i in _longest_first(lengths, layout):

@@ -163,7 +163,7 @@ class _TokenStatistics(torch.autograd.Function):
 def _tiles(
     target: Tensor, dtype: torch.dtype, transform: Transform, bias: Tensor | None, terms: Sequence[Tensor]
 ) -> Iterator[tuple[slice, slice, Tensor, list[tuple[Tensor, Tensor]]]]:
-    """Yield (token slice, vocabulary slice, logits in a buffer that the next tile overwrites, factors) for each tile."""
+    """Yield (token slice, vocabulary slice, logits in a buffer that the next one overwrites, factors) for each tile."""
     kind, tokens, vocabulary = target.device.type, len(target), terms[1].shape[0]
     height = min(tokens, _TILE_TOKENS[kind])
     width = min(vocabulary, max(1, _TILE[kind] // height))
@@ -192,7 +192,7 @@ def _fold(
     weighted: Tensor | None,
     square: Tensor | None,
 ) -> None:
-    """Add a tile of logits `z` to the carried sums, in place. `local` is the target's column, maybe outside the tile."""
+    """Add a tile of logits `z` to the carried sums, in place. `local` is the target's column, or outside the tile."""
     inside = (local >= 0) & (local < z.shape[1])
     found = z.gather(1, local.clamp(0, z.shape[1] - 1)[:, None])[:, 0]
     picked.copy_(torch.where(inside, found, picked))

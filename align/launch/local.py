@@ -1,6 +1,6 @@
 """Processes of a run on this machine: start them, watch them, pass signals on, name the first that fails.
 
-Like torch's elastic agent without its restarts, whose one signal could not tell "a neighbour died" (end too) from "stop"
+It is torch's elastic agent without restarts, whose one signal could not tell "a neighbour died" (end too) from "stop"
 (write a checkpoint first). A worker that fails is one line in the parent's terminal, with its rank, and the others are
 ended at once, since they would wait for it in a collective. A worker whose parent is gone ends itself (lifeline.py).
 Left out: starting processes on other machines, which SLURM (slurm.py) or torchrun does.

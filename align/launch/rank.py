@@ -133,10 +133,10 @@ def join(cluster: Cluster) -> Rank:
     Raises:
         UserError: the processes cannot meet.
     """
-    own = alone(cluster)
+    rank = alone(cluster)
     if cluster.strategy is not Strategy.single and not torch.distributed.is_initialized():
-        _connect(own.device)
-    return replace(own, world=cluster.world, strategy=cluster.strategy, offload=cluster.offload)
+        _connect(rank.device)
+    return replace(rank, world=cluster.world, strategy=cluster.strategy, offload=cluster.offload)
 
 
 def alone(cluster: Cluster) -> Rank:
@@ -166,8 +166,8 @@ def _connect(device: torch.device) -> None:
         store.set_timeout(_PATIENCE)
         _stores.append(store)
         # The store still holds the addresses of an earlier group, at which a new one would look for closed sockets.
-        own = torch.distributed.PrefixStore(f"align-{len(_stores)}", store)
-        torch.distributed.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=_PATIENCE)
+        prefixed = torch.distributed.PrefixStore(f"align-{len(_stores)}", store)
+        torch.distributed.init_process_group(backend, store=prefixed, rank=rank, world_size=world, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         meeting = f"{os.environ.get('MASTER_ADDR', 'MASTER_ADDR')}:{os.environ.get('MASTER_PORT', 'MASTER_PORT')}"
         if "EADDRINUSE" in str(error) or "already in use" in str(error):
@@ -210,7 +210,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def heeding_signals() -> Iterator[StopRequest]:
-    """Record requests to stop instead of obeying them at once. A signal that is ignored, in workers Ctrl-C, stays so."""
+    """Record requests to stop instead of obeying them at once. Ignored signals, in workers Ctrl-C, stay ignored."""
     request = StopRequest()
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
     with handling(request, *(number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN)):

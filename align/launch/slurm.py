@@ -1,8 +1,8 @@
 """SLURM: submit prepared runs, one job each or a sweep as one array, and run a task of a job.
 
-Runs are checked and their data prepared where the command is typed, as compute nodes often have no network. SLURM queues
-a preempted job again, and a job whose time is up requeues itself; both continue in the same run folder from the last
-checkpoint. Jobs are submitit's. Left out: waiting for them.
+Runs are checked and their data prepared where the command is typed, as compute nodes often have no network. A preempted
+job is queued again by SLURM, and a job whose time is up requeues itself; both continue in the same run folder from the
+last checkpoint. Jobs are submitit's. Left out: waiting for them.
 """
 
 import contextlib
@@ -152,7 +152,7 @@ def _job_name() -> str:
 
 
 def _has_grace() -> bool:
-    """Return True if the job is preempted with a GraceTime: SLURM requeues it only if it still runs at the end of that."""
+    """Return True if the job is preempted with a GraceTime: SLURM requeues it only if it still runs at its end."""
     show = ["scontrol", "show", "job", "--oneliner", _job_name()]
     shown = subprocess.run(show, capture_output=True, text=True).stdout
     return "JobState=RUNNING" in shown and re.search(r"PreemptTime=\d", shown) is not None

@@ -1,7 +1,7 @@
 """Policies and tokenizers: load, initialise, add an adapter; and the fingerprints that are keys of caches.
 
-The start model is always a folder or a hub name: a random or fitted one is written to a folder first, so that everything
-after this file deals with one kind of model. Weights are safetensors, float32, without dropout: the papers train without
+The start model is always a folder or a hub name: a random or fitted one is written to a folder first, so that all code
+after this file handles one kind of model. Weights are safetensors, float32, without dropout: the papers train without
 it, and only then is a log-ratio to the start model 0 at step 0.
 """
 

@@ -1,7 +1,7 @@
 """A task whose answers a program judges, "please name 3 animals, numbered", and the pairs to train on.
 
-The judge counts different valid items, as many as the prompt asks for, in the layout that it asks for. The pairs are the
-start model's own: five samples a prompt, the best against the worst, and for each the probability that it beats a
+The judge counts different valid items, as many as the prompt asks for, in the layout that it asks for. The pairs are
+the start model's own: five samples a prompt, the best against the worst, and for each the probability that it beats a
 fresh sample (its mean win over the five, itself included: arXiv 2405.00675, section 5).
 """
 
@@ -88,7 +88,7 @@ def prompts(split: str) -> list[str]:
 
 
 def demonstrations(count: int, seed: int) -> Iterator[tuple[str, str]]:
-    """Yield (prompt, imperfect answer). Most answers are wrong in some way, so that the start model gives few perfect ones.
+    """Yield (prompt, imperfect answer). Most are wrong in some way, so that the start model gives few perfect answers.
 
     With many perfect answers the judge would see ties only, and could not compare.
     """
@@ -126,7 +126,7 @@ def rows(split: str, start: "Start", cache: Path) -> list[dict[str, Any]]:
     def build(into: Path) -> None:
         asked = prompts(split)
         answers = _answers(asked, start)
-        pairs = [pair for p, own in zip(asked, answers, strict=True) if (pair := _pair(p, own))]
+        pairs = [pair for p, samples in zip(asked, answers, strict=True) if (pair := _pair(p, samples))]
         with (into / "rows.jsonl").open("w") as file:
             file.writelines(json.dumps(pair) + "\n" for pair in pairs)
 
@@ -163,7 +163,7 @@ def _answers(asked: list[str], start: "Start") -> list[list[str]]:
         top_p=1.0,
         max_new_tokens=64,
     )
-    return [[s.text for s in own] for own in drawn]
+    return [[sample.text for sample in samples] for samples in drawn]
 
 
 def _pair(prompt: str, answers: list[str]) -> dict[str, Any] | None:

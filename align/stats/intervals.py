@@ -104,8 +104,8 @@ def compare(first: ArrayLike, second: ArrayLike) -> Comparison:
     """Compare two methods on the same prompts: is the first better or worse, or is it chance?
 
     Args:
-        first, second: [seeds, prompts], or [prompts] of one seed, with the same prompts in the same order. Their numbers
-            of seeds may differ; if only one has several, the other's are assumed to scatter like them.
+        first, second: [seeds, prompts], or [prompts] of one seed, with the same prompts in the same order. The
+            numbers of seeds may differ; if only one has several, the other's are assumed to scatter like them.
     """
     a, b = _table(first), _table(second)
     if a.shape[1] != b.shape[1]:
@@ -191,7 +191,7 @@ def _resamples(prompts: int) -> Floats:
 
 @lru_cache(maxsize=8)
 def _t_draws(degrees_of_freedom: int, count: int) -> Floats:
-    """Draw [count] values of Student's t, the same at every call: one from each `count`-th of |t|, for a smooth tail."""
+    """Draw [count] values of Student's t, the same at every call: one from each `count`-th of |t| for a smooth tail."""
     rng = np.random.default_rng([_SEED, 1, degrees_of_freedom])
     size = _t_quantiles(degrees_of_freedom, (np.arange(count) + 0.5) / count)
     return rng.permutation(size) * rng.choice([-1.0, 1.0], size=count)

@@ -5,15 +5,15 @@ Dubois, Galambosi, Liang, Hashimoto 2024, https://arxiv.org/abs/2404.04475, as i
     P(model beats baseline on x) = sigmoid(bias + length tanh((|y_baseline| - |y_model|) / std) + difficulty gamma_x)
     length-controlled win rate   = mean over x of sigmoid(bias + difficulty gamma_x)
 
-|y| is in characters, std the standard deviation of |y_baseline| - |y_model| over the instructions, gamma_x the difficulty
-of the instruction (fitted once over many models). `length` is negative for a model that is preferred for its length. The
-baseline against itself has all three weights at 0 and wins 50%.
+|y| is in characters, std the standard deviation of |y_baseline| - |y_model| over the instructions, gamma_x the
+difficulty of the instruction (fitted once over many models). `length` is negative for a model that is preferred for its
+length. The baseline against itself has all three weights at 0 and wins 50%.
 
 The weights minimise the cross-entropy with the judge's probabilities, plus 0.1 times that of two "gamed" baselines (the
-baseline told to be concise, and verbose) in rows without bias, which hold length and difficulty near the effect of length
-on one model's answers. docs/intervals.md has the agreement with the leaderboard: 0.02 points in the median.
+baseline told to be concise, and verbose) in rows without bias, which hold length and difficulty near the effect of
+length on one model's answers. docs/intervals.md has the agreement with the leaderboard: 0.02 points in the median.
 
-alpaca_eval reads difficulties and gamed rows from files of the dataset tatsu-lab/alpaca_eval (instruction_difficulty.csv,
+alpaca_eval reads difficulties and gamed rows from its dataset tatsu-lab/alpaca_eval (instruction_difficulty.csv,
 df_gamed.csv). Without difficulties the GLM has two terms (its `length_controlled_minimal`), and the result is no
 leaderboard figure. Left out: alpaca_eval's L1 penalty, chosen by cross-validation.
 """
@@ -102,7 +102,7 @@ def length_controlled_win_rate(
 
 
 def outcomes(annotated: Sequence[float]) -> Floats:
-    """Convert AlpacaEval's `preference`, 1 (the baseline is surely better) to 2, to [0, 1]; 1.5, or once 0, is a tie."""
+    """Convert AlpacaEval's `preference`, 1 (the baseline is surely better) to 2, to [0, 1]; 1.5 or 0 is a tie."""
     values = np.asarray(annotated, dtype=np.float64)
     values = np.where(values == 0, 0.5, values - 1)
     if not ((values >= 0) & (values <= 1)).all():

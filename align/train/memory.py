@@ -1,9 +1,9 @@
 """Bytes that one process holds in training, by strategy: arithmetic on a model's shape, for plans and for `auto`.
 
 A process holds weights, gradients, optimizer state and buckets, and on top the larger of a micro-batch (weights in
-passing, the head, activations) and the optimizer's step, as each is freed before the other. docs/memory.md derives every
-term and names its source. Left out: attention maps of backends that keep them, a process before it divides its weights,
-and other processes of the host; `USABLE` leaves room for what is not counted.
+passing, the head, activations) and the optimizer's step, as each is freed before the other. docs/memory.md derives all
+terms and names their sources. Left out: attention maps of backends that keep them, a process before it divides its
+weights, and other processes of the host; `USABLE` leaves room for what is not counted.
 """
 
 from bisect import bisect_right
