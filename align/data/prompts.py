@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config import RunConfig, SourceConfig
-from align.data.rows import BadRow, Content, Rows, load_splits, read_prompt, read_rows
+from align.data.rows import BadRow, Content, load_splits, read_prompt, read_rows
 from align.files import fingerprint
 from align.model.chat import merge_system_message, prompt_ids
 from align.model.load import Start
@@ -67,9 +67,7 @@ class Prompts:
 
     def describe_dropped(self) -> str:
         """Return in words how many prompts were dropped, and why."""
-        total: Counter[str] = Counter()
-        for reasons in self.dropped.values():
-            total.update(reasons)
+        total = sum(map(Counter, self.dropped.values()), Counter[str]())
         return ", ".join(f"{count:,} {reason}" for reason, count in total.items()) or "none"
 
     def share(self, iteration: int, iterations: int) -> list[PromptRow]:
@@ -79,68 +77,40 @@ class Prompts:
 
 
 def load_prompts(cfg: RunConfig, start: Start, cache: Path, wanted: Sequence[str] = ("held_out", "train")) -> Prompts:
-    """Load the prompts of the configured dataset in the wanted splits, with the candidates of `source.candidates`.
-
-    Raises:
-        UserError: a source that cannot be read, or that leaves no prompt to train on or to hold out.
-    """
+    """Load the prompts of the configured dataset in the wanted splits, with the candidates of `source.candidates`."""
     if POLICY in cfg.source.candidates:
         raise UserError(f"source.candidates.{POLICY}: that is the name of the policy's own answers; take another")
     splits = load_splits(cfg.dataset, start, cache, Content.prompts)
-    others = {origin: _Answers(origin, where, cfg) for origin, where in cfg.source.candidates.items()}
-    made: dict[str, list[PromptRow]] = {"train": [], "held_out": []}
-    dropped: dict[str, dict[str, int]] = {}
-    tokens: dict[str, int] = {}
-    limits = {"held_out": cfg.dataset.eval_limit, "train": cfg.dataset.limit}
+    others = [_Answers(origin, where, cfg) for origin, where in cfg.source.candidates.items()]
+    made = Prompts(train=[], held_out=[], tokens={}, dropped={})
     for split in wanted:  # a prompt that is held out is not trained on
-        reasons: Counter[str] = Counter()
-        made[split] = _prompts_of(split, splits[split], limits[split], others, cfg, start, tokens, reasons)
-        dropped[split] = dict(reasons)
-        if not made[split]:
-            why = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
-            raise UserError(f"{splits[split].where}: none of {len(splits[split].rows)} {split} prompts is left ({why})")
-    for answers in others.values():
-        answers.check_used()
-    return Prompts(train=made["train"], held_out=made["held_out"], tokens=tokens, dropped=dropped)
-
-
-def _prompts_of(
-    split: str,
-    rows: Rows,
-    limit: int | None,
-    others: Mapping[str, "_Answers"],
-    cfg: RunConfig,
-    start: Start,
-    tokens: dict[str, int],
-    dropped: Counter[str],
-) -> list[PromptRow]:
-    """Return the prompts of a split that can be answered, at most `limit`.
-
-    `tokens` gets the length of each by its id, and holds those of the splits before; `dropped` counts the others.
-    """
-    made: list[PromptRow] = []
-    for row in rows.rows:
-        if limit is not None and len(made) >= limit:
-            break
-        try:
-            prompt = _prompt(row, cfg)
-            name = fingerprint(prompt)
-            if name in tokens:  # several pairs of one prompt, say: no bad row, however strict we are
-                dropped["the prompt is there already"] += 1
+        rows, kept, reasons = splits[split], made.train if split == "train" else made.held_out, Counter[str]()
+        limit = cfg.dataset.limit if split == "train" else cfg.dataset.eval_limit
+        for row in rows.rows:
+            if limit is not None and len(kept) >= limit:
+                break
+            try:
+                prompt = _prompt(row, cfg)
+                name = fingerprint(prompt)
+                if name in made.tokens:  # several pairs of one prompt, say: no bad row, however strict we are
+                    reasons["the prompt is there already"] += 1
+                    continue
+                made.tokens[name] = _count_tokens(prompt, start, cfg.train.max_prompt_length)
+            except BadRow as error:
+                if cfg.dataset.strict:
+                    raise UserError(
+                        f"{rows.where}, row {row['_number']}: {error} (dataset.strict=false drops and counts such rows)"
+                    ) from error
+                reasons[str(error)] += 1
                 continue
-            ids = _token_ids(prompt, start)
-            if len(ids) > cfg.train.max_prompt_length:
-                raise BadRow(f"longer than train.max_prompt_length ({cfg.train.max_prompt_length} tokens)")
-        except BadRow as error:
-            if cfg.dataset.strict:
-                raise UserError(
-                    f"{rows.where}, row {row['_number']}: {error} (dataset.strict=false drops and counts such rows)"
-                ) from error
-            dropped[str(error)] += 1
-            continue
-        tokens[name] = len(ids)
-        found = tuple(candidate for answers in others.values() for candidate in answers.to(prompt, row))
-        made.append(PromptRow(id=name, text=prompt, split=split, candidates=found))
+            found = tuple(candidate for answers in others for candidate in answers.to(prompt, row))
+            kept.append(PromptRow(id=name, text=prompt, split=split, candidates=found))
+        made.dropped[split] = dict(reasons)
+        if not kept:
+            why = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
+            raise UserError(f"{rows.where}: none of {len(rows.rows)} {split} prompts is left ({why})")
+    for answers in others:
+        answers.check_used()
     return made
 
 
@@ -154,7 +124,7 @@ def _prompt(row: Mapping[str, Any], cfg: RunConfig) -> Conversation | str:
     return merge_system_message([dict(message) for message in prompt], cfg.model.system_message)
 
 
-def _token_ids(prompt: Conversation | str, start: Start) -> list[int]:
+def _count_tokens(prompt: Conversation | str, start: Start, most: int) -> int:
     if not isinstance(prompt, str) and start.tokenizer.chat_template is None:
         raise UserError(
             "the prompts are conversations and the tokenizer has no chat template: give model.chat_template"
@@ -165,7 +135,9 @@ def _token_ids(prompt: Conversation | str, start: Start) -> list[int]:
         raise BadRow(f"the chat template refuses it: {error}") from error
     if not ids:
         raise BadRow("empty prompt")
-    return ids
+    if len(ids) > most:
+        raise BadRow(f"longer than train.max_prompt_length ({most} tokens)")
+    return len(ids)
 
 
 class _Answers:
@@ -180,9 +152,8 @@ class _Answers:
         rows = read_rows(self._key, where, "train", SourceConfig(path=where))
         for row in rows.rows:
             if "prompt" not in row or "response" not in row:
-                raise UserError(
-                    f"{rows.where} ({self._key}) needs the columns prompt and response; it has {', '.join(row)}"
-                )
+                columns = ", ".join(row)
+                raise UserError(f"{rows.where} ({self._key}) needs the columns prompt and response; it has {columns}")
             try:
                 prompt = _prompt({"prompt": row["prompt"]}, cfg)
             except BadRow:
@@ -193,9 +164,8 @@ class _Answers:
         """Return the candidates for a prompt, which was read from `row`."""
         if self._column and self._where not in row:
             names = ", ".join(name for name in row if not name.startswith("_"))
-            raise UserError(
-                f"{self._key}={self._where} is no column of the prompts' rows, which have {names}, and no file"
-            )
+            asked = f"{self._key}={self._where}"
+            raise UserError(f"{asked} is no column of the prompts' rows, which have {names}, and no file")
         texts = _texts(row[self._where]) if self._column else self._by_prompt.get(_said(prompt), [])
         self._used |= bool(texts)
         return [Candidate(origin=self._origin, text=text) for text in texts]
@@ -219,11 +189,11 @@ def _texts(value: Any) -> list[str]:
     """Return the answers of a cell: a text, a conversation that ends with the answer, or several of either."""
     if isinstance(value, str):
         return [value] if value.strip() else []
-    if isinstance(value, Sequence) and value and isinstance(value[-1], Mapping):
+    if not isinstance(value, Sequence):
+        return []
+    if value and isinstance(value[-1], Mapping):
         return _texts(value[-1].get("content"))
-    if isinstance(value, Sequence):
-        return [text for one in value for text in _texts(one)]
-    return []
+    return [text for one in value for text in _texts(one)]
 
 
 def prompts_of(cfg: RunConfig, prompts: Prompts, iteration: int) -> list[PromptRow]:

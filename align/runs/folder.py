@@ -17,7 +17,7 @@ from align import config
 from align.choices import Source
 from align.config import RunConfig
 from align.data.pairs import Pairs, show_pair
-from align.files import differences, file_fingerprint, fingerprint, write_json
+from align.files import differences, file_fingerprint, fingerprint, write_json, writing
 from align.launch.rank import Cluster, inside, join, leave
 from align.model.load import Start
 from align.onpolicy.scorers.base import Identity
@@ -50,18 +50,16 @@ def in_its_group(run: Run) -> Iterator[None]:
 
 
 def link_to_group(run: Run) -> Path | None:
-    """A link to the run in the folder of its group; of a run without a group None."""
+    """Link the run into the folder of its group, and return the link; None for a run without a group."""
     if run.cfg.tracker.group is None or not is_first():
         return None
     folder = config.GROUPS / run.cfg.tracker.group
-    try:
+    with writing(f"tracker.group: cannot write {folder}", ""):
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(os.path.relpath(run.dir.resolve(), folder.resolve()))  # runs/ may be a link to another disk
         link = folder / "-".join(part for part in target.parts if part != "..")
         with contextlib.suppress(FileExistsError):  # of a run that goes on, or of another sweep at this moment
             link.symlink_to(target)
-    except OSError as error:
-        raise UserError(f"tracker.group: cannot write {folder} ({error.strerror})") from error
     return link
 
 
@@ -74,8 +72,7 @@ def recognise(run: Run | Job) -> None:
         before = json.loads(known.read_text())
     except ValueError as error:
         raise UserError(f"run_dir: {known} is damaged; delete {run.dir} or give another run_dir=") from error
-    differs = differences(before, json.loads(json.dumps(run.identity, default=str)))
-    if differs:
+    if differs := differences(before, json.loads(json.dumps(run.identity, default=str))):
         raise UserError(f"{run.dir} holds another run ({'; '.join(differs[:4])}); give another run_dir= or delete it")
 
 
@@ -108,16 +105,15 @@ def owned(run: Run) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """The run folder, which is created, and its lock. A run that is refused before step 1 leaves no folder behind."""
+    """Create and lock the run folder. A run that is refused before step 1 leaves no folder behind."""
     lock = FileLock(folder / ".lock", timeout=_ENDING)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
     except Timeout as error:
         raise UserError(f"another process is training in {folder}; give another run_dir=") from error
-    except OSError as error:
-        raise UserError(f"run_dir: cannot write {folder} ({error.strerror}); give another run_dir=") from error
     try:
         yield
     except UserError:
@@ -133,21 +129,23 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def open_folder(run: Run | Job, first: str = "") -> None:
     """Write down and print what runs; `first` is its first pair."""
-    try:
+    with _writing(run.dir):
         OmegaConf.save(OmegaConf.create(config.plain(run.cfg)), run.dir / "config.yaml")
         (run.dir / "plan.txt").write_text(run.plan + "\n")
         if first:
             (run.dir / "first_pair.txt").write_text(first + "\n")
         write_json(run.dir / "identity.json", run.identity)
-    except OSError as error:
-        raise UserError(f"run_dir: cannot write {run.dir} ({error.strerror}); give another run_dir=") from error
     print("\n".join(filter(None, (run.plan, first, f"run folder  {run.dir}"))), flush=True)
+
+
+def _writing(folder: Path) -> contextlib.AbstractContextManager[None]:
+    return writing(f"run_dir: cannot write {folder}", "; give another run_dir=")
 
 
 def identify(
     cfg: RunConfig, objective: Objective, start: Start, data: str, cluster: Cluster, scorer: Identity | None
 ) -> dict[str, Any]:
-    """The values that decide the result of a run, by key; what only decides how fast it comes is left out.
+    """Return the values that decide the result of a run, by key; what only decides how fast it comes is left out.
 
     Args:
         data: fingerprint of the pairs, or of the prompts.

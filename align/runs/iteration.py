@@ -24,7 +24,7 @@ from align.files import write_json, write_text
 from align.launch.rank import Rank, free
 from align.model.policy import Policy, trained_from
 from align.onpolicy import figures
-from align.onpolicy.pairs import describe_counts, write_pairs
+from align.onpolicy.pairs import SPLITS, describe_counts, write_pairs
 from align.onpolicy.sample import read_samples, sample_from
 from align.onpolicy.score import score_responses
 from align.onpolicy.scorers import registry
@@ -52,11 +52,7 @@ def begin(iteration: Iteration, rank: Rank) -> None:
 
 
 def pairs_of(iteration: Iteration, policy: Policy, rank: Rank) -> tuple[Pairs, dict[str, Any]]:
-    """Return the pairs to train on, and the counts by split of the prompts that they are made of.
-
-    Raises:
-        UserError: fewer pairs than a step takes.
-    """
+    """Return the pairs to train on, and the counts by split of the prompts that they are made of."""
     run, cfg, folder = iteration.run, iteration.run.cfg, iteration.folder
     if isinstance(run.source, Pairs):
         return run.source, {}
@@ -75,51 +71,38 @@ def pairs_of(iteration: Iteration, policy: Policy, rank: Rank) -> tuple[Pairs, d
                 "a smaller train.pairs_per_step; give another run_dir= then"
             )
     dataset = _training_config(iteration, policy).dataset
-    made = prepare_pairs(dataset, cfg.train, cfg.model.system_message, policy.start, run.cache)
-    return made, counts
+    return prepare_pairs(dataset, cfg.train, cfg.model.system_message, policy.start, run.cache), counts
 
 
 def training(iteration: Iteration, policy: Policy, pairs: Pairs) -> Job:
     """Return the training of `policy` on `pairs`, checked as that of a dataset is."""
-    run = iteration.run
-    if not run.is_selfplay:
-        return Job(
-            cfg=run.cfg,
-            start=run.start,
-            pairs=pairs,
-            cluster=run.cluster,
-            identity=run.identity,
-            dir=run.dir,
-            policy=iteration.policy,
-            plan=run.plan,
-        )
-    cfg = _training_config(iteration, policy)
-    objective = build_objective(cfg)
-    check_data(cfg, objective, policy.start, pairs, run.cluster)
+    run, cfg, identity, text = iteration.run, iteration.run.cfg, iteration.run.identity, iteration.run.plan
+    if run.is_selfplay:
+        cfg = _training_config(iteration, policy)
+        objective = build_objective(cfg)
+        check_data(cfg, objective, policy.start, pairs, run.cluster)
+        identity = identify(cfg, objective, policy.start, pairs.fingerprint, run.cluster, None)
+        text = plan.describe(cfg, policy.start, pairs, objective, run.cluster)
     return Job(
         cfg=cfg,
         start=policy.start,
         pairs=pairs,
         cluster=run.cluster,
-        identity=identify(cfg, objective, policy.start, pairs.fingerprint, run.cluster, None),
+        identity=identity,
         dir=iteration.folder,
         policy=iteration.policy,
-        plan=plan.describe(cfg, policy.start, pairs, objective, run.cluster),
+        plan=text,
     )
 
 
 def _training_config(iteration: Iteration, policy: Policy) -> RunConfig:
     """Return the configuration of an ordinary training: of the policy that has sampled, on the pairs of its answers."""
-    pairs, cfg = iteration.folder / "pairs", iteration.run.cfg
+    cfg, train, held_out = iteration.run.cfg, *(str(iteration.folder / "pairs" / f"{split}.jsonl") for split in SPLITS)
+    dataset = DatasetConfig(name=cfg.dataset.name, path=train, eval_path=held_out, eval_limit=None)
     return replace(
         cfg,
         model=policy.cfg,
-        dataset=DatasetConfig(
-            name=cfg.dataset.name,
-            path=str(pairs / "train.jsonl"),
-            eval_path=str(pairs / "held_out.jsonl"),
-            eval_limit=None,
-        ),
+        dataset=dataset,
         cluster=replace(cfg.cluster, strategy=iteration.run.cluster.strategy),
         source=PairSourceConfig(),
         scorer=ScorerConfig(),
@@ -141,11 +124,6 @@ def open_training(iteration: Iteration, job: Job, rank: Rank) -> None:
         open_folder(job, show_pair(job.pairs.train[0], job.start.tokenizer))
 
 
-def trained_policy(iteration: Iteration, before: Policy) -> Policy:
-    """Return the policy that the iteration has trained from `before`."""
-    return trained_from(before, iteration.policy, iteration.run.cache)
-
-
 def close_training(iteration: Iteration, trained: Mapping[str, Any], rank: Rank) -> None:
     """Write the figures of the training, which mark it as done."""
     if rank.is_first:
@@ -165,12 +143,10 @@ def evaluate(iteration: Iteration, job: Job, before: Policy, counts: Mapping[str
     """
     run, judged = iteration.run, None
     if judging.scorer_of(run.cfg) is not None:
-        policies = (trained_policy(iteration, before), before, run.start_policy)
+        policies = (trained_from(before, iteration.policy, run.cache), before, run.start_policy)
         contestants = judging.contestants_of(run.dir, policies, run.is_selfplay)
-        folder = iteration.folder / "evaluation"
-        judged = judging.judge(
-            run.cfg, contestants, _asked(run), folder, iteration.number if run.is_selfplay else 0, rank
-        )
+        number = iteration.number if run.is_selfplay else 0
+        judged = judging.judge(run.cfg, contestants, _asked(run), iteration.folder / "evaluation", number, rank)
     if not rank.is_first:
         return {}
     training: dict[str, Any] = json.loads(iteration.trained.read_text())
@@ -183,10 +159,11 @@ def evaluate(iteration: Iteration, job: Job, before: Policy, counts: Mapping[str
         return results
     shared = {name: training["trained"][name] for name in ("accuracy/mean_logp", "rewards/accuracies")}
     made = {"iteration": iteration.number, "steps": job.steps, "data": counts, **sides["trained"], **shared}
-    write_json(iteration.summary, made | {"start": sides["start"]})
+    made["start"] = sides["start"]
+    write_json(iteration.summary, made)
     print(figures.line(made), flush=True)
-    tidy(iteration)
-    return made | {"start": sides["start"]}
+    _tidy(iteration)
+    return made
 
 
 def complete(iteration: Iteration, rank: Rank) -> dict[str, Any]:
@@ -194,7 +171,7 @@ def complete(iteration: Iteration, rank: Rank) -> dict[str, Any]:
     made: dict[str, Any] = json.loads(iteration.summary.read_text())
     if rank.is_first:
         print(f"is complete: {iteration.folder}\n{figures.line(made)}", flush=True)
-        tidy(iteration)
+        _tidy(iteration)
     return made
 
 
@@ -231,6 +208,6 @@ def _asked(run: Run) -> list[PromptRow]:
     return judging.prompts_of_pairs(run.source, limit)
 
 
-def tidy(iteration: Iteration) -> None:
+def _tidy(iteration: Iteration) -> None:
     """Remove the checkpoints of a complete iteration of self-play, which are several times the policy's size."""
     shutil.rmtree(iteration.folder / "checkpoints", ignore_errors=True)

@@ -1,5 +1,6 @@
 """The plan of a run, a page of text: data, lengths, steps, micro-batches, memory, the first loss. Starts nothing."""
 
+from itertools import islice
 from statistics import fmean
 
 import torch
@@ -8,7 +9,7 @@ from align.choices import Layout, Strategy
 from align.config import RunConfig
 from align.data.pairs import Pairs, pair_lengths, token_counts
 from align.data.prompts import Prompts
-from align.engine.batching import MicroBatch, StepSampler, fed_tokens
+from align.engine.batching import StepSampler, fed_tokens
 from align.launch.rank import Cluster
 from align.model.load import Start
 from align.onpolicy.scorers.base import Identity, Kind
@@ -19,30 +20,21 @@ from objectives import Objective, Response
 
 
 def describe(cfg: RunConfig, start: Start, pairs: Pairs, objective: Objective, cluster: Cluster) -> str:
-    """The plan of a run, as it is printed and saved."""
-    train, lengths = cfg.train, pair_lengths(pairs.train)
+    """Return the plan of a run, as it is printed and saved."""
+    step, lengths = cfg.train.pairs_per_step, pair_lengths(pairs.train)
     wanted, layout = cfg.engine.tokens_per_micro_batch, cfg.engine.layout
     budget = wanted if isinstance(wanted, int) else micro_batch_that_fits(cfg, start, pairs, cluster)
 
     def sampler(layout: Layout) -> StepSampler:
         return StepSampler(
-            lengths,
-            layout,
-            pairs_per_step=train.pairs_per_step,
-            world=cluster.world,
-            rank=0,
-            budget=budget,
-            seed=cfg.seed,
+            lengths, layout, pairs_per_step=step, world=cluster.world, rank=0, budget=budget, seed=cfg.seed
         )
 
-    def first_shares(layout: Layout) -> list[list[MicroBatch]]:
-        return [share for _, share in zip(range(50), sampler(layout), strict=False)]
-
     def tokens_per_pair(layout: Layout) -> float:
-        batches = [batch.pairs for share in first_shares(layout) for batch in share]
+        batches = [batch.pairs for share in islice(sampler(layout), 50) for batch in share]
         return sum(fed_tokens([lengths[i] for i in b], layout) for b in batches) / sum(map(len, batches))
 
-    micro = [len(share) for share in first_shares(layout)]
+    micro = [len(share) for share in islice(sampler(layout), 50)]
     measured = wanted == "auto" and cluster.device == "cuda" and cluster.strategy in (Strategy.single, Strategy.ddp)
     by_memory = ", or what the GPU turns out to hold" if measured else ""
     tokens = {kind: tokens_per_pair(kind) for kind in dict.fromkeys([layout, *Layout])}
@@ -53,9 +45,9 @@ def describe(cfg: RunConfig, start: Start, pairs: Pairs, objective: Objective, c
         f"data        {cfg.dataset.name}: {_counts(pairs, 'train')}",
         f"held out    {_counts(pairs, 'held_out')}",
         *(f"lengths     {name}: {_quantiles(pairs, column)}" for name, column in _COLUMNS.items()),
-        f"steps       {total_steps(cfg, len(lengths))} of {train.pairs_per_step} pairs ({len(sampler(layout))} an epoch)",
+        f"steps       {total_steps(cfg, len(lengths))} of {step} pairs ({len(sampler(layout))} an epoch)",
         f"processes   {_processes(cluster)}",
-        f"a step      {train.pairs_per_step // cluster.world} pairs a process, in {fmean(micro):.1f} micro-batches (at most "
+        f"a step      {step // cluster.world} pairs a process, in {fmean(micro):.1f} micro-batches (at most "
         f"{max(micro)}) of up to {budget:,} tokens{by_memory}",
         f"layout      {layout.name}: {tokens[layout]:,.0f} tokens a pair go through the model ({others})",
         *_memory(cfg, start, cluster, longest_pair(cfg, pairs), budget),
@@ -74,7 +66,7 @@ def describe_selfplay(
     cluster: Cluster,
     longest: int,
 ) -> str:
-    """The plan of self-play.
+    """Return the plan of self-play.
 
     Args:
         of_iteration: how many of the training prompts an iteration asks.
@@ -84,11 +76,10 @@ def describe_selfplay(
     held_out, mean_prompt = len(prompts.held_out), fmean(prompts.tokens.values())
     asked = of_iteration + held_out
     plain = sum(isinstance(prompt.text, str) for prompt in prompts.all) if start.tokenizer.chat_template else 0
-    responses = asked * sampling.samples
-    longest_response = sampling.max_new_tokens
+    responses, longest_response = asked * sampling.samples, sampling.max_new_tokens
     compared = min(evaluation.prompts, held_out)
     if scorer.kind is Kind.pairwise:
-        scored = asked * sampling.samples * (sampling.samples - 1)
+        scored = responses * (sampling.samples - 1)
         scoring = f"{scored:,} ordered pairs, up to {scored * (mean_prompt + 2 * longest_response):,.0f} tokens"
     else:
         scoring = f"{responses:,} responses, up to {responses * (mean_prompt + longest_response):,.0f} tokens"
@@ -130,25 +121,22 @@ def _processes(cluster: Cluster) -> str:
 def _counts(pairs: Pairs, split: str) -> str:
     counts = pairs.counts[split]
     dropped = ", ".join(f"{count} {reason}" for reason, count in counts["dropped"].items())
-    responses = (
-        f"{counts['cut_pairs']} with responses cut, {counts['cut_tokens']} tokens lost" if counts["cut_pairs"] else ""
-    )
-    prompts = f"{counts['cut_prompts']} with prompts cut" if counts["cut_prompts"] else ""
-    cut = ", ".join(part for part in (responses, prompts) if part) or "none cut"
-    return f"{counts['pairs']} pairs; {cut}; dropped: {dropped or 'none'}"
+    cut = []
+    if counts["cut_pairs"]:
+        cut.append(f"{counts['cut_pairs']} with responses cut, {counts['cut_tokens']} tokens lost")
+    if counts["cut_prompts"]:
+        cut.append(f"{counts['cut_prompts']} with prompts cut")
+    return f"{counts['pairs']} pairs; {', '.join(cut) or 'none cut'}; dropped: {dropped or 'none'}"
 
 
 def _quantiles(pairs: Pairs, column: str) -> str:
     lengths = sorted(token_counts(pairs.train, column))
-    at = {
-        name: lengths[min(len(lengths) - 1, int(q * len(lengths)))]
-        for name, q in (("half", 0.5), ("90%", 0.9), ("99%", 0.99))
-    }
-    return ", ".join(f"{name} at most {value}" for name, value in at.items()) + f", longest {lengths[-1]} tokens"
+    half, most, nearly_all = (lengths[min(len(lengths) - 1, int(q * len(lengths)))] for q in (0.5, 0.9, 0.99))
+    return f"half at most {half}, 90% at most {most}, 99% at most {nearly_all}, longest {lengths[-1]} tokens"
 
 
 def _memory(cfg: RunConfig, start: Start, cluster: Cluster, longest: int, budget: int) -> list[str]:
-    """An estimate for one process, and which strategies the devices would hold; of a pair and a micro-batch the tokens."""
+    """Estimate the memory of a process, and name the strategies that fit; `longest` and `budget` are tokens."""
     made = setup(cfg, start, cluster)
     need = memory.need(made, cluster.strategy, max(budget, longest))
     parts = {
@@ -169,7 +157,7 @@ def _memory(cfg: RunConfig, start: Start, cluster: Cluster, longest: int, budget
 
 
 def first_loss(objective: Objective, pairs: Pairs) -> str:
-    """The mean loss at step 0, where the policy is the reference, if it does not depend on the policy's own logp."""
+    """Return the mean loss at step 0, where the policy is the reference, if it does not depend on the policy's logp."""
     columns = {side: torch.tensor(pairs.train[f"{side}_win_prob"][:]) for side in ("chosen", "rejected")}
     sizes = {side: torch.tensor(token_counts(pairs.train, f"{side}_ids")).float() for side in columns}
 
@@ -178,14 +166,8 @@ def first_loss(objective: Objective, pairs: Pairs) -> str:
         for side, length in sizes.items():
             logp = length * per_token[side]
             # log_sum_sq and log_max lie between logp and 0 for a likely response: any value shows a dependence
-            values = {
-                "logp": logp,
-                "ref_logp": logp,
-                "length": length,
-                "log_sum_sq": logp / 2,
-                "log_max": logp / 3,
-                "win_prob": columns[side],
-            }
+            values = {"logp": logp, "ref_logp": logp, "length": length, "win_prob": columns[side]}
+            values |= {"log_sum_sq": logp / 2, "log_max": logp / 3}
             made[side] = Response(**{name: values[name] for name in objective.needs})
         return float(objective(made["chosen"], made["rejected"]).loss.mean())
 

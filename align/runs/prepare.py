@@ -34,11 +34,7 @@ from objectives import Objective
 
 
 def prepare(cfg: RunConfig) -> Run:
-    """Check everything, and make what the processes need: data, start model, plan, the run folder's name.
-
-    Raises:
-        UserError: anything the user can put right.
-    """
+    """Check everything, and make what the processes need: data, start model, plan, the run folder's name."""
     objective = check_settings(cfg)
     is_selfplay = cfg.source.name is Source.selfplay
     scorer = registry.scorer_of(cfg) if is_selfplay else judging.scorer_of(cfg)
@@ -64,37 +60,40 @@ def prepare(cfg: RunConfig) -> Run:
 
 
 def _pairs(cfg: RunConfig, objective: Objective, start: Start, cluster: Cluster) -> tuple[Pairs | Prompts, int]:
-    """The dataset's pairs, checked, and the tokens of the longest."""
+    """Return the dataset's pairs, checked, and the tokens of the longest."""
     pairs = prepare_pairs(cfg.dataset, cfg.train, cfg.model.system_message, start, Path(cfg.cache_dir).expanduser())
     check_data(cfg, objective, start, pairs, cluster)
     return pairs, longest_pair(cfg, pairs)
 
 
 def _prompts(cfg: RunConfig, objective: Objective, start: Start, cluster: Cluster) -> tuple[Pairs | Prompts, int]:
-    """The prompts of self-play, checked, and the tokens of the longest pair that can come of them."""
+    """Return the prompts of self-play, checked, and the tokens of the longest pair that can come of them."""
     prompts = load_prompts(cfg, start, Path(cfg.cache_dir).expanduser())
     asked = _asked(cfg, prompts)
     if asked < cfg.train.pairs_per_step:
-        shared = (
-            f" shared out over {cfg.iterations} iterations (source.split_prompts)," if cfg.source.split_prompts else ""
-        )
+        shared = f" shared out over {cfg.iterations} iterations (source.split_prompts),"
         raise UserError(
-            f"an iteration trains on {asked} prompts: of {cfg.dataset.name}'s {len(prompts.all)},{shared} "
-            f"{len(prompts.held_out)} are held out (dataset.eval_fraction); train.pairs_per_step="
-            f"{cfg.train.pairs_per_step} needs that many pairs: give more prompts, or a smaller step"
+            f"an iteration trains on {asked} prompts: of {cfg.dataset.name}'s {len(prompts.all)},"
+            f"{shared if cfg.source.split_prompts else ''} {len(prompts.held_out)} are held out (dataset.eval_fraction); "
+            f"train.pairs_per_step={cfg.train.pairs_per_step} needs that many pairs: give more prompts, or a smaller step"
         )
     check_batch(cfg, asked, cluster.world)
     return prompts, max(prompts.tokens.values()) + 2 * min(cfg.sampling.max_new_tokens, cfg.train.max_length)
 
 
 def _asked(cfg: RunConfig, prompts: Prompts) -> int:
-    """The number of training prompts of an iteration: of the last, whose share is the smallest."""
+    """Return the number of training prompts of the last iteration, whose share is the smallest."""
     return len(prompts_of(cfg, prompts, cfg.iterations)) - len(prompts.held_out)
 
 
 def _check_machine(cfg: RunConfig, start: Start, cluster: Cluster, longest: int) -> None:
     """Refuse what this machine cannot do, and warn of what will probably fail; `longest` is the longest pair's tokens."""
-    check_sentinel(cfg, cluster)
+    every, divided = cfg.sentinel.sample_every_steps, cluster.strategy in (Strategy.fsdp, Strategy.zero3)
+    if every is not None and divided:
+        raise UserError(
+            f"sentinel.sample_every_steps={every} samples with one process, and cluster.strategy={cluster.strategy.value} "
+            "divides the weights among all: set it to null, or use ddp or zero2"
+        )
     if not cfg.plan:
         strategy.check(cluster)
         if cfg.cluster.launcher is Launcher.slurm and not inside():
@@ -123,7 +122,7 @@ def check_metric(cfg: RunConfig) -> None:
 
 
 def who_scores(cfg: RunConfig, scorer: ScorerConfig) -> Identity:
-    """The scorer's identity, before anything is sampled or trained; a plan does without its files."""
+    """Return the scorer's identity, before anything is sampled or trained; a plan does without its files."""
     try:
         return registry.build(scorer, Rank(device=torch.device("cpu"), bf16=False, number=0, world=1)).identity
     except NotHereError as error:
@@ -134,18 +133,13 @@ def who_scores(cfg: RunConfig, scorer: ScorerConfig) -> Identity:
 
 
 def as_resolved(run: Run) -> RunConfig:
-    """The configuration for compute nodes, which must not decide anew where files lie or what is computed in."""
-    precision = Precision.bf16 if run.cluster.bf16 else Precision.fp32
-    return replace(
-        run.cfg,
-        run_dir=str(run.dir.resolve()),
-        cache_dir=str(run.cache.resolve()),
-        cluster=replace(run.cfg.cluster, precision=precision),
-    )
+    """Return the configuration for compute nodes, which must not decide anew where files lie or what is computed in."""
+    cluster = replace(run.cfg.cluster, precision=Precision.bf16 if run.cluster.bf16 else Precision.fp32)
+    return replace(run.cfg, run_dir=str(run.dir.resolve()), cache_dir=str(run.cache.resolve()), cluster=cluster)
 
 
 def check_settings(cfg: RunConfig) -> Objective:
-    """Everything that can be wrong with the configuration alone; builds the objective."""
+    """Check everything that can be wrong with the configuration alone, and build the objective."""
     config.check(cfg)
     check_optimizer(cfg.optimizer)
     trackers.check(cfg)
@@ -153,18 +147,14 @@ def check_settings(cfg: RunConfig) -> Objective:
         resolve(cfg.dataset.judge, "dataset.judge")
     check_metric(cfg)
     objective = build_objective(cfg)
-    if cfg.source.name is Source.selfplay:
-        _check_selection(cfg)
-    return objective
-
-
-def _check_selection(cfg: RunConfig) -> None:
-    """Refuse what would be found out only when all answers are sampled and scored."""
-    for name in ("temperature", "min_gap"):
+    if cfg.source.name is not Source.selfplay:
+        return objective
+    for name in ("temperature", "min_gap"):  # else found out only when all answers are sampled and scored
         if not getattr(cfg.selection, name) >= 0:
             raise UserError(f"selection.{name} must be 0 or above, not {getattr(cfg.selection, name)}")
     if cfg.sampling.samples == 1 and not cfg.source.candidates:
         raise UserError("sampling.samples=1 makes no pairs: give 2 or more, or source.candidates to pair the one with")
+    return objective
 
 
 def check_data(cfg: RunConfig, objective: Objective, start: Start, pairs: Pairs, cluster: Cluster) -> None:
@@ -180,15 +170,6 @@ def check_data(cfg: RunConfig, objective: Objective, start: Start, pairs: Pairs,
                 f"{cfg.dataset.name} lack: give rows chosen_win_prob and rejected_win_prob (dataset.columns renames), or "
                 "for sppo take the labels as certain with objective.target=hard"
             )
-
-
-def check_sentinel(cfg: RunConfig, cluster: Cluster) -> None:
-    """Raise where nobody could sample the policy in training."""
-    if cfg.sentinel.sample_every_steps is not None and cluster.strategy in (Strategy.fsdp, Strategy.zero3):
-        raise UserError(
-            f"sentinel.sample_every_steps={cfg.sentinel.sample_every_steps} samples with one process, and cluster.strategy="
-            f"{cluster.strategy.value} divides the weights among all: set it to null, or use ddp or zero2"
-        )
 
 
 def prepare_answers(cfg: RunConfig) -> tuple[Start, Prompts, Cluster]:

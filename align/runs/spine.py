@@ -20,6 +20,7 @@ from align.evaluation import card
 from align.launch import slurm
 from align.launch.local import each
 from align.launch.rank import Rank, alone, inside
+from align.model.policy import trained_from
 from align.runs import iteration as stages
 from align.runs.folder import link_to_group, owned
 from align.runs.prepare import as_resolved, prepare
@@ -38,10 +39,6 @@ def carry_out(cfg: RunConfig) -> float | None:
     Returns:
         `optimized_metric` of the trained policy: by default the win rate against the start model where there is a judge,
         else the held-out accuracy by mean_logp. None where nothing was trained, and on other processes than the first.
-
-    Raises:
-        UserError: anything the user can put right.
-        Stopped: it was asked to stop.
     """
     quieten()
     slurm.take_place()
@@ -74,7 +71,7 @@ def iterate(run: Run) -> None:
     with _reported(run, tracker, rank) as results:
         for iteration in run.iterations:
             if iteration.number > 1:
-                policy = stages.trained_policy(run.iterations[iteration.number - 2], policy)
+                policy = trained_from(policy, run.iterations[iteration.number - 2].policy, run.cache)
             steps_before = sum(of_one["steps"] for of_one in made)
             stages.begin(iteration, rank)
             if iteration.summary.exists():
@@ -136,8 +133,6 @@ def report(run: Run) -> float | None:
     say(f"model    {run.policy}\nmetrics  {run.metrics}")
     metric = run.cfg.optimized_metric or ("win_rate" if "win_rate" in trained else "accuracy/mean_logp")
     if metric not in trained:
-        raise UserError(
-            f"optimized_metric={metric} is none of this run's results{closest(metric, list(trained))}: "
-            f"{', '.join(trained)}"
-        )
+        near, names = closest(metric, list(trained)), ", ".join(trained)
+        raise UserError(f"optimized_metric={metric} is none of this run's results{near}: {names}")
     return trained[metric]
