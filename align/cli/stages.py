@@ -47,8 +47,7 @@ def sample(cfg: RunConfig) -> None:
     folder = folder_of(cfg)
     start, prompts, cluster = prepare_answers(cfg)
     policy = Policy(iteration=0, cfg=cfg.model, start=start)
-    asked = prompts_of(cfg, prompts, 1)
-    each(cluster, logs_of(folder), _sample, cfg, policy, asked, folder, cluster)
+    each(cluster, logs_of(folder), _sample, cfg, policy, prompts_of(cfg, prompts, 1), folder, cluster)
     say(f"responses  {folder / 'responses'}")
 
 
@@ -70,7 +69,7 @@ def select(cfg: RunConfig) -> None:
 
 
 def folder_of(cfg: RunConfig) -> Path:
-    """Where a stage alone reads and writes. It has no plan, and runs where it is typed."""
+    """Check the words of a stage alone, which has no plan and runs where it is typed, and return its folder."""
     slurm.take_place()
     config.check(cfg)
     if cfg.plan:

@@ -1,1 +1,1 @@
-"""What a trained policy is worth: the judge, the suites, the model card."""
+"""The worth of a trained policy: the judge, the suites, the model card."""

@@ -1,11 +1,11 @@
-"""What a suite is given and returns, and what suites share: a trained run, its answers, their scores.
+"""The interface of a suite, and what suites share: a trained run, its answers to questions, tables of others.
 
 A suite is a module align/evaluation/<kind>.py with three functions:
 
-    made_of(given)      what decides its results besides settings, policy and sampling, such as fingerprints of files;
-                        refuses what can be refused before the work
-    work(given, where)  in each process: the heavy part, shared by files of the folder, where nothing is made twice
-    measure(given)      in the first: from those files an Outcome, or None where somebody else has to judge them first
+    inputs(evaluation)      values that decide its results besides settings, policy and sampling, such as fingerprints of
+                            files; refuses what can be refused before the work
+    work(evaluation, rank)  the heavy part, in each process; they share it by files of the folder
+    measure(evaluation)     an Outcome from those files, in the first process; None where somebody else has to judge first
 """
 
 import contextlib
@@ -13,27 +13,29 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from align.choices import Source
-from align.config import RunConfig, SamplingConfig, SourceConfig
+from align.config import RunConfig, SourceConfig
 from align.data.prompts import PromptRow
 from align.data.rows import read_rows
+from align.evaluation.judging import Contestant, answer
 from align.evaluation.settings import SuiteConfig
-from align.files import fingerprint
+from align.files import as_json, fingerprint
 from align.launch.rank import Cluster, Rank
 from align.model.load import start_model
 from align.model.policy import Policy, trained_from
-from align.onpolicy.pairs import scored_prompts
-from align.onpolicy.sample import ResponseRow, read_samples, sample_from
-from align.onpolicy.score import read_scores, score_responses
+from align.onpolicy.sample import ResponseRow, read_samples
 from align.onpolicy.scorers import registry
-from align.onpolicy.select import ScoredPrompt
 from align.say import UserError
+
+OURS, THEIRS = "policy", "opponent"  # origins of answers
+TABLES = (".jsonl", ".json", ".parquet")  # files that rows are read from
+Settings = TypeVar("Settings", bound=SuiteConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,42 +56,37 @@ class TrainedRun:
 
     @property
     def judged(self) -> Path:
-        """The folder of what its own judge has seen and said."""
+        """The folder of its own judge's answers and scores."""
         return (self._iteration(self.iterations) if self.iterations else self.dir) / "evaluation"
 
     @property
     def name(self) -> str:
-        """The name that others give its answers."""
+        """The name of its answers in the formats of others."""
         return self.dir.resolve().name
 
     def start(self, cache: Path) -> Policy:
-        """Where its training began; made anew where it is a built-in one that the cache lacks."""
+        """Return the start model; a built-in one that the cache lacks is made anew."""
         return Policy(iteration=0, cfg=self.cfg.model, start=start_model(self.cfg, cache))
 
-    def policy(self, cache: Path) -> Policy:
-        """The policy that it has trained, with its adapter merged into it where there is one."""
-        return self.policies(cache)[-1]
-
     def policies(self, cache: Path) -> list[Policy]:
-        """The start model, and the policy of each training."""
-        made = [self.start(cache)]
-        for number in range(1, self.iterations + 1):
-            made.append(trained_from(made[-1], self._iteration(number) / "policy", cache))
-        return made if self.iterations else [*made, trained_from(made[-1], self.saved, cache)]
+        """Return the start model, and the policy of each training, with its adapter merged where there is one."""
+        folders = [self._iteration(number) / "policy" for number in range(1, self.iterations + 1)]
+        policies = [self.start(cache)]
+        for folder in folders or [self.saved]:
+            policies.append(trained_from(policies[-1], folder, cache))
+        return policies
 
     def _iteration(self, number: int) -> Path:
         return self.dir / f"iter_{number}"
 
 
 def trained_run(key: str, path: str) -> TrainedRun:
-    """The run in a folder; `key` is the knob that named it.
+    """Return the run in a folder; `key` is the knob that named it.
 
     Raises:
         UserError: it is no run folder, or one of a run that is not complete.
     """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise absent(key, path)
+    folder = existing(key, path)
     if not (folder / "config.yaml").is_file():
         inside = sorted(file.parent.name for file in folder.glob("*/config.yaml"))
         runs = f"; there are runs in it: {', '.join(inside[:4])}" if inside else ""
@@ -98,28 +95,27 @@ def trained_run(key: str, path: str) -> TrainedRun:
     if not (folder / "results.json").is_file():
         raise UserError(f"{key}={path} is not complete{_remedy(folder)}")
     results = json.loads((folder / "results.json").read_text())
-    made = len(results["iterations"]) if cfg.source.name is Source.selfplay else 0
-    found = TrainedRun(dir=folder, cfg=cfg, iterations=made)
-    if not found.saved.is_dir():
-        raise UserError(f"{key}={path} has lost its trained model: there is no {found.saved}")
-    return found
+    iterations = len(results["iterations"]) if cfg.source.name is Source.selfplay else 0
+    run = TrainedRun(dir=folder, cfg=cfg, iterations=iterations)
+    if not run.saved.is_dir():
+        raise UserError(f"{key}={path} has lost its trained model: there is no {run.saved}")
+    return run
 
 
 def _config(key: str, folder: Path) -> RunConfig:
-    """What a run has written down of itself, typed again."""
+    """Return the configuration that a run has written down, typed again."""
     try:
-        cfg: Any = OmegaConf.to_object(
-            OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(folder / "config.yaml"))
-        )
+        typed = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(folder / "config.yaml"))
+        cfg: Any = OmegaConf.to_object(typed)
     except (OmegaConfBaseException, OSError, ValueError) as error:
         why = str(error).partition("\n")[0]
         raise UserError(f"{key}={folder}: its config.yaml is of another version of align, or damaged ({why})") from None
-    made: RunConfig = cfg
-    return made
+    assert isinstance(cfg, RunConfig)
+    return cfg
 
 
 def _remedy(folder: Path) -> str:
-    """How a run without results comes to some."""
+    """Say how a run without results comes to some."""
     collapsed, command = folder / "collapsed.json", folder / "command.txt"
     if collapsed.is_file():
         return f" and never will be: it collapsed ({json.loads(collapsed.read_text())['why']}); evaluate another run"
@@ -128,135 +124,108 @@ def _remedy(folder: Path) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """What a suite is given."""
+class Evaluation(Generic[Settings]):
+    """One suite on one run, checked and prepared."""
 
     run: TrainedRun
     policy: Policy
-    cfg: RunConfig  # the run's, but who scores, what it runs on, the cache and the seed are the command's
+    cfg: RunConfig  # the run's, but scorer, cluster, cache, seed and sampling are the command's
     scored_by_name: bool  # the command names a scorer
-    suite: SuiteConfig
-    sampling: SamplingConfig
-    folder: Path  # of what is made
+    suite: Settings
+    folder: Path  # of its files
     cluster: Cluster
 
     @property
     def cache(self) -> Path:
-        """Shared by runs."""
+        """The folder of what runs share."""
         return Path(self.cfg.cache_dir).expanduser()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a suite has found."""
+    """The results of a suite."""
 
     results: Mapping[str, float]  # by names that the suite's own is put before
     note: str  # what was measured, in a line, for people
 
 
-_FILES = (".jsonl", ".json", ".parquet")  # that rows are read from
+# Questions of a benchmark ---------------------------------------------------------------------------------------------
 
 
-OURS, THEIRS = "policy", "opponent"  # whose answers they are; each has random numbers of its own
+def check_one_answer(evaluation: Evaluation[Any]) -> None:
+    """Raise where several answers to a question are asked for."""
+    if (samples := evaluation.cfg.sampling.samples) != 1:
+        raise UserError(f"suite={evaluation.suite.kind} takes one answer to a question, not sampling.samples={samples}")
 
 
-def answer(given: Evaluation, policy: Policy, prompts: Sequence[PromptRow], whose: str, rank: Rank) -> None:
-    """Answers of a policy to prompts, as far as they are not there; `answers_of` reads them."""
-    sample_from(
-        policy,
-        [replace(prompt, candidates=()) for prompt in prompts],
-        given.cfg,
-        given.sampling,
-        _folder_of(given, whose),
-        int(whose == OURS),
-        f"answers of the {whose}",
-        rank,
-    )
+def ask(evaluation: Evaluation[Any], texts: Sequence[str], rank: Rank) -> None:
+    """Let the policy answer questions, each once: as a user turn, or as plain text where it has no chat template."""
+    chats = evaluation.policy.start.tokenizer.chat_template is not None
+    prompts = [
+        PromptRow(id=fingerprint(text), text=[{"role": "user", "content": text}] if chats else text, split="held_out")
+        for text in dict.fromkeys(texts)
+    ]
+    policy = Contestant(name=OURS, policy=evaluation.policy, stream=1, folder=evaluation.folder / "responses")
+    answer(policy, prompts, evaluation.cfg, evaluation.cfg.sampling, rank)
 
 
-def answers_of(given: Evaluation, whose: str) -> list[ResponseRow]:
-    """What `answer` has made."""
-    return read_samples(_folder_of(given, whose))
+def answers(evaluation: Evaluation[Any], texts: Sequence[str]) -> dict[str, ResponseRow]:
+    """Return the policy's answer to each question that `ask` has put, without white space at its ends."""
+    by_id = {row.prompt_id: row for row in read_samples(evaluation.folder / "responses")}
+    rows = {text: by_id[fingerprint(text)] for text in texts}
+    return {text: replace(row, response=row.response.strip()) for text, row in rows.items()}
 
 
-def _folder_of(given: Evaluation, whose: str) -> Path:
-    return given.folder / ("responses" if whose == OURS else f"responses_of_{whose}")
+def scorer_identity(evaluation: Evaluation[Any]) -> dict[str, Any]:
+    """Return the identity of the scorer, which is checked before anything is sampled."""
+    first = Rank(device=torch.device("cpu"), bf16=False, number=0, world=1)
+    identity: dict[str, Any] = as_json(asdict(registry.build(registry.scorer_of(evaluation.cfg), first).identity))
+    return identity
 
 
-def score(given: Evaluation, rows: Sequence[ResponseRow], rank: Rank) -> None:
-    """Scores of answers, as far as they are not there; `scored` reads them."""
-    score_responses(rows, given.cfg, given.folder / "scores", rank)
+# Files of the user's --------------------------------------------------------------------------------------------------
 
 
-def scored(given: Evaluation, rows: Sequence[ResponseRow]) -> list[ScoredPrompt]:
-    """The answers with the scores that `score` has made."""
-    return list(scored_prompts(rows, read_scores(given.folder / "scores")))
+def existing(key: str, path: str) -> Path:
+    """Return the path of a file or folder that a knob names.
 
-
-def scorer_identity(given: Evaluation) -> dict[str, Any]:
-    """Who scores, checked before anything is sampled."""
-    here = Rank(device=torch.device("cpu"), bf16=False, number=0, world=1)
-    identity = registry.build(registry.scorer_of(given.cfg), here).identity
-    return {**asdict(identity), "kind": identity.kind.value}
-
-
-def absent(key: str, path: str) -> UserError:
-    """What is said of a file or folder that is not there."""
-    return UserError(f"{key}={path} does not exist; it is taken from the working folder {Path.cwd()}")
+    Raises:
+        UserError: it does not exist.
+    """
+    place = Path(path).expanduser()
+    if not place.exists():
+        raise UserError(f"{key}={path} does not exist; it is taken from the working folder {Path.cwd()}")
+    return place
 
 
 def check_place(key: str, path: str) -> None:
     """Raise for a misspelled path: what is not there, and looks more like a file than like owner/name of the hub."""
     place = Path(path).expanduser()
-    beside = "/" in path and place.parent.is_dir()  # its folder is there
-    if not place.exists() and (place.suffix in _FILES or path.count("/") > 1 or "\\" in path or beside):
-        raise absent(key, path)
-
-
-@contextlib.contextmanager
-def in_words_of(suite: str) -> Iterator[None]:
-    """Errors about the dataset that a word of the suite stands for, in that word."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(str(error).replace("dataset.path", suite).replace("dataset.", "suite.")) from error
-
-
-def questions(given: Evaluation, texts: Sequence[str]) -> list[PromptRow]:
-    """Questions as the policy is asked them, each once: a user turn, or a plain text where it has no chat template."""
-    chats = given.policy.start.tokenizer.chat_template is not None
-    return [
-        PromptRow(id=fingerprint(text), text=[{"role": "user", "content": text}] if chats else text, split="held_out")
-        for text in dict.fromkeys(texts)
-    ]
-
-
-def check_one_answer(given: Evaluation) -> None:
-    """Raise where several answers to a question are asked for."""
-    if given.sampling.samples != 1:
-        raise UserError(
-            f"suite={given.suite.kind} takes one answer to a question, not sampling.samples={given.sampling.samples}"
-        )
-
-
-def answers_by_text(given: Evaluation, texts: Sequence[str]) -> dict[str, str]:
-    """The policy's answer to each of the `questions`, without white space at its ends."""
-    said = {row.prompt_id: row.response.strip() for row in answers_of(given, OURS)}
-    return {text: said[fingerprint(text)] for text in texts}
+    in_a_folder = "/" in path and place.parent.is_dir()
+    if place.suffix in TABLES or path.count("/") > 1 or "\\" in path or in_a_folder:
+        existing(key, path)
 
 
 def read_table(key: str, path: str, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of a .json, .jsonl or .parquet file.
+    """Return the rows of a .json, .jsonl or .parquet file.
 
     Raises:
         UserError: it cannot be read, or lacks a column.
     """
-    if not Path(path).expanduser().exists():  # read_rows would look for it on the hub, which has none of these
-        raise absent(key, path)
-    made = [dict(row) for row in read_rows(key, path, "train", SourceConfig(path=path)).rows]
-    for number, row in enumerate(made, 1):
+    existing(key, path)  # read_rows would look for it on the hub, which has none of these
+    rows = [dict(row) for row in read_rows(key, path, "train", SourceConfig(path=path)).rows]
+    for number, row in enumerate(rows, 1):
         if missing := [name for name in columns if name not in row]:
             raise UserError(f"{key}={path}, row {number} has no {missing[0]!r}; it has {', '.join(row)}")
-    if not made:
+    if not rows:
         raise UserError(f"{key}={path} is empty")
-    return made
+    return rows
+
+
+@contextlib.contextmanager
+def in_words_of(suite: str) -> Iterator[None]:
+    """Name the suite's knob, in place of the dataset's that it stands for, in errors of the block."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("dataset.path", suite).replace("dataset.", "suite.")) from error

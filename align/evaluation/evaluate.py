@@ -1,13 +1,14 @@
 """One evaluation: check the words, let the suite measure, and tell the run folder, the model card and the tracker.
 
     <run>/evaluation/<suite.name>/results.json    numbers by name; it is there when the evaluation is complete
-                                 /settings.json   what they are made of, and what they are, in a line
+                                 /settings.json   the values that decide them, and a line that says what they are
                                  /responses/, scores/ and other files of the suite
 
 Typing the command again prints what there is; other settings under the same name are refused. What a killed command has
 sampled and scored is kept. Left out: SLURM, where the command is put into a job of the user's (as for a stage alone).
 """
 
+import importlib
 import json
 import re
 from collections.abc import Mapping
@@ -23,12 +24,12 @@ from align.config import SamplingConfig
 from align.evaluation import judging
 from align.evaluation.base import Evaluation, Outcome, TrainedRun, trained_run
 from align.evaluation.settings import SUITES, EvaluateConfig, SuiteConfig, typed
-from align.files import differences, write_json, write_text, writing
+from align.files import as_json, differences, write_json, write_text, writing
 from align.launch import slurm
 from align.launch.local import each, logs_of
 from align.launch.rank import alone
 from align.onpolicy.sample import answering_cluster
-from align.say import UserError, is_first, quieten, resolve, say
+from align.say import UserError, is_first, quieten, say
 from align.tracking import trackers
 
 _SECTION = "## Evaluation"
@@ -43,30 +44,31 @@ def evaluate(cfg: EvaluateConfig) -> None:
     """
     _quieten()
     slurm.take_place()
-    given = prepare(cfg)
-    suite = f"align.evaluation.{given.suite.kind}"
-    of_suite: dict[str, Any] = resolve(f"{suite}:made_of", "suite.kind")(given)
-    made_of = json.loads(json.dumps({**_made_of(given), **of_suite}))
-    results, settings = given.folder / "results.json", given.folder / "settings.json"
+    evaluation = prepare(cfg)
+    suite = _suite(evaluation)
+    inputs = as_json({**_inputs(evaluation), **suite.inputs(evaluation)})
+    results, settings = evaluation.folder / "results.json", evaluation.folder / "settings.json"
     if results.exists():
-        _recognise(settings, made_of, given)
-        say(f"This evaluation is complete: {given.folder}")
+        _recognise(settings, inputs, evaluation.folder)
+        say(f"This evaluation is complete: {evaluation.folder}")
     else:
-        each(given.cluster, logs_of(given.folder), _work, given, suite)
+        with writing(f"cannot write {evaluation.folder}", ""):
+            evaluation.folder.mkdir(parents=True, exist_ok=True)
+        each(evaluation.cluster, logs_of(evaluation.folder), _work, evaluation)
         if not is_first():
             return
-        outcome: Outcome | None = resolve(f"{suite}:measure", "suite.kind")(given)
-        if outcome is None:
-            return
-        numbers = {f"{given.suite.name}/{name}": float(value) for name, value in outcome.results.items()}
-        with writing(f"cannot write {given.folder}", ""):
-            write_json(settings, {"made_of": made_of, "note": outcome.note})
+        with writing(f"cannot write {evaluation.folder}", ""):
+            outcome: Outcome | None = suite.measure(evaluation)
+            if outcome is None:
+                return
+            numbers = {f"{evaluation.suite.name}/{name}": float(value) for name, value in outcome.results.items()}
+            write_json(settings, {"made_of": inputs, "note": outcome.note})
             write_json(results, numbers)
-        trackers.add_results(given.run.dir, given.run.cfg, numbers)
+        trackers.add_results(evaluation.run.dir, evaluation.run.cfg, numbers)
     if is_first():
-        write_card(given.run)
-        numbers = json.loads(results.read_text())
-        say(f"{json.loads(settings.read_text())['note']}\n{table(numbers)}\nresults  {results}")
+        write_card(evaluation.run)
+        note = json.loads(settings.read_text())["note"]
+        say(f"{note}\n{table(json.loads(results.read_text()))}\nresults  {results}")
 
 
 def _quieten() -> None:
@@ -74,12 +76,17 @@ def _quieten() -> None:
     huggingface_hub.logging.set_verbosity_error()  # without a network it tells of each of its retries; the error says all
 
 
-def _work(given: Evaluation, suite: str) -> None:
+def _suite(evaluation: Evaluation[Any]) -> Any:
+    """Return the module of the suite."""
+    return importlib.import_module(f"align.evaluation.{evaluation.suite.kind}")
+
+
+def _work(evaluation: Evaluation[Any]) -> None:
     _quieten()
-    resolve(f"{suite}:work", "suite.kind")(given, alone(given.cluster))
+    _suite(evaluation).work(evaluation, alone(evaluation.cluster))
 
 
-def prepare(cfg: EvaluateConfig) -> Evaluation:
+def prepare(cfg: EvaluateConfig) -> Evaluation[Any]:
     """Check what can be wrong with the words, and find the run's policy."""
     shape = SUITES.get(str(cfg.suite.get("kind")))
     if shape is None:
@@ -95,78 +102,72 @@ def prepare(cfg: EvaluateConfig) -> Evaluation:
         raise UserError(
             "an evaluation runs where it is typed: put the command into a job of yours, with cluster=auto (sbatch, srun)"
         )
-    found = trained_run("run", cfg.run)
-    sampling = _sampling(cfg, found)
-    of_command = replace(
-        found.cfg,
-        scorer=cfg.scorer if cfg.scorer.name is not None else found.cfg.scorer,
+    run = trained_run("run", cfg.run)
+    as_run = judging.sampling_of(run.cfg.evaluation, run.cfg.sampling.tokens_per_batch)
+    sampling: SamplingConfig = typed("sampling", as_run, cfg.sampling)
+    scored_by_name = cfg.scorer.name is not None
+    merged = replace(
+        run.cfg,
+        scorer=cfg.scorer if scored_by_name else run.cfg.scorer,
         cluster=cfg.cluster,
         cache_dir=cfg.cache_dir,
-        seed=found.cfg.seed if cfg.seed is None else cfg.seed,
+        seed=run.cfg.seed if cfg.seed is None else cfg.seed,
         sampling=sampling,
     )
-    config.check(of_command)
+    config.check(merged)
     return Evaluation(
-        run=found,
-        policy=found.policy(Path(cfg.cache_dir).expanduser()),
-        cfg=of_command,
-        scored_by_name=cfg.scorer.name is not None,
+        run=run,
+        policy=run.policies(Path(cfg.cache_dir).expanduser())[-1],
+        cfg=merged,
+        scored_by_name=scored_by_name,
         suite=suite,
-        sampling=sampling,
-        folder=found.dir / "evaluation" / suite.name,
-        cluster=answering_cluster(of_command),
+        folder=run.dir / "evaluation" / suite.name,
+        cluster=answering_cluster(merged),
     )
 
 
-def _sampling(cfg: EvaluateConfig, found: TrainedRun) -> SamplingConfig:
-    """As the run's own evaluation samples, but for what is typed."""
-    default = judging.sampling_of(found.cfg.evaluation, found.cfg.sampling.tokens_per_batch)
-    sampling: SamplingConfig = typed("sampling", default, cfg.sampling)
-    return sampling
-
-
-def _made_of(given: Evaluation) -> dict[str, Any]:
-    """What decides the results of every suite; how fast they come does not."""
+def _inputs(evaluation: Evaluation[Any]) -> dict[str, Any]:
+    """Return the values that decide the results of every suite; how fast they come does not."""
     sampling = ("samples", "temperature", "top_p", "max_new_tokens")
     return {
-        "suite": asdict(given.suite),
-        "policy": given.policy.fingerprint,
-        "sampling": {name: getattr(given.sampling, name) for name in sampling},
-        "seed": given.cfg.seed,
+        "suite": asdict(evaluation.suite),
+        "policy": evaluation.policy.fingerprint,
+        "sampling": {name: getattr(evaluation.cfg.sampling, name) for name in sampling},
+        "seed": evaluation.cfg.seed,
     }
 
 
-def _recognise(settings: Path, made_of: Mapping[str, Any], given: Evaluation) -> None:
+def _recognise(settings: Path, inputs: Mapping[str, Any], folder: Path) -> None:
     """Refuse results of other settings."""
     try:
         before = json.loads(settings.read_text())["made_of"]
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{settings} is damaged: delete {given.folder} to evaluate anew") from error
-    if differs := differences(before, made_of):
+        raise UserError(f"{settings} is damaged: delete {folder} to evaluate anew") from error
+    if differs := differences(before, inputs):
         raise UserError(
-            f"{given.folder} holds results of other settings ({'; '.join(differs[:4])}): give another suite.name=, or "
-            "delete that folder"
+            f"{folder} holds results of other settings ({'; '.join(differs[:4])}): give another suite.name=, or delete "
+            "that folder"
         )
 
 
-# What people see ------------------------------------------------------------------------------------------------------
+# For people -----------------------------------------------------------------------------------------------------------
 
 
 def table(results: Mapping[str, float]) -> str:
-    """Results as the terminal shows them."""
+    """Return results as the terminal shows them."""
     width = max(map(len, results))
     return "\n".join(f"{name:<{width}}  {value:>10.4g}" for name, value in results.items())
 
 
-def write_card(of: TrainedRun) -> None:
+def write_card(run: TrainedRun) -> None:
     """Put all evaluations of a run into its model card, in place of what the card says of them."""
-    file = of.saved / "README.md"
+    file = run.saved / "README.md"
     if not file.is_file():
         return
     evaluations = {}
-    for made in sorted(of.dir.glob("evaluation/*/results.json")):
-        note = json.loads((made.parent / "settings.json").read_text())["note"]
-        evaluations[made.parent.name] = (note, json.loads(made.read_text()))
+    for results in sorted(run.dir.glob("evaluation/*/results.json")):
+        note = json.loads((results.parent / "settings.json").read_text())["note"]
+        evaluations[results.parent.name] = (note, json.loads(results.read_text()))
     card = file.read_text()
     if (new := with_evaluations(card, evaluations)) != card:
         with writing(f"cannot write {file}", ""):
@@ -174,7 +175,7 @@ def write_card(of: TrainedRun) -> None:
 
 
 def with_evaluations(card: str, evaluations: Mapping[str, tuple[str, Mapping[str, float]]]) -> str:
-    """The card with the section about evaluations, (note, results) by name, before its configuration."""
+    """Return the card with the section about evaluations, (note, results) by name, before its configuration."""
     card = re.sub(rf"^{_SECTION}\n.*?(?=^## |\Z)", "", card, flags=re.MULTILINE | re.DOTALL)
     lines = [_SECTION, ""] if evaluations else []
     for note, results in evaluations.values():

@@ -5,14 +5,16 @@ counts once, however many answers it has:
 
     win_rate       = mean over prompts of the mean over pairs of answers of P(ours beats theirs); a tie is one half
     standard_error = standard deviation of the prompts' win rates / sqrt(prompts), so it is clustered by prompt
-    lc_win_rate    = what AlpacaEval's GLM predicts at equal lengths (report/length_control.py), without the difficulties
-                     of instructions, which exist for AlpacaEval's own only: an approximation
+    lc_win_rate    = AlpacaEval's length-controlled win rate (stats/length_control.py), without the difficulties of
+                     instructions, which exist for AlpacaEval's own only: an approximation
     length, tokens = of an answer, in characters and in tokens; `opponent/...` are theirs
 
-Asked as the run's own judge was, against the start model at the same prompts with the same scorer, sampling and seed, it
-reads the run's answers and scores: a win rate is measured once. Left out: an opponent whose chat template takes other roles than this run's, and significance tests (report).
+Where the run's own judge has answered the same question (the start model, the same prompts, scorer, sampling and seed),
+its answers and scores are read: a win rate is measured once. Left out: an opponent whose chat template takes other roles
+than this run's, and significance tests (report).
 """
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,32 +22,20 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from align.choices import Backend
 from align.config import DatasetConfig, PairSourceConfig
 from align.data.pairs import prepare_pairs
 from align.data.prompts import PromptRow, load_prompts
-from align.evaluation import judging
-from align.evaluation.base import (
-    OURS,
-    THEIRS,
-    Evaluation,
-    Outcome,
-    check_place,
-    in_words_of,
-    scorer_identity,
-    trained_run,
-)
+from align.evaluation import base, judging
+from align.evaluation.base import OURS, TABLES, THEIRS, Evaluation, Outcome
 from align.evaluation.judging import Contestant
 from align.evaluation.settings import JudgeConfig
-from align.files import fingerprint
+from align.files import MANIFEST, fingerprint
 from align.launch.rank import Rank
 from align.model.policy import Policy
 from align.onpolicy import figures
-from align.onpolicy.pairs import scored_prompts
 from align.onpolicy.sample import ResponseRow, read_samples
-from align.onpolicy.score import read_scores, score_responses
+from align.onpolicy.score import score_responses
 from align.onpolicy.select import ScoredPrompt
 from align.say import UserError
 from align.stats.length_control import length_controlled_win_rate
@@ -55,7 +45,7 @@ from align.stats.length_control import length_controlled_win_rate
 class _Match:
     """Policies that answer the same prompts, the first of them ours and the last the opponent, and the folder of scores.
 
-    Against a file's answers there is our policy alone, and the prompts carry the opponent's answers.
+    Against the answers of a file there is our policy alone, and the prompts carry them as candidates of THEIRS.
     """
 
     contestants: Sequence[Contestant]
@@ -69,180 +59,153 @@ class _Match:
 
     @property
     def sides(self) -> dict[str, str]:
-        """Origins of answers by the words that samples.jsonl has for them."""
+        """Origins of answers by their names in samples.jsonl."""
         return {"opponent": self.opponent.name if self.opponent else THEIRS, "policy": self.contestants[0].name}
 
 
-def made_of(given: Evaluation) -> dict[str, Any]:
-    """The values that decide the results: who is asked what, against whom, and who judges."""
-    match = _match(given)
+def inputs(evaluation: Evaluation[JudgeConfig]) -> dict[str, Any]:
+    """Return the values that decide the results: the prompts, the opponent, the scorer."""
+    match = _match(evaluation)
     return {
-        "suite": {**asdict(_settings(given)), "prompts": None, "against": None},  # wherever they lie
+        "suite": {**asdict(evaluation.suite), "prompts": None, "against": None},  # wherever they lie
         "prompts": fingerprint([[prompt.id, [asdict(c) for c in prompt.candidates]] for prompt in match.prompts]),
         "opponent": match.opponent.policy.fingerprint if match.opponent else "answers of a file",
-        "scorer": scorer_identity(given),
+        "scorer": base.scorer_identity(evaluation),
     }
 
 
-def work(given: Evaluation, rank: Rank) -> None:
+def work(evaluation: Evaluation[JudgeConfig], rank: Rank) -> None:
     """Sample both sides, and score."""
-    match = _match(given)
-    asked = [replace(prompt, candidates=()) for prompt in match.prompts]
+    match = _match(evaluation)
     for contestant in match.contestants:
-        judging.answer(contestant, asked, given.cfg, given.sampling, rank)
-    score_responses(_rows(given, match), given.cfg, match.scores, rank)
+        judging.answer(contestant, match.prompts, evaluation.cfg, evaluation.cfg.sampling, rank)
+    score_responses(_rows(evaluation, match), evaluation.cfg, match.scores, rank)
 
 
-def measure(given: Evaluation) -> Outcome:
+def measure(evaluation: Evaluation[JudgeConfig]) -> Outcome:
     """Compare, and write samples.jsonl for people."""
-    match = _match(given)
-    rows = _rows(given, match)
-    scored = list(scored_prompts(rows, read_scores(match.scores)))
-    results = compared(rows, scored, ours=match.sides["policy"], theirs=match.sides["opponent"])
-    given.folder.mkdir(parents=True, exist_ok=True)
-    judging.write_samples(given.folder / "samples.jsonl", rows, scored, match.sides)
-    against = _settings(given).against or "the start model"
-    judge, dropped = scorer_identity(given)["name"], len(scored) - len(figures.usable(scored))
-    note = f"answers to {len(match.prompts):,} prompts, {given.sampling.samples} each, against {against}, judged by {judge}"
-    note += f"; {dropped} prompts without a finite score are left out" if dropped else ""
-    return Outcome(results=results, note=f"{note}; lc_win_rate is an approximation without instruction difficulties")
-
-
-def _match(given: Evaluation) -> _Match:
-    """The match: that of the run's own judge where the question is the same."""
-    suite, run = _settings(given), given.run
-    prompts = _prompts(given)
-    if _is_own(given):
-        policies = run.policies(given.cache)
-        judged = (policies[-1], policies[-2], policies[0])
-        contestants = judging.contestants_of(run.dir, judged, run.iterations > 0)
-        return _Match(contestants=contestants, prompts=prompts, scores=run.judged / "scores")
-    made = [
-        Contestant(name=OURS, policy=given.policy, stream=given.policy.iteration, folder=given.folder / "responses")
-    ]
-    if not _is_file(suite.against):
-        opponent, folder = _opponent(given), given.folder / f"responses_of_{THEIRS}"
-        made.append(Contestant(name=THEIRS, policy=opponent, stream=0, folder=folder))
-    return _Match(contestants=made, prompts=prompts, scores=given.folder / "scores")
-
-
-def _is_own(given: Evaluation) -> bool:
-    """True where the run's own judge has answered the question: its win rate is read again, not drawn anew."""
-    suite, cfg = _settings(given), given.run.cfg
-    own = judging.sampling_of(cfg.evaluation, given.sampling.tokens_per_batch)
-    asked = (suite.against, suite.prompts, suite.limit, given.cfg.seed, given.cfg.scorer, given.sampling)
-    return asked == (None, None, None, cfg.seed, cfg.scorer, own) and (given.run.judged / "scores").is_dir()
-
-
-def _rows(given: Evaluation, match: _Match) -> list[ResponseRow]:
-    """The answers of all side by side, as the scorer sees them."""
-    answers = {contestant.name: read_samples(contestant.folder) for contestant in match.contestants}
-    if match.opponent is None:
-        answers[THEIRS] = _of_file(match.prompts, given.policy.start.tokenizer)
-    return figures.side_by_side(answers, given.run.iterations)
+    match, who = _match(evaluation), base.scorer_identity(evaluation)["name"]
+    rows = _rows(evaluation, match)
+    scored = judging.judged_prompts(rows, match.scores, who)
+    judging.write_samples(evaluation.folder / "samples.jsonl", rows, scored, match.sides)
+    against, answers = evaluation.suite.against or "the start model", evaluation.cfg.sampling.samples
+    note = f"answers to {len(match.prompts):,} prompts, {answers} each, against {against}, judged by {who}"
+    if dropped := len(match.prompts) - len(scored):
+        note += f"; {dropped} prompts without a finite score are left out"
+    return Outcome(
+        results=compared(rows, scored, ours=match.sides["policy"], theirs=match.sides["opponent"]),
+        note=f"{note}; lc_win_rate is an approximation without instruction difficulties",
+    )
 
 
 def compared(
     rows: Sequence[ResponseRow], scored: Sequence[ScoredPrompt], ours: str = OURS, theirs: str = THEIRS
 ) -> dict[str, float]:
-    """Metrics of our answers against theirs, by their origins. Pure.
-
-    Raises:
-        UserError: no prompt has a finite score.
-    """
-    usable = figures.usable(scored)
-    if not usable:
-        raise UserError("the scorer gave no prompt a finite score: try another scorer=, or look into the folder scores")
-    chances = {prompt.id: figures.chances(prompt, ours, theirs) for prompt in usable}
-    by_prompt = [fmean(p for row in own for p in row) for own in chances.values()]
-    texts = {
-        (prompt.id, name): [c.text for c in prompt.candidates if c.origin == name]
-        for prompt in usable
-        for name in (ours, theirs)
-    }
-    games = [
-        (p, len(mine), len(other))
-        for name, own in chances.items()
-        for mine, row in zip(texts[name, ours], own, strict=True)
-        for other, p in zip(texts[name, theirs], row, strict=True)
-    ]
-    made = {
+    """Return the metrics of our answers against theirs, by their origins. Pure."""
+    by_prompt = figures.win_rates(scored, ours, theirs)
+    results = {
         "win_rate": fmean(by_prompt),
         "standard_error": standard_error(by_prompt),
-        "ties": figures.ties(usable, ours, theirs),
-        "lc_win_rate": length_controlled_win_rate(*zip(*games, strict=True)).rate,
+        "ties": figures.ties(scored, ours, theirs),
+        "lc_win_rate": length_controlled_win_rate(*zip(*_games(scored, ours, theirs), strict=True)).rate,
     }
     for name, prefix in ((ours, ""), (theirs, "opponent/")):
-        own = [row for row in rows if row.origin == name]
-        made[f"{prefix}length"] = fmean(len(row.response) for row in own)
-        made[f"{prefix}tokens"] = fmean(len(row.response_ids) for row in own)
-        made[f"{prefix}repetition"] = fmean(figures.repetition(row.response_ids) for row in own)
-        numbers = [c.score for prompt in usable for c in prompt.candidates if c.origin == name]
-        if given_numbers := [number for number in numbers if number is not None]:
-            made[f"{prefix}score"] = fmean(given_numbers)
-    return {**made, "prompts": len(usable)}
+        of_side = figures.figures(rows, scored, name)
+        results |= {
+            f"{prefix}length": fmean(len(row.response) for row in rows if row.origin == name),
+            f"{prefix}tokens": of_side["sample_length"],
+            f"{prefix}repetition": of_side["repetition"],
+        }
+        if "judge_score" in of_side:
+            results[f"{prefix}score"] = of_side["judge_score"]
+    return {**results, "prompts": len(by_prompt)}
+
+
+def _games(scored: Sequence[ScoredPrompt], ours: str, theirs: str) -> list[tuple[float, int, int]]:
+    """Return of every pair of answers to a prompt the chance that ours wins, and the characters of both."""
+    games = []
+    for prompt in figures.usable(scored):
+        lengths = {name: [len(c.text) for c in prompt.candidates if c.origin == name] for name in (ours, theirs)}
+        for mine, row in zip(lengths[ours], figures.chances(prompt, ours, theirs), strict=True):
+            games += [(chance, mine, other) for other, chance in zip(lengths[theirs], row, strict=True)]
+    return games
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean of independent values; of one value nothing is known, and 0 is said."""
+    """Return the standard error of the mean of independent values; of one value nothing is known, and it is 0."""
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
-def _settings(given: Evaluation) -> JudgeConfig:
-    assert isinstance(given.suite, JudgeConfig)
-    return given.suite
+def _match(evaluation: Evaluation[JudgeConfig]) -> _Match:
+    """Return the match: that of the run's own judge where the question is the same."""
+    suite, run, folder = evaluation.suite, evaluation.run, evaluation.folder
+    prompts = _prompts(evaluation)
+    if _is_own(evaluation):
+        policies = run.policies(evaluation.cache)
+        judged = (policies[-1], policies[-2], policies[0])
+        contestants = judging.contestants_of(run.dir, judged, run.iterations > 0)
+        return _Match(contestants=contestants, prompts=prompts, scores=run.judged / "scores")
+    policy = evaluation.policy
+    contestants = [Contestant(name=OURS, policy=policy, stream=policy.iteration, folder=folder / "responses")]
+    if not _is_file(suite.against):
+        opponent = _opponent(evaluation)
+        contestants.append(Contestant(name=THEIRS, policy=opponent, stream=0, folder=folder / f"responses_of_{THEIRS}"))
+    return _Match(contestants=contestants, prompts=prompts, scores=folder / "scores")
+
+
+def _is_own(evaluation: Evaluation[JudgeConfig]) -> bool:
+    """Return True where the run's own judge has answered the question, by the scorer as it is now."""
+    suite, cfg = evaluation.suite, evaluation.run.cfg
+    limit = suite.limit or cfg.evaluation.prompts
+    sampling = judging.sampling_of(cfg.evaluation, evaluation.cfg.sampling.tokens_per_batch)
+    asked = (suite.against, suite.prompts, limit, evaluation.cfg.seed, evaluation.cfg.sampling)
+    if asked != (None, None, cfg.evaluation.prompts, cfg.seed, sampling):
+        return False
+    manifest = evaluation.run.judged / "scores" / MANIFEST
+    return manifest.is_file() and json.loads(manifest.read_text()).get("scorer") == base.scorer_identity(evaluation)
+
+
+def _rows(evaluation: Evaluation[JudgeConfig], match: _Match) -> list[ResponseRow]:
+    """Return the answers of all side by side, as the scorer sees them."""
+    answers = {contestant.name: read_samples(contestant.folder) for contestant in match.contestants}
+    return figures.side_by_side(answers, evaluation.run.iterations) if match.opponent else answers[OURS]
 
 
 def _is_file(against: str | None) -> bool:
-    return against is not None and Path(against).suffix in (".jsonl", ".json", ".parquet")
+    return against is not None and Path(against).suffix in TABLES
 
 
-def _opponent(given: Evaluation) -> Policy:
-    """The policy whose answers are sampled too."""
-    against = _settings(given).against
-    if given.sampling.backend is Backend.openai:
+def _opponent(evaluation: Evaluation[JudgeConfig]) -> Policy:
+    """Return the policy whose answers are sampled too."""
+    if evaluation.cfg.sampling.backend is Backend.openai:
         raise UserError(
             "sampling.backend=openai serves one policy, and the opponent's answers are sampled too: use sampling.backend=hf "
             "or vllm, or give its answers as a file, suite.against=answers.jsonl"
         )
-    if against is None:
-        return given.run.start(given.cache)
-    return trained_run("suite.against", against).policy(given.cache)
+    if evaluation.suite.against is None:
+        return evaluation.run.start(evaluation.cache)
+    return base.trained_run("suite.against", evaluation.suite.against).policies(evaluation.cache)[-1]
 
 
-def _prompts(given: Evaluation) -> list[PromptRow]:
-    """The held-out prompts of the run, or those of a file; with the answers of the opponent's file."""
-    suite, cfg, by_file = _settings(given), given.cfg, _is_file(_settings(given).against)
-    start = given.run.start(given.cache).start  # whose prompts they may be
-    if suite.prompts is None and not by_file and not given.run.iterations:
-        pairs = prepare_pairs(cfg.dataset, cfg.train, cfg.model.system_message, start, given.cache)
+def _prompts(evaluation: Evaluation[JudgeConfig]) -> list[PromptRow]:
+    """Return the held-out prompts of the run, or those of a file; with the answers of the opponent's file."""
+    suite, cfg, by_file = evaluation.suite, evaluation.cfg, _is_file(evaluation.suite.against)
+    start = evaluation.run.start(evaluation.cache).start  # whose prompts they may be
+    if suite.prompts is None and not by_file and not evaluation.run.iterations:
+        pairs = prepare_pairs(cfg.dataset, cfg.train, cfg.model.system_message, start, evaluation.cache)
         return judging.prompts_of_pairs(pairs, suite.limit or cfg.evaluation.prompts)
     dataset = cfg.dataset
     if suite.prompts is not None:
-        check_place("suite.prompts", suite.prompts)
-        start, path = given.policy.start, suite.prompts
+        base.check_place("suite.prompts", suite.prompts)
+        start, path = evaluation.policy.start, suite.prompts
         dataset = DatasetConfig(
             name=suite.name, path=path, eval_path=path, wrap_plain=suite.wrap_plain, eval_limit=None
         )
-    source = PairSourceConfig(candidates={THEIRS: str(suite.against)} if by_file else {})
-    with in_words_of("suite.prompts"):
-        asked = load_prompts(replace(cfg, dataset=dataset, source=source), start, given.cache, ("held_out",)).held_out
+    cfg = replace(
+        cfg, dataset=dataset, source=PairSourceConfig(candidates={THEIRS: str(suite.against)} if by_file else {})
+    )
+    with base.in_words_of("suite.prompts"):
+        asked = load_prompts(cfg, start, evaluation.cache, ("held_out",)).held_out
     if by_file:
         asked = [prompt for prompt in asked if prompt.candidates]
     return asked[: suite.limit or (cfg.evaluation.prompts if suite.prompts is None else None)]
-
-
-def _of_file(prompts: Sequence[PromptRow], tokenizer: PreTrainedTokenizerBase) -> list[ResponseRow]:
-    """The answers of a file, as rows, in the tokens of our policy."""
-    return [
-        ResponseRow(
-            iteration=0,
-            prompt_id=prompt.id,
-            k=k,
-            prompt=prompt.text,
-            response=answer.text,
-            response_ids=tokenizer(answer.text, add_special_tokens=False).input_ids,
-        )
-        for prompt in prompts
-        for k, answer in enumerate(prompt.candidates)
-    ]

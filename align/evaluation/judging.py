@@ -6,16 +6,17 @@ repetition, entropy, and KL(policy || start), estimated the same way for every o
 log pi - log pi_start over the policy's own samples. The scorer sees all answers to a prompt together, of which it gives
 numbers or says who beats whom.
 
-A run calls `judge` after its training, self-play after every iteration, and `align evaluate suite=judge` on what is
-trained. Every process calls it: answers, weights and scores are shards of files, which whoever is free makes, and what
-is there is read again. One model at a time is on the device, and none while the scorer is.
+A run calls `judge` after each of its trainings; `align evaluate suite=judge` reads the same answers and scores, or
+compares others by the same parts. Every process takes part: answers, weights and scores are shards of files, which
+whoever is free makes, and what is there is read again. One model at a time is on the device, and none while the scorer
+is.
 """
 
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -73,18 +74,18 @@ class Weight:
 
 
 def scorer_of(cfg: RunConfig) -> ScorerConfig | None:
-    """The scorer that judges a run, else the dataset's judge; None where there is neither."""
+    """Return the scorer that judges a run, else the dataset's judge; None where there is neither."""
     return registry.scorer_of(cfg) if cfg.scorer.name is not None or cfg.dataset.judge is not None else None
 
 
 def prompts_of_pairs(pairs: Pairs, limit: int) -> list[PromptRow]:
-    """The first `limit` prompts of the held-out pairs, each once."""
+    """Return the first `limit` prompts of the held-out pairs, each once."""
     texts = list(dict.fromkeys(pairs.held_out["conversation"]))[:limit]
     return [PromptRow(id=text, text=json.loads(text), split="held_out") for text in texts]
 
 
 def sampling_of(evaluation: EvaluationConfig, tokens_per_batch: int) -> SamplingConfig:
-    """How a run's own evaluation samples."""
+    """Return the sampling of a run's own evaluation."""
     return SamplingConfig(
         samples=evaluation.samples_per_prompt,
         temperature=evaluation.temperature,
@@ -96,7 +97,7 @@ def sampling_of(evaluation: EvaluationConfig, tokens_per_batch: int) -> Sampling
 
 
 def contestants_of(run_dir: Path, policies: Sequence[Policy], is_selfplay: bool) -> list[Contestant]:
-    """The contestants of a run's own judge: its trained policy, the one before it, and the start model, each once."""
+    """Return the contestants of a run's own judge: its trained policy, the one before it, the start model, each once."""
 
     def contestant(policy: Policy) -> Contestant:
         number = policy.iteration
@@ -137,52 +138,69 @@ def judge(
             flush=True,
         )
     settings = sampling_of(cfg.evaluation, cfg.sampling.tokens_per_batch)
-    answers = {side.name: answer(side, prompts, cfg, settings, rank) for side in contestants}
-    rows = figures.side_by_side(answers, iteration)
+    rows = figures.side_by_side({c.name: answer(c, prompts, cfg, settings, rank) for c in contestants}, iteration)
     ours, start = contestants[0], contestants[-1]
-    by_ours = weigh(ours.policy, [row for row in rows if row.origin == ours.name], cfg, folder / "weights", rank)
-    both = [row for row in rows if row.origin in (ours.name, start.name)]
-    by_start = weigh(start.policy, both, cfg, folder / "weights_of_start", rank)
+    of_ours = [row for row in rows if row.origin == ours.name]
+    of_both = [row for row in rows if row.origin in (ours.name, start.name)]
+    by_ours = weigh(ours.policy, of_ours, cfg, folder / "weights", rank)
+    by_start = weigh(start.policy, of_both, cfg, folder / "weights_of_start", rank)
     score_responses(rows, cfg, folder / "scores", rank)
     if not rank.is_first:
         return None
-    scored = list(scored_prompts(rows, read_scores(folder / "scores")))
-    usable = figures.usable(scored)
-    if not usable:
-        raise UserError(f"{who} has no finite score for any of the {len(scored)} prompts: see {folder / 'scores'}")
-    if len(usable) < len(scored):
-        print(f"{who} could not judge {len(scored) - len(usable)} of {len(scored)} prompts", flush=True)
+    scored = judged_prompts(rows, folder / "scores", who)
     write_samples(folder.parent / "samples.jsonl", rows, scored, {START: start.name, POLICY: ours.name})
-    of_ours, of_start = (
-        [weight for row, weight in zip(both, by_start, strict=True) if row.origin == side.name]
+    start_weights = {
+        side.name: [weight for row, weight in zip(of_both, by_start, strict=True) if row.origin == side.name]
         for side in (ours, start)
-    )
-    trained = {
-        "win_rate": figures.win_rate(scored, ours.name, start.name),
-        **_ties(scored, ours.name, start.name),
-        **figures.figures(rows, scored, ours.name),
-        "sample_entropy": sample_entropy(by_ours),
-        "kl_policy_start": kl(by_ours, of_ours),
     }
+    trained = _figures(ours.name, start.name, rows, scored, by_ours, start_weights[ours.name])
     if iteration:
         trained["win_rate/previous"] = figures.win_rate(scored, ours.name, contestants[1].name)
-    at_start = {
-        "win_rate": 0.5,
-        **_ties(scored, start.name, start.name),
-        **figures.figures(rows, scored, start.name),
-        "sample_entropy": sample_entropy(of_start),
-        "kl_policy_start": 0.0,
+    of_start = start_weights[start.name]
+    return {"start": _figures(start.name, start.name, rows, scored, of_start, of_start), "trained": trained}
+
+
+def _figures(
+    name: str,
+    start: str,
+    rows: Sequence[ResponseRow],
+    scored: Sequence[ScoredPrompt],
+    weights: Sequence[Weight],
+    by_start: Sequence[Weight],
+) -> dict[str, float]:
+    """Return all figures of a policy's answers, which have these weights under itself and under the start model."""
+    ties = figures.ties(scored, name, start)
+    return {
+        "win_rate": 0.5 if name == start else figures.win_rate(scored, name, start),
+        **({} if math.isnan(ties) else {"ties": ties}),  # one answer has no tie with another
+        **figures.figures(rows, scored, name),
+        "sample_entropy": sample_entropy(weights),
+        "kl_policy_start": kl(weights, by_start),
     }
-    return {"start": at_start, "trained": trained}
 
 
 def answer(
     contestant: Contestant, prompts: Sequence[PromptRow], cfg: RunConfig, settings: SamplingConfig, rank: Rank
 ) -> list[ResponseRow]:
-    """The answers of a policy to every prompt; those that are in its folder are not drawn again."""
-    what = f"answers of the {contestant.name} policy"
+    """Return the answers of a policy to every prompt; those that are in its folder are not drawn again."""
+    what = f"answers of {contestant.name}"
     sample_from(contestant.policy, prompts, cfg, settings, contestant.folder, contestant.stream, what, rank)
     return read_samples(contestant.folder)
+
+
+def judged_prompts(rows: Sequence[ResponseRow], scores: Path, who: str) -> list[ScoredPrompt]:
+    """Return the prompts whose answers all have finite scores in the folder `scores`, by the scorer called `who`.
+
+    Raises:
+        UserError: there is none.
+    """
+    scored = list(scored_prompts(rows, read_scores(scores)))
+    usable = figures.usable(scored)
+    if not usable:
+        raise UserError(f"{who} has no finite score for any of the {len(scored)} prompts: see {scores}")
+    if len(usable) < len(scored):
+        print(f"{who} could not judge {len(scored) - len(usable)} of {len(scored)} prompts", flush=True)
+    return usable
 
 
 def weigh(policy: Policy, answers: Sequence[ResponseRow], cfg: RunConfig, folder: Path, rank: Rank) -> list[Weight]:
@@ -190,33 +208,31 @@ def weigh(policy: Policy, answers: Sequence[ResponseRow], cfg: RunConfig, folder
 
     Answers to a prompt stand together, as `figures.side_by_side` leaves them.
     """
-    groups = [list(own) for _, own in groupby(answers, key=lambda row: row.prompt_id)]
-    chunks = [[row for own in groups[at : at + _SHARD] for row in own] for at in range(0, len(groups), _SHARD)]
+    groups = [list(group) for _, group in groupby(answers, key=lambda row: row.prompt_id)]
+    chunks = [[row for group in groups[at : at + _SHARD] for row in group] for at in range(0, len(groups), _SHARD)]
     shards = Shards(folder=folder, what="weights", count=len(chunks), rows=len(answers))
     inputs = {"policy": policy.fingerprint, "numerics": rank.numerics, "layout": cfg.engine.layout, "version": _VERSION}
     shards.begin({**inputs, "answers": fingerprint([[row.prompt_id, list(row.response_ids)] for row in answers])})
-    loaded: PreTrainedModel | None = None
+    model: PreTrainedModel | None = None
     for number in shards.claim():
-        if loaded is None:
-            loaded, layout = _loaded(policy, answers, cfg, rank)
-        made = weights(loaded, policy.start.tokenizer, chunks[number], rank, layout=layout)
+        if model is None:
+            model, layout = _load(policy, answers, cfg, rank)
+        made = weights(model, policy.start.tokenizer, chunks[number], rank, layout=layout)
         shards.write(number, map(asdict, made))
-    del loaded
+    del model
     free()
     return shards.read(lambda row: Weight(**row))
 
 
-def _loaded(
-    policy: Policy, answers: Sequence[ResponseRow], cfg: RunConfig, rank: Rank
-) -> tuple[PreTrainedModel, Layout]:
-    """Return a policy on its device, attached in a layout in which it computes what its own logits say."""
-    loaded = policy.load(rank)
+def _load(policy: Policy, answers: Sequence[ResponseRow], cfg: RunConfig, rank: Rank) -> tuple[PreTrainedModel, Layout]:
+    """Load a policy, attached in a layout in which the engine computes what the model's own logits say."""
+    model = policy.load(rank)
     groups = [
         (prompt_ids(row.prompt, policy.start.tokenizer)[-32:], [list(row.response_ids[:n]) for n in (32, 24)])
         for row in answers[:2]
     ]
     with rank.autocast():
-        return loaded, engine.settle(loaded, groups, cfg.engine.layout, cfg.model.attn_implementation)[0]
+        return model, engine.settle(model, groups, cfg.engine.layout, cfg.model.attn_implementation)[0]
 
 
 def weights(
@@ -228,47 +244,36 @@ def weights(
     layout: Layout,
     budget: int = CPU_TOKENS,
 ) -> list[Weight]:
-    """The weights of answers under a policy that is `engine.attach`ed in `layout`, in their order."""
-    at: dict[str, list[int]] = {}  # of each prompt, where its answers are
-    for i, row in enumerate(answers):
-        at.setdefault(row.prompt_id, []).append(i)
-    members = list(at.values())
-    groups = [
-        (prompt_ids(answers[own[0]].prompt, tokenizer), [list(answers[i].response_ids) for i in own]) for own in members
-    ]
-    lengths = [(len(prompt), *map(len, responses)) for prompt, responses in groups]
-    pad = int(tokenizer.pad_token_id)
-    made: dict[int, Weight] = {}
+    """Return the weights of answers under a policy that is `engine.attach`ed in `layout`, in their order."""
+    groups = [list(group) for _, group in groupby(answers, key=lambda row: row.prompt_id)]
+    fed = [(prompt_ids(rows[0].prompt, tokenizer), [list(row.response_ids) for row in rows]) for rows in groups]
+    lengths = [(len(prompt), *map(len, responses)) for prompt, responses in fed]
+    found: dict[int, list[Weight]] = {}
     with evaluating(policy), rank.autocast():
         for some in plan_micro_batches(lengths, layout, FORWARD_ONLY * budget):
-            batch = collate([groups[i] for i in some], layout, pad).to(rank.device)
-            of_batch = response_statistics(policy, batch, ("entropy",))
-            values = zip(*(of_batch[name].tolist() for name in ("logp", "entropy", "length")), strict=True)
-            for i in (i for group in some for i in members[group]):
-                logp, entropy, length = next(values)
-                made[i] = Weight(logp=logp, entropy=entropy, length=int(length))
-    return [made[i] for i in range(len(answers))]
+            batch = collate([fed[i] for i in some], layout, int(tokenizer.pad_token_id)).to(rank.device)
+            sums = response_statistics(policy, batch, ("entropy",))
+            rows = iter(zip(*(sums[name].tolist() for name in ("logp", "entropy", "length")), strict=True))
+            for i in some:
+                of_group = islice(rows, len(groups[i]))
+                found[i] = [Weight(logp=logp, entropy=entropy, length=int(n)) for logp, entropy, n in of_group]
+    return [weight for i in range(len(groups)) for weight in found[i]]
 
 
-def sample_entropy(own: Sequence[Weight]) -> float:
-    """Nats per token: the mean over all tokens of the policy's own answers, at temperature 1."""
-    return math.fsum(weight.entropy for weight in own) / sum(weight.length for weight in own)
+def sample_entropy(weights: Sequence[Weight]) -> float:
+    """Return the mean over all tokens of a policy's own answers, in nats per token, at temperature 1."""
+    return math.fsum(weight.entropy for weight in weights) / sum(weight.length for weight in weights)
 
 
-def kl(own: Sequence[Weight], by_start: Sequence[Weight]) -> float:
-    """KL(policy || start) in nats per answer: `own` are the policy's weights of its own samples."""
-    return fmean(ours.logp - theirs.logp for ours, theirs in zip(own, by_start, strict=True))
-
-
-def _ties(scored: Sequence[ScoredPrompt], ours: str, theirs: str) -> dict[str, float]:
-    share = figures.ties(scored, ours, theirs)
-    return {} if math.isnan(share) else {"ties": share}  # one answer has no tie with another
+def kl(weights: Sequence[Weight], by_start: Sequence[Weight]) -> float:
+    """Return KL(policy || start) in nats per answer: `weights` are the policy's own, of its own samples."""
+    return fmean(ours.logp - theirs.logp for ours, theirs in zip(weights, by_start, strict=True))
 
 
 def write_samples(
     file: Path, rows: Sequence[ResponseRow], scored: Sequence[ScoredPrompt], sides: Mapping[str, str]
 ) -> None:
-    """Write what a person reads: a line for each judged prompt, with the answers of two sides, {name: origin}.
+    """Write a line for each judged prompt, for people: the answers of two sides, {name: origin}.
 
     Beside them their scores, or `chances`, P(the i-th of the second side beats the j-th of the first), where the scorer
     only compares.
@@ -276,14 +281,15 @@ def write_samples(
     asked = {row.prompt_id: row.prompt for row in rows}
     theirs, ours = sides.values()
     lines = []
-    for prompt in figures.usable(scored):
+    for prompt in scored:
         candidates = {name: [c for c in prompt.candidates if c.origin == origin] for name, origin in sides.items()}
         line: dict[str, Any] = {"prompt": last_turn(asked[prompt.id])}
-        line |= {name: [c.text for c in of_one] for name, of_one in candidates.items()}
+        line |= {name: [c.text for c in of_side] for name, of_side in candidates.items()}
         if prompt.preferences is None:
-            line["scores"] = {name: [c.score for c in of_one] for name, of_one in candidates.items()}
+            line["scores"] = {name: [c.score for c in of_side] for name, of_side in candidates.items()}
         else:
             line["chances"] = figures.chances(prompt, ours, theirs)
         lines.append(json.dumps(line) + "\n")
     with writing(f"cannot write {file}", ": free some space, and the same command goes on"):
+        file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, "".join(lines))

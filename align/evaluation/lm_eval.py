@@ -27,43 +27,41 @@ from align.say import UserError, closest, say
 _ALL = "lm_eval.json"  # all metrics of the policy, as the harness has them
 
 
-def made_of(given: Evaluation) -> dict[str, Any]:
-    """The harness's version and tasks of the user's."""
-    suite = _settings(given)
+def inputs(evaluation: Evaluation[LmEvalConfig]) -> dict[str, Any]:
+    """Return the harness's version, the precision, and fingerprints of the user's tasks."""
+    suite = evaluation.suite
     if not suite.tasks:
         raise UserError("suite=lm_eval needs tasks: e.g. 'suite.tasks=[gsm8k, mmlu]'")
     return {
         "suite": {**asdict(suite), "batch_size": None, "task_folder": None},
         "tasks": _code(suite),
         "harness": _harness().__version__,
-        "bf16": given.cluster.bf16,
+        "bf16": evaluation.cluster.bf16,
     }
 
 
-def work(given: Evaluation, rank: Rank) -> None:
-    """The first process measures the policy, and the start model where it is asked for and not in the cache."""
+def work(evaluation: Evaluation[LmEvalConfig], rank: Rank) -> None:
+    """Measure the policy, and the start model where it is asked for and not in the cache, in the first process."""
     if not rank.is_first:
         return
-    suite = _settings(given)
-    found = _tasks(suite)
-    all_of = _evaluate(given, given.policy, found, rank)
-    if suite.start:
-        start = given.run.start(given.cache)
+    tasks = _tasks(evaluation.suite)
+    metrics = _evaluate(evaluation, evaluation.policy, tasks, rank)
+    if evaluation.suite.start:
+        start = evaluation.run.start(evaluation.cache)
         build_once(
-            _folder_of_start(given, start),
-            lambda into: write_json(into / "results.json", _evaluate(given, start, found, rank)),
+            _folder_of_start(evaluation, start),
+            lambda into: write_json(into / "results.json", _evaluate(evaluation, start, tasks, rank)),
         )
-    with writing(f"cannot write {given.folder}", ""):
-        given.folder.mkdir(parents=True, exist_ok=True)
-        write_json(given.folder / _ALL, all_of)
+    with writing(f"cannot write {evaluation.folder}", ""):
+        write_json(evaluation.folder / _ALL, metrics)
 
 
-def measure(given: Evaluation) -> Outcome:
-    """The tasks' first metrics."""
-    suite = _settings(given)
-    results = figures(json.loads((given.folder / _ALL).read_text()), suite.tasks)
+def measure(evaluation: Evaluation[LmEvalConfig]) -> Outcome:
+    """Return the tasks' first metrics."""
+    suite = evaluation.suite
+    results = figures(json.loads((evaluation.folder / _ALL).read_text()), suite.tasks)
     if suite.start:
-        folder = _folder_of_start(given, given.run.start(given.cache))
+        folder = _folder_of_start(evaluation, evaluation.run.start(evaluation.cache))
         start = figures(json.loads((folder / "results.json").read_text()), suite.tasks)
         results |= {f"start/{name}": value for name, value in start.items() if not name.endswith("/standard_error")}
     note = f"lm-evaluation-harness {_harness().__version__}, {', '.join(suite.tasks)}"
@@ -71,31 +69,24 @@ def measure(given: Evaluation) -> Outcome:
     return Outcome(results=results, note=note)
 
 
-def figures(all_of: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]) -> dict[str, float]:
-    """The first metric of each of the tasks, and its standard error where there is one. Pure.
+def figures(metrics: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]) -> dict[str, float]:
+    """Return the first metric of each of the tasks, and its standard error where there is one. Pure.
 
     Args:
-        all_of: `results` of the harness: of each task its metrics as "acc,none" and "acc_stderr,none".
+        metrics: `results` of the harness: of each task as "acc,none" and "acc_stderr,none".
         tasks: as they were asked for; where one is a pattern or a tag, all that was measured is shown.
     """
-    made: dict[str, float] = {}
-    shown = tasks if all(task in all_of for task in tasks) else list(all_of)  # of a group not its 57 parts
+    results: dict[str, float] = {}
+    shown = tasks if all(task in metrics for task in tasks) else list(metrics)  # of a group not its 57 parts
     for task in shown:
-        metrics = all_of[task]
-        numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float) and "," in k}
-        names = [name for name in numbers if "_stderr," not in name]
-        if not names:  # a group that the harness does not average
+        numbers = {k: float(v) for k, v in metrics[task].items() if isinstance(v, int | float) and "," in k}
+        first = next((name for name in numbers if "_stderr," not in name), None)
+        if first is None:  # a group that the harness does not average
             continue
-        made[task] = numbers[names[0]]
-        metric, _, kept = names[0].partition(",")
-        error = numbers.get(f"{metric}_stderr,{kept}", math.nan)
-        made |= {} if math.isnan(error) else {f"{task}/standard_error": error}
-    return made
-
-
-def _settings(given: Evaluation) -> LmEvalConfig:
-    assert isinstance(given.suite, LmEvalConfig)
-    return given.suite
+        results[task] = numbers[first]
+        error = numbers.get(first.replace(",", "_stderr,", 1), math.nan)
+        results |= {} if math.isnan(error) else {f"{task}/standard_error": error}
+    return results
 
 
 def _harness() -> Any:
@@ -108,7 +99,7 @@ def _harness() -> Any:
 
 
 def _code(suite: LmEvalConfig) -> dict[str, str]:
-    """Fingerprints of the user's task files."""
+    """Return fingerprints of the user's task files."""
     if suite.task_folder is None:
         return {}
     folder = Path(suite.task_folder).expanduser()
@@ -118,38 +109,35 @@ def _code(suite: LmEvalConfig) -> dict[str, str]:
 
 
 def _tasks(suite: LmEvalConfig) -> Any:
-    """The harness's list of tasks, with the user's own, after a look whether all that are asked for can be had."""
+    """Return the harness's list of tasks, with the user's own; each that is asked for can be loaded."""
     _harness()
     from lm_eval.tasks import TaskManager
 
-    def unknown_to(manager: Any) -> list[str]:
+    def unknown() -> list[str]:
         return [name for name in suite.tasks if not manager.match_tasks([name])]
 
-    def load(manager: Any) -> Any:  # before a policy is, and once more by the harness, from the disk
-        loads = getattr(manager, "load", None) or manager.load_task_or_group  # as older versions call it
-        for name in suite.tasks:
-            with _loading(f"task {name}"):
-                loads([name])
-        return manager
-
-    if suite.task_folder is not None:  # its own 14,000 take half a minute to list
+    manager: Any = None
+    if suite.task_folder is not None:  # the harness's own 14,000 take half a minute to list
         with _loading(f"suite.task_folder={suite.task_folder}"):
             manager = TaskManager(include_path=suite.task_folder, include_defaults=False)
-        if not unknown_to(manager):
-            return load(manager)
-    with _loading("its list of tasks"):
-        manager = TaskManager(include_path=suite.task_folder)
-    if unknown := unknown_to(manager):
+    if manager is None or unknown():
+        with _loading("its list of tasks"):
+            manager = TaskManager(include_path=suite.task_folder)
+    for name in unknown():
         raise UserError(
-            f"suite.tasks: the harness has no task {unknown[0]}{closest(unknown[0], manager.all_tasks)}; "
+            f"suite.tasks: the harness has no task {name}{closest(name, manager.all_tasks)}; "
             "tasks of yours are found by suite.task_folder=<folder of YAML files>"
         )
-    return load(manager)
+    load = getattr(manager, "load", None) or manager.load_task_or_group  # as older versions call it
+    for name in suite.tasks:  # before a policy is loaded; the harness loads them once more, from the disk
+        with _loading(f"task {name}"):
+            load([name])
+    return manager
 
 
 @contextlib.contextmanager
 def _loading(what: str) -> Iterator[None]:
-    """Errors of what the harness loads, in one line: its own, the hub's, and those of code in a task share no base class."""
+    """Turn errors of the harness, the hub and code in a task, which share no base class, into one line."""
     try:
         yield
     except Exception as error:
@@ -160,23 +148,26 @@ def _loading(what: str) -> Iterator[None]:
         ) from error
 
 
-def _folder_of_start(given: Evaluation, start: Policy) -> Path:
-    """Where what the start model reaches is kept for all runs that have it."""
-    suite = _settings(given)
+def _folder_of_start(evaluation: Evaluation[LmEvalConfig], start: Policy) -> Path:
+    """Return the folder of the start model's metrics, for all runs that have it."""
+    suite = evaluation.suite
     asked = {**asdict(suite), "name": None, "batch_size": None, "task_folder": _code(suite)}
-    key = fingerprint(start.fingerprint, _harness().__version__, given.cluster.bf16, given.cfg.seed, asked)
-    return given.cache / "lm_eval" / key
+    key = fingerprint(start.fingerprint, _harness().__version__, evaluation.cluster.bf16, evaluation.cfg.seed, asked)
+    return evaluation.cache / "lm_eval" / key
 
 
-def _evaluate(given: Evaluation, policy: Policy, tasks: Any, rank: Rank) -> dict[str, dict[str, Any]]:
-    """`results` of the harness, and of its groups."""
+def _evaluate(
+    evaluation: Evaluation[LmEvalConfig], policy: Policy, tasks: Any, rank: Rank
+) -> dict[str, dict[str, Any]]:
+    """Return `results` of the harness, and of its groups."""
     from lm_eval.models.huggingface import HFLM
 
-    suite = _settings(given)
-    say(f"{', '.join(suite.tasks)}, {given.run.name if policy.iteration else 'its start model'}")
-    loaded = policy.load(rank)
-    made = _harness().simple_evaluate(
-        model=HFLM(pretrained=loaded, tokenizer=policy.start.tokenizer, batch_size=suite.batch_size),
+    suite = evaluation.suite
+    say(f"{', '.join(suite.tasks)}, {evaluation.run.name if policy.iteration else 'its start model'}")
+    model = policy.load(rank)
+    seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+    measured = _harness().simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=policy.start.tokenizer, batch_size=suite.batch_size),
         tasks=list(suite.tasks),
         num_fewshot=suite.num_fewshot,
         limit=suite.limit,
@@ -184,12 +175,10 @@ def _evaluate(given: Evaluation, policy: Policy, tasks: Any, rank: Rank) -> dict
         task_manager=tasks,
         log_samples=False,
         bootstrap_iters=1000,  # for standard errors that have no formula
-        **dict.fromkeys(
-            ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), given.cfg.seed
-        ),
+        **dict.fromkeys(seeds, evaluation.cfg.seed),
     )
-    del loaded
+    del model
     free()
-    assert made is not None  # None is for ranks other than the first
-    all_of = {**made["results"], **made.get("groups", {})}
-    return json.loads(json.dumps(all_of, default=str))
+    assert measured is not None  # None is for ranks other than the first
+    metrics = {**measured["results"], **measured.get("groups", {})}
+    return json.loads(json.dumps(metrics, default=str))

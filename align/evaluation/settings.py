@@ -1,7 +1,7 @@
-"""The typed shape of an evaluation: `python -m align evaluate run=<folder> suite=<suite>`, every knob with its default.
+"""The typed shape of an evaluation, `align evaluate run=<folder> suite=<suite>`: every knob with its default.
 
-`suite` and `sampling` are typed when they are read, as the first has the knobs of its kind only, and of the second what
-is not typed is the run's own. No torch here: `--help` must answer at once.
+`suite` and `sampling` are typed when they are read: the first has the knobs of its kind only, and the second falls back
+to the run's own. No torch here: `--help` must answer at once.
 """
 
 from dataclasses import dataclass, field
@@ -18,9 +18,7 @@ class EvaluateConfig:
 
     run: str = MISSING  # the folder of a run that is complete
     suite: dict[str, Any] = field(default_factory=dict)  # one of SUITES
-    sampling: dict[str, Any] = field(
-        default_factory=dict
-    )  # of SamplingConfig; else as the run's own evaluation samples
+    sampling: dict[str, Any] = field(default_factory=dict)  # of SamplingConfig; else as the run's own evaluation
     scorer: ScorerConfig = field(default_factory=ScorerConfig)  # name null: the run's own
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     seed: int | None = None  # of the answers; null: the run's
@@ -29,7 +27,7 @@ class EvaluateConfig:
 
 @dataclass
 class SuiteConfig:
-    """What every suite has."""
+    """The knobs that every suite has."""
 
     kind: str = MISSING  # which suite
     name: str = MISSING  # of its folder under <run>/evaluation and before its results: another for other settings
@@ -51,9 +49,7 @@ class PairsConfig(SuiteConfig):
 class JudgeConfig(SuiteConfig):
     """The run's answers against others, by a scorer. `limit` null: the run's evaluation.prompts."""
 
-    against: str | None = (
-        None  # a run folder, or a file of answers (rows of prompt and response); null: the start model
-    )
+    against: str | None = None  # a run folder, or a file of prompts and responses; null: the start model
     prompts: str | None = None  # as dataset.path; null: the run's held-out prompts
     wrap_plain: bool = False  # true: a plain prompt becomes a chat turn
 
@@ -63,7 +59,7 @@ class AlpacaEvalConfig(SuiteConfig):
     """AlpacaEval 2. Files are its own; hub: from its dataset, tatsu-lab/alpaca_eval."""
 
     instructions: str = "hub"  # rows of instruction, and dataset
-    reference: str = "hub"  # rows of instruction, output and generator: whom the answers are compared with
+    reference: str = "hub"  # rows of instruction, output and generator, which the answers are compared with
     annotations: str | None = None  # a judge's, in AlpacaEval's format, of the answers written here
     difficulties: str | None = None  # df_gamed.csv, or hub; null: the length-controlled win rate does without
     annotator: str | None = None  # of the package alpaca-eval, which judges: weighted_alpaca_eval_gpt4_turbo
@@ -86,9 +82,7 @@ class LmEvalConfig(SuiteConfig):
     task_folder: str | None = None  # with tasks of yours, a YAML file each
     chat_template: bool = False  # true: questions are put as chat turns
     batch_size: int = 8  # requests at once
-    start: bool = (
-        True  # also the start model, once for all runs that share the cache: the difference is what training cost
-    )
+    start: bool = True  # also the start model, once for all runs that share the cache: what training cost
 
 
 SUITES: dict[str, type[SuiteConfig]] = {
@@ -100,8 +94,8 @@ SUITES: dict[str, type[SuiteConfig]] = {
 }
 
 
-def typed(key: str, shape: Any, given: dict[str, Any]) -> Any:
-    """`given` as an instance of a dataclass, or over one; an error names the key."""
-    node = OmegaConf.merge(OmegaConf.create({key: OmegaConf.structured(shape)}), {key: given})
-    made: Any = OmegaConf.to_object(node)
-    return made[key]
+def typed(key: str, shape: Any, words: dict[str, Any]) -> Any:
+    """Return an instance of a dataclass with these words, or a copy of an instance; an error names the key."""
+    node = OmegaConf.merge(OmegaConf.create({key: OmegaConf.structured(shape)}), {key: words})
+    merged: Any = OmegaConf.to_object(node)
+    return merged[key]

@@ -65,12 +65,17 @@ def repetition(token_ids: Sequence[int]) -> float:
 
 
 def win_rate(scored: Sequence[ScoredPrompt], ours: str, theirs: str) -> float:
-    """Return P(an answer of `ours` beats one of `theirs`), over all pairs of answers to a prompt, then over prompts.
-
-    Of two scores the higher one wins surely, and equal ones are half a win each. NaN where nothing is scored.
-    """
-    rates = [fmean(p for row in chances(prompt, ours, theirs) for p in row) for prompt in usable(scored)]
+    """Return the mean of `win_rates`; NaN where nothing is scored."""
+    rates = win_rates(scored, ours, theirs)
     return fmean(rates) if rates else math.nan
+
+
+def win_rates(scored: Sequence[ScoredPrompt], ours: str, theirs: str) -> list[float]:
+    """Return of each usable prompt P(an answer of `ours` beats one of `theirs`), over all pairs of its answers.
+
+    Of two scores the higher one wins surely, and equal ones are half a win each.
+    """
+    return [fmean(p for row in chances(prompt, ours, theirs) for p in row) for prompt in usable(scored)]
 
 
 def ties(scored: Sequence[ScoredPrompt], ours: str, theirs: str) -> float:

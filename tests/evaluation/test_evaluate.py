@@ -212,9 +212,36 @@ def test_the_win_rate_against_the_start_model_is_that_of_the_run_and_of_its_answ
     assert 0 < found["lc_win_rate"] < 1
     folder = home / "runs" / run / "evaluation" / "judge"
     assert not (folder / "responses").exists()  # read again, not drawn anew
-    said = [(line["scores"]["policy"], line["scores"]["opponent"]) for line in rows(folder)]
-    wins = [fmean((a > b) + (a == b) / 2 for a in mine for b in other) for mine, other in said]
-    assert wins == pytest.approx(by_prompt)
+    assert rates_of(folder) == pytest.approx(by_prompt)
+
+
+def rates_of(folder: Path) -> list[float]:
+    """The win rate of each prompt of samples.jsonl."""
+    sides = [(line["scores"]["policy"], line["scores"]["opponent"]) for line in rows(folder)]
+    return [fmean((a > b) + (a == b) / 2 for a in ours for b in theirs) for ours, theirs in sides]
+
+
+def test_the_runs_own_answers_are_read_for_the_same_question_and_drawn_anew_for_another(home, tmp_path, monkeypatch):
+    copy = Path(shutil.copytree(home, tmp_path / "home"))
+    named = ["scorer=program", "scorer.path=vowel_share:count"]  # as dataset.judge
+    cases = {"own": [], "named": named, "first": ["suite.limit=4"], "seed": ["seed=7"], "short": SHORT[1:]}
+    found = {name: results_of(copy, "dpo", "judge", f"suite.name={name}", *cases[name]) for name in cases}
+    folders = {name: copy / "runs/dpo/evaluation" / name for name in cases}
+    own = read(copy / "runs/dpo/results.json")["trained"]["win_rate"]
+    assert found["own"] == found["named"] and found["own"]["win_rate"] == own
+    read_again = {name for name, folder in folders.items() if not (folder / "responses").exists()}
+    assert read_again == {"own", "named", "short"}  # six tokens are the run's
+    assert rates_of(folders["first"]) == rates_of(folders["own"])[:4]  # the same prompts and seeds: the same answers
+    ours, others = (
+        {(row["prompt_id"], row["k"]): row["response"] for row in rows(folder / "responses")}
+        for folder in (copy / "runs/dpo/evaluation", folders["seed"])
+    )
+    assert ours.keys() == others.keys() and ours != others
+    with (copy / "vowel_share.py").open("a") as file:
+        file.write("# another program\n")
+    monkeypatch.delitem(sys.modules, "vowel_share")  # that of the folder which was copied
+    results_of(copy, "dpo", "judge", "suite.name=changed")
+    assert (copy / "runs/dpo/evaluation/changed/responses").exists()
 
 
 def test_a_run_against_another_and_the_other_way_round(home):
@@ -247,7 +274,8 @@ def test_against_a_file_of_answers_on_prompts_of_a_file_by_an_llm_judge_in_both_
     folder = home / "runs/dpo/evaluation/file"
     ours: dict[str, list[str]] = {}
     for row in rows(folder / "responses"):
-        ours.setdefault(row["prompt"][0]["content"], []).append(row["response"])
+        if row["origin"] == "policy":
+            ours.setdefault(row["prompt"][0]["content"], []).append(row["response"])
     assert len(ours) == found["prompts"] == 3  # the fourth prompt has no answer in the file
 
     def wins(a: str, b: str) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Result, quick
+from conftest import Result, pair_row, quick, write_jsonl
 from transformers import PreTrainedModel
 
 from align import engine
@@ -25,6 +25,12 @@ def short(prompt, answer):
 
 def vowels(prompt, answer):
     return float(sum(letter in "aeiou" for letter in answer))
+
+def slowly(prompt, answer):
+    import os, pathlib, time
+    time.sleep(0.02)
+    pathlib.Path(f"judge-{os.getpid()}").touch()
+    return vowels(prompt, answer)
 """
 
 #: P(a beats b) by how many characters they have, which is 1/2 for equally long ones; what it saw is kept.
@@ -53,6 +59,9 @@ def modules(tmp_path, monkeypatch) -> None:
     yield
     for name in ("my_programs", "my_scorers"):
         sys.modules.pop(name, None)
+
+
+JUDGED = ("win_rate", "judge_score", "kl_policy_start", "sample_entropy", "sample_length")
 
 
 def read(file: Path) -> dict:
@@ -166,6 +175,27 @@ def test_another_scorer_is_another_run_and_how_fast_it_scores_is_not(judged):
     _, other = judged("run", "scorer=program", "scorer.path=my_programs:short")
     assert other.status == 1 and "holds another run" in other.err and "scored_by: " in other.err
     assert read(folder / "identity.json")["scorer"].keys().isdisjoint({"tokens_per_batch", "judge"})
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_processes_judge_together_and_find_what_one_finds(align, tiny_llama, tmp_path):
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [pair_row(i) for i in range(80)])
+    words = ["dataset.judge=my_programs:slowly", "dataset.eval_fraction=0.6", "optimizer.learning_rate=1e-2"]
+    words += ["evaluation.max_new_tokens=8", "evaluation.samples_per_prompt=2", "cluster.cpu_threads=1"]
+    found = {}
+    for cluster in ("cpu", "cpu_2"):
+        folder, before = tmp_path / cluster, set(tmp_path.glob("judge-*"))
+        result = align(*quick(tiny_llama, pairs, f"run_dir={folder}", *words, f"cluster={cluster}"))
+        assert result.status == 0, result.err
+        found[cluster] = read(folder / "results.json")
+        judges = set(tmp_path.glob("judge-*")) - before
+        assert len(judges) == (2 if cluster == "cpu_2" else 1)  # more than 32 prompts are two shards of scores
+        for name, shards in (("responses", 3), ("responses_of_start", 3), ("weights", 3), ("scores", 2)):
+            assert len(list((folder / "evaluation" / name).glob("0*.jsonl"))) == shards
+    for side in ("start", "trained"):
+        one, two = ({k: found[cluster][side][k] for k in JUDGED} for cluster in ("cpu", "cpu_2"))
+        assert two == pytest.approx(one, abs=1e-6)
 
 
 # The parts ----------------------------------------------------------------------------------------------------------

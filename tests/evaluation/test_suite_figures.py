@@ -82,8 +82,6 @@ def test_of_scores_the_higher_one_wins_and_prompts_without_a_finite_one_are_left
     found = judge.compared(answered(prompts), prompts)
     assert found["win_rate"] == pytest.approx((0.5 + 1) / 2) and found["prompts"] == 2
     assert found["score"] == pytest.approx((0.1 + 0.3 + 0.4) / 3) and found["opponent/score"] == pytest.approx(0.15)
-    with pytest.raises(UserError, match="gave no prompt a finite score"):
-        judge.compared(answered(prompts[2:]), prompts[2:])
 
 
 def annotation(preference: float, ours: int, theirs: int) -> dict:
