@@ -17,12 +17,15 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 from hydra._internal.utils import create_config_search_path
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, flag_override
+from omegaconf.errors import OmegaConfBaseException
 
 from align.__main__ import main
 from align.cli import compose
 from align.config import RunConfig
+from align.say import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -142,6 +145,22 @@ def composed(composition) -> Callable[..., RunConfig]:
         return OmegaConf.to_object(node)
 
     return settings
+
+
+@pytest.fixture(scope="session")
+def refusal(composed) -> Callable[..., str]:
+    """Words -> the one line that refuses them, by what composes them or prepares the run: no model is loaded by then."""
+
+    def line(*words: str) -> str:
+        from align.runs.prepare import prepare
+
+        with pytest.raises((UserError, HydraException, OmegaConfBaseException)) as refused:
+            prepare(composed(*words))
+        said = compose.one_line(refused.value)
+        assert "\n" not in said
+        return said
+
+    return line
 
 
 @pytest.fixture

@@ -132,11 +132,8 @@ def test_candidates_and_a_judges_request_need_no_plus(composed, typed, prefix):
         ("sampling.samples=five", "sampling.samples: Value 'five' of type 'str' could not be converted to Integer"),
     ],
 )
-def test_a_typing_error_in_a_node_of_selfplay_is_one_line(align, typed, says):
-    result = align(typed)
-    assert result.status == 1
-    assert result.err.startswith(f"align: {says}")
-    assert result.err.count("\n") == 1
+def test_a_typing_error_in_a_node_of_selfplay_is_one_line(refusal, typed, says):
+    assert refusal(typed).startswith(says)
 
 
 # Sweeps ------------------------------------------------------------------------------------------------------------

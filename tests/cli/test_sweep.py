@@ -18,6 +18,7 @@ from align.cli.compose import CONF, sweep_name
 from align.runs import spine
 
 SPACES = sorted(file.stem for file in CONF.glob("hparams/*.yaml"))
+QUICK = "dpo_small"  # whose jobs are the fewest
 
 
 # Which jobs there are ------------------------------------------------------------------------------------------------
@@ -35,7 +36,7 @@ def test_jobs_over_objectives_each_take_the_recipe_of_the_built_in_task(jobs):
     assert made[3].objective["base"] == {"name": "dpo", "beta": 1.0}
 
 
-@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("space", [pytest.param(s, marks=[] if s == QUICK else pytest.mark.slow) for s in SPACES])
 def test_a_search_space_is_a_sweep_without_further_words_and_its_first_line_is_its_command(space, jobs):
     first, second = (CONF / "hparams" / f"{space}.yaml").read_text().splitlines()[:2]
     assert first == "# @package _global_"
@@ -90,6 +91,7 @@ def words(tiny_llama, pairs_file):
     return quick(tiny_llama, pairs_file)
 
 
+@pytest.mark.slow
 def test_a_sweep_names_its_jobs_gathers_them_and_runs_only_what_is_missing(align, words, tmp_path):
     sweep = ["-m", "objective=dpo,simpo", "seed=7"]
     first = align(*sweep, *words)
@@ -107,6 +109,7 @@ def test_a_sweep_names_its_jobs_gathers_them_and_runs_only_what_is_missing(align
     assert (dpo / "results.json").exists() and (simpo / "results.json").stat().st_mtime_ns == made
 
 
+@pytest.mark.slow
 def test_a_sweep_with_failed_jobs_lists_them_at_its_end(align, words, tmp_path):
     result = align("-m", "objective.beta=-1,0.05", *words)
     assert result.status == 1
@@ -126,6 +129,7 @@ def test_a_plan_of_a_sweep_makes_no_links(align, words, tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.is_symlink()]
 
 
+@pytest.mark.slow
 def test_the_links_are_where_the_sweep_says_whatever_its_own_folder_and_the_disk_of_runs(align, words, tmp_path):
     (tmp_path / "disk" / "deep").mkdir(parents=True)
     (tmp_path / "runs").symlink_to(tmp_path / "disk" / "deep")
@@ -138,12 +142,12 @@ def test_the_links_are_where_the_sweep_says_whatever_its_own_folder_and_the_disk
 
 
 @pytest.mark.parametrize("group", ["../up", "a/b", "''"])
-def test_a_group_that_is_no_name_of_a_folder_is_refused(align, words, group):
-    result = align(f"tracker.group={group}", *words)
-    assert result.status == 1
-    assert "a folder in runs/groups is called so, as in tracker.group=my_study" in result.err
+def test_a_group_that_is_no_name_of_a_folder_is_refused(refusal, words, group):
+    said = refusal(f"tracker.group={group}", *words)
+    assert "a folder in runs/groups is called so, as in tracker.group=my_study" in said
 
 
+@pytest.mark.slow
 def test_a_group_that_is_named_gathers_runs_but_none_that_is_refused(align, monkeypatch, words, tmp_path):
     from align.say import UserError
 
@@ -160,6 +164,7 @@ def test_a_group_that_is_named_gathers_runs_but_none_that_is_refused(align, monk
 # Searches ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_returns_the_metric_that_is_named_and_says_which_there_are(align, monkeypatch, words):
 
     returned = []
@@ -178,13 +183,17 @@ def test_a_run_returns_the_metric_that_is_named_and_says_which_there_are(align, 
         ("accuracy/mean_lopg", "is no metric of results.json (did you mean accuracy/mean_logp?)"),
         ("win_rate", "needs a judge, and there is none: give scorer=..., or optimized_metric=accuracy/mean_logp"),
         ("quality", "is no metric of results.json; there are rewards/accuracies, "),
-        ("objective/weight", "is none of this run's results: "),  # an objective's own: known at the end only
     ],
 )
-def test_a_metric_that_a_run_will_not_have_is_refused_before_it_trains_where_that_is_known(align, words, metric, says):
-    result = align(*words, f"optimized_metric={metric}")
+def test_a_metric_that_a_run_will_not_have_is_refused_before_it_trains(refusal, words, metric, says):
+    assert f"optimized_metric={metric} {says}" in refusal(*words, f"optimized_metric={metric}")
+
+
+@pytest.mark.slow
+def test_a_metric_of_an_objectives_own_that_it_does_not_have_is_refused_at_the_end_when_that_is_known(align, words):
+    result = align(*words, "optimized_metric=objective/weight")
     assert result.status == 1
-    assert f"optimized_metric={metric} {says}" in result.err
+    assert "optimized_metric=objective/weight is none of this run's results: " in result.err
 
 
 def test_a_search_goes_on_when_a_trial_fails_and_says_the_best(align, monkeypatch, words, tmp_path):

@@ -1,6 +1,8 @@
 """A run as its user meets it: its folder, its second time, other trackers, an objective of one's own."""
 
+import contextlib
 import errno
+import io
 import json
 import os
 import shutil
@@ -15,9 +17,12 @@ from conftest import pair_row, quick, write_jsonl
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
+from align.__main__ import main
 from align.engine.batching import CPU_TOKENS
 from align.model.policy import Policy
 from align.runs import folder as run_folder
+from align.runs.prepare import prepare
+from align.say import UserError
 from align.train import reference, train
 from align.train.checkpoint import MADE_BY, last_checkpoint
 
@@ -27,9 +32,24 @@ def folder(tmp_path) -> Path:
     return tmp_path / "run"
 
 
-def test_a_run_folder_holds_what_a_person_needs(align, tiny_gemma2, pairs_file, folder):
-    result = align(*quick(tiny_gemma2, pairs_file, f"run_dir={folder}", "objective=wpo", "seed=5"))
-    assert result.status == 0, result.err
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_gemma2) -> tuple[list[str], Path]:
+    """The words of a run that is complete, and the folder that holds it and its pairs. Tests look, or copy."""
+    home = tmp_path_factory.mktemp("finished")
+    pairs = write_jsonl(home / "pairs.jsonl", [pair_row(i) for i in range(40)])
+    setup = "cluster.slurm.setup=['export OPENAI_API_KEY=sk-123', 'module load cuda']"
+    judge = "scorer.judge.urls=['https://me:hunter2@judge:8000']"
+    words = quick(tiny_gemma2, pairs, "objective=wpo", "seed=5", setup, judge, "train.save_every_steps=1")
+    words += [f"run_dir={home / 'run'}", f"cache_dir={home / 'cache'}", "tracker=none"]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setattr(sys, "argv", ["align", *words])
+        main()
+    (home / "said").write_text(out.getvalue())
+    return words, home
+
+
+def test_a_run_folder_holds_what_a_person_needs(finished, tiny_gemma2):
+    folder = finished[1] / "run"
     for name in ("plan.txt", "first_pair.txt", "metrics.jsonl", "results.json", "model/README.md", "model/config.json"):
         assert (folder / name).stat().st_size > 0, name
     columns = load_file(folder / "reference.safetensors")
@@ -49,21 +69,41 @@ def test_a_run_folder_holds_what_a_person_needs(align, tiny_gemma2, pairs_file, 
         '"alignment": "sampled"',
     ):
         assert said in card, said
-    assert "held-out accuracy by log_ratio" in result.out
+    assert "held-out accuracy by log_ratio" in (finished[1] / "said").read_text()
 
 
-def test_the_trained_model_loads_as_a_pipeline_with_its_chat_template(
-    align, tiny_gemma2, pairs_file, folder, tokenizer
-):
+def test_the_trained_model_loads_as_a_pipeline_with_its_chat_template(finished, tokenizer):
     from transformers import pipeline
 
-    assert align(*quick(tiny_gemma2, pairs_file, f"run_dir={folder}")).status == 0
-    generate = pipeline("text-generation", model=str(folder / "model"), device="cpu")
+    generate = pipeline("text-generation", model=str(finished[1] / "run" / "model"), device="cpu")
     said = generate([{"role": "user", "content": "please name 2 animals"}], max_new_tokens=3, do_sample=False)
     assert said[0]["generated_text"][-1]["role"] == "assistant"
     assert generate.tokenizer.chat_template == tokenizer.chat_template
 
 
+def test_the_same_command_again_trains_nothing_and_shows_the_table(finished, align, monkeypatch):
+    words, home = finished
+    monkeypatch.setattr(train, "load_policy", None)  # calling it would fail
+    again = align(*words)
+    assert again.status == 0 and "This run is complete" in again.out
+    assert (home / "said").read_text().splitlines()[-5:] == again.out.splitlines()[-5:]
+
+
+def test_nothing_of_a_run_is_left_in_the_process(finished):
+    assert not torch.distributed.is_initialized()
+
+
+def test_no_secret_that_was_typed_is_written_down(finished):
+    written = "".join(
+        file.read_text()
+        for file in (finished[1] / "run").rglob("*")
+        if file.suffix in (".yaml", ".json", ".md", ".txt")
+    )
+    assert "export OPENAI_API_KEY=***" in written and "https://***@judge:8000" in written
+    assert "sk-123" not in written and "hunter2" not in written
+
+
+@pytest.mark.slow
 def test_a_second_run_over_the_same_data_and_start_model_does_no_reference_forward(
     align, monkeypatch, tiny_llama, pairs_file, tmp_path
 ):
@@ -78,6 +118,7 @@ def test_a_second_run_over_the_same_data_and_start_model_does_no_reference_forwa
         assert result.status == 0, result.err
 
 
+@pytest.mark.slow
 def test_what_runs_share_is_said_to_be_made_once(align, monkeypatch, pairs_file, tmp_path):
     monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
     tiny = ["model=tiny", "model.fit=null", "model.init.num_hidden_layers=1", f"dataset.path={pairs_file}"]
@@ -96,6 +137,7 @@ def test_what_runs_share_is_said_to_be_made_once(align, monkeypatch, pairs_file,
         assert float(seconds) >= 0 and folder.startswith(str(tmp_path / "cache"))
 
 
+@pytest.mark.slow
 def test_a_reference_free_objective_computes_no_reference_for_its_training_pairs(
     align, monkeypatch, tiny_llama, pairs_file, folder
 ):
@@ -106,29 +148,23 @@ def test_a_reference_free_objective_computes_no_reference_for_its_training_pairs
     assert made == ["held_out"]
 
 
-def test_the_same_command_again_trains_nothing_and_shows_the_table(align, monkeypatch, tiny_llama, pairs_file):
-    first = align(*quick(tiny_llama, pairs_file))
-    monkeypatch.setattr(train, "load_policy", None)  # calling it would fail
-    again = align(*quick(tiny_llama, pairs_file))
-    assert again.status == 0 and "This run is complete" in again.out
-    assert first.out.splitlines()[-5:] == again.out.splitlines()[-5:]
+def test_another_value_is_another_folder_and_bookkeeping_is_not(composed, tiny_llama, pairs_file):
+    of = {
+        word: prepare(composed(*quick(tiny_llama, pairs_file, *([word] if word else [])))).dir
+        for word in ("", "objective.beta=0.2", "train.log_every_steps=2", "seed=7")
+    }
+    assert len(set(of.values())) == 3 and of[""] == of["train.log_every_steps=2"]
 
 
-def test_another_value_is_another_folder_and_bookkeeping_is_not(align, tiny_llama, pairs_file, tmp_path):
-    for words in ((), ("objective.beta=0.2",), ("train.log_every_steps=2",), ("seed=7",)):
-        assert align(*quick(tiny_llama, pairs_file, *words)).status == 0
-    assert len(list((tmp_path / "runs").iterdir())) == 3
-
-
-def test_a_start_model_that_changed_in_its_folder_is_another_run(align, tiny_llama, pairs_file, tmp_path):
+def test_a_start_model_that_changed_in_its_folder_is_another_run(composed, tiny_llama, pairs_file, tmp_path):
     own = shutil.copytree(tiny_llama, tmp_path / "own")
-    assert align(*quick(own, pairs_file)).status == 0
+    before = prepare(composed(*quick(own, pairs_file))).dir
     weights = {name: value * 1.01 for name, value in load_file(own / "model.safetensors").items()}
     save_file(weights, own / "model.safetensors", metadata={"format": "pt"})
-    assert align(*quick(own, pairs_file)).status == 0
-    assert len(list((tmp_path / "runs").iterdir())) == 2
+    assert prepare(composed(*quick(own, pairs_file))).dir != before
 
 
+@pytest.mark.slow
 def test_a_judge_that_fails_costs_no_model_and_the_next_try_trains_nothing(
     align, monkeypatch, tiny_llama, pairs_file, folder, tmp_path
 ):
@@ -163,6 +199,7 @@ def test_a_checkpoint_counts_once_it_is_whole(tmp_path):
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 
+@pytest.mark.slow
 def test_the_newest_checkpoints_are_kept_whole_and_say_who_wrote_them(align, tiny_llama, pairs_file, folder):
     words = ["optimizer.max_steps=4", "train.save_every_steps=1", "train.keep_checkpoints=2"]
     assert align(*quick(tiny_llama, pairs_file, f"run_dir={folder}", *words)).status == 0
@@ -186,21 +223,26 @@ def test_the_newest_checkpoints_are_kept_whole_and_say_who_wrote_them(align, tin
     ],
 )
 def test_a_checkpoint_that_this_strategy_cannot_read_is_refused_with_the_one_that_can(
-    align, tiny_llama, pairs_file, folder, strategy, processes, says
+    finished, composed, tmp_path, strategy, processes, says
 ):
-    words = quick(tiny_llama, pairs_file, f"run_dir={folder}", "optimizer.max_steps=1", "train.save_every_steps=1")
-    assert align(*words).status == 0
+    words, home = finished
+    folder = shutil.copytree(home / "run", tmp_path / "run")
     (folder / "results.json").unlink()
-    made_by = folder / "checkpoints" / "checkpoint-1" / MADE_BY
+    made_by = folder / "checkpoints" / "checkpoint-2" / MADE_BY
     made_by.write_text(json.dumps({"strategy": strategy, "processes": processes}))
-    again = align(*words)
+    again = [*(word for word in words if not word.startswith("run_dir=")), f"run_dir={folder}"]
+    run = prepare(composed(*again))
+    assert not run.is_complete
     if says is None:
-        assert again.status == 0 and (folder / "results.json").exists()
+        with run_folder.owned(run):
+            pass
     else:
-        assert again.status == 1 and again.err.count("\n") == 1 and not (folder / "results.json").exists()
-        assert says in again.err and "or begin anew with another run_dir=" in again.err
+        with pytest.raises(UserError) as refused, run_folder.owned(run):
+            pass
+        assert says in str(refused.value) and "or begin anew with another run_dir=" in str(refused.value)
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_in_one_line_and_costs_nothing_that_was_saved(
     align, monkeypatch, tiny_llama, pairs_file, folder
 ):
@@ -224,13 +266,15 @@ def test_a_full_disk_stops_the_run_in_one_line_and_costs_nothing_that_was_saved(
     assert steps == [0, 1, 2, 3, 3]
 
 
-def test_a_changed_objective_file_is_another_run(align, tiny_llama, pairs_file, tmp_path):
+def test_a_changed_objective_file_is_another_run(align, monkeypatch, tiny_llama, pairs_file, tmp_path):
+    folders = []
+    monkeypatch.setattr("align.runs.spine.carry_out", lambda cfg: folders.append(prepare(cfg).dir))
     words = own_objective(tmp_path)
     assert align(*words, *quick(tiny_llama, pairs_file)).status == 0
     code = tmp_path / "my_objective.py"
     code.write_text(code.read_text().replace("- logsigmoid", "-1.0 * logsigmoid"))
     assert align(*words, *quick(tiny_llama, pairs_file)).status == 0
-    assert len(list((tmp_path / "runs").iterdir())) == 2
+    assert len(set(folders)) == 2
 
 
 def own_objective(tmp_path: Path) -> list[str]:
@@ -256,6 +300,7 @@ def own_objective(tmp_path: Path) -> list[str]:
     return [f"--config-dir={tmp_path}", "objective=mine"]
 
 
+@pytest.mark.slow
 def test_an_objective_in_one_file_and_one_yaml_outside_the_project_trains(
     align, tiny_llama, pairs_file, tmp_path, folder
 ):
@@ -273,6 +318,7 @@ def own_words(tmp_path: Path) -> list[str]:
     return [f"--config-dir={tmp_path}", "objective=mine"]
 
 
+@pytest.mark.slow
 def test_lora_trains_the_adapter_only_and_its_reference_is_the_start_model(align, tiny_llama, pairs_file, folder):
     pytest.importorskip("peft")
     lora = "model.lora={r: 4, target_modules: all-linear}"
@@ -336,6 +382,7 @@ def test_a_value_far_outside_the_published_range_warns_and_says_why(align, tiny_
         plan("objective.beta=0.05")
 
 
+@pytest.mark.slow
 def test_every_job_of_a_sweep_is_a_run_of_its_own_and_a_failing_one_does_not_stop_the_others(
     align, tiny_llama, pairs_file, tmp_path
 ):
@@ -345,6 +392,7 @@ def test_every_job_of_a_sweep_is_a_run_of_its_own_and_a_failing_one_does_not_sto
     assert len(list((tmp_path / "runs").glob("*/results.json"))) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [False, True])
 def test_a_judge_adds_win_rates_lengths_and_kl(align, monkeypatch, tiny_llama, pairs_file, folder, tmp_path, adapter):
     """Of the policy as the run folder's model/ has it."""
@@ -383,20 +431,3 @@ def test_rows_too_few_for_the_global_batch_are_refused_with_what_to_type(align, 
     few = write_jsonl(tmp_path / "few.jsonl", [pair_row(i) for i in range(6)])
     result = align(*quick(tiny_llama, few))
     assert result.status == 1 and "train.pairs_per_step=5" in result.err
-
-
-def test_nothing_of_a_run_is_left_in_the_process(align, tiny_llama, pairs_file):
-    assert align(*quick(tiny_llama, pairs_file)).status == 0
-    assert not torch.distributed.is_initialized()
-
-
-def test_no_secret_that_was_typed_is_written_down(align, tiny_llama, pairs_file, folder):
-    setup = "cluster.slurm.setup=['export OPENAI_API_KEY=sk-123', 'module load cuda']"
-    judge = "scorer.judge.urls=['https://me:hunter2@judge:8000']"
-    result = align(*quick(tiny_llama, pairs_file, f"run_dir={folder}", setup, judge))
-    assert result.status == 0, result.err
-    written = "".join(
-        file.read_text() for file in folder.rglob("*") if file.suffix in (".yaml", ".json", ".md", ".txt")
-    )
-    assert "export OPENAI_API_KEY=***" in written and "https://***@judge:8000" in written
-    assert "sk-123" not in written and "hunter2" not in written

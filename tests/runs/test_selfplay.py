@@ -318,6 +318,7 @@ def test_the_same_command_again_says_complete_and_writes_nothing(align, words, c
     assert written(two, "**/*") == before
 
 
+@pytest.mark.slow
 def test_more_iterations_go_on_from_those_that_are_done_and_rewrite_none_of_them(align, words, cache, two, tmp_path):
     folder = shutil.copytree(two, tmp_path / "run")
     before = written(folder, "iter_[012]/**/*")
@@ -355,9 +356,9 @@ def test_one_iteration_and_then_two_is_the_same_as_two_at_once(align, words, two
         ("objective=dpo", "objective"),
     ],
 )
-def test_other_settings_in_the_folder_of_a_run_are_refused(align, words, cache, two, change, says):
+def test_other_settings_in_the_folder_of_a_run_are_refused(refusal, words, cache, two, change, says):
     before = written(two, "**/*")
-    line = in_one_line(align(*words(two, "iterations=2", f"cache_dir={cache}", change)))
+    line = refusal(*words(two, "iterations=2", f"cache_dir={cache}", "tracker=none", change))
     assert f"{two} holds another run" in line and says in line and "give another run_dir= or delete it" in line
     assert written(two, "**/*") == before
 
@@ -371,6 +372,7 @@ def test_how_fast_answers_are_drawn_and_scored_is_no_other_run(align, words, cac
 # Settings -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_split_prompts_gives_each_iteration_prompts_of_its_own(align, words, tmp_path):
     folder = tmp_path / "run"
     result = align(*words(folder, "iterations=2", "source.split_prompts=true"))
@@ -385,6 +387,7 @@ def test_split_prompts_gives_each_iteration_prompts_of_its_own(align, words, tmp
     assert "iterations: 2 -> 3" in line
 
 
+@pytest.mark.slow
 def test_limits_hold_for_prompts_and_for_the_evaluation(align, words, tmp_path):
     limits = ["dataset.limit=5", "dataset.eval_limit=3", "evaluation.prompts=2", "evaluation.samples_per_prompt=3"]
     how = ["evaluation.temperature=0.7", "evaluation.top_p=0.9", "evaluation.max_new_tokens=4"]
@@ -403,6 +406,7 @@ def test_limits_hold_for_prompts_and_for_the_evaluation(align, words, tmp_path):
         assert (manifest["samples"], manifest["temperature"], manifest["top_p"]) == (3, 0.7, 0.9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["dpo", "simpo", "wpo", "ipo"])
 def test_every_objective_takes_an_iteration(align, words, tmp_path, objective):
     result = align(*words(tmp_path / "run", f"objective={objective}"))
@@ -411,6 +415,7 @@ def test_every_objective_takes_an_iteration(align, words, tmp_path, objective):
     assert 0 <= read(tmp_path / "run" / "results.json")["trained"]["win_rate"] <= 1
 
 
+@pytest.mark.slow
 def test_further_candidates_enter_pairs_and_are_nobody_s_opponent(align, words, tmp_path):
     best = "aeiou " * 3  # 15 vowels: more than six tokens of a random model
     answers = [{"prompt": f"please name {i} animals", "response": best} for i in range(0, TRAIN, 2)]
@@ -438,6 +443,7 @@ def test_further_candidates_enter_pairs_and_are_nobody_s_opponent(align, words, 
     assert {row["origin"] for row in compared} == {"policy"}  # only policies are compared
 
 
+@pytest.mark.slow
 def test_a_column_of_the_prompts_holds_further_candidates(align, words, home, tmp_path):
     with_answers = [{**row, "human": "aeiou " * 3} for row in rows_in(home / "prompts.jsonl")]
     file = write_jsonl(tmp_path / "with_answers.jsonl", with_answers)
@@ -455,6 +461,7 @@ def rows_in(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_an_adapter_is_merged_before_the_next_iteration_starts_from_it(align, words, tiny_llama, tmp_path):
     pytest.importorskip("peft")
     lora = "model.lora={r: 4, lora_alpha: 12, target_modules: all-linear}"
@@ -661,11 +668,11 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_cannot_work_is_refused_in_one_line_before_anything_is_written(case, align, words, tmp_path):
+def test_what_cannot_work_is_refused_in_one_line_before_anything_is_written(case, align, refusal, words, tmp_path):
     for name, content in case.files.items():
         write_jsonl(tmp_path / name, content)
     before = set(tmp_path.rglob("*"))
-    line = in_one_line(align(*words(tmp_path / "run", *case.words)))
+    line = refusal(*words(tmp_path / "run", *case.words, "tracker=none"))
     for fragment in case.says:
         assert fragment in line
     assert set(tmp_path.rglob("*")) == before
@@ -699,6 +706,7 @@ def test_an_iteration_with_too_few_pairs_says_why_and_what_to_try(align, words, 
 STAGES = ("responses", "scores", "pairs")
 
 
+@pytest.mark.slow
 def test_an_iteration_that_collapses_ends_the_run_and_the_same_command_says_so_at_once(align, words, cache, tmp_path):
     folder = tmp_path / "run"
     absurd = ["optimizer.learning_rate=3.0", "optimizer.warmup_steps=0", "optimizer.max_steps=8", "objective=dpo"]
@@ -715,6 +723,7 @@ def test_an_iteration_that_collapses_ends_the_run_and_the_same_command_says_so_a
     assert written(folder, "**/*") == before
 
 
+@pytest.mark.slow
 def test_the_stages_alone_make_what_the_first_iteration_made(home, words, cache, two, tmp_path):
     folder = tmp_path / "stages"
     for module, stage in (("sample", "responses"), ("annotate", "scores"), ("select", "pairs")):

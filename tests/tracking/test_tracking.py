@@ -291,6 +291,7 @@ def test_results_that_no_tracker_takes_fail_nothing(monkeypatch, capsys, tmp_pat
     assert capsys.readouterr().err == ("" if tracker is TrackerName.none else said)
 
 
+@pytest.mark.slow
 def test_a_tracker_that_fails_is_said_once_and_costs_nothing(align, monkeypatch, tiny_llama, pairs_file, run_dir):
     pytest.importorskip("tensorboard")
 

@@ -102,6 +102,7 @@ def test_a_loss_that_is_not_finite_is_no_matter_of_a_knob(tmp_path):
 # Runs ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_absurd_learning_rate_ends_the_run_early_and_the_same_command_trains_nothing(
     align, monkeypatch, tiny_llama, pairs_file, tmp_path
 ):
@@ -142,6 +143,7 @@ def test_answers_that_repeat_themselves_end_the_run(align, monkeypatch, tiny_lla
     assert kept == ["checkpoint-1"]  # of the step that collapsed there is none
 
 
+@pytest.mark.slow
 def test_a_job_that_collapses_fails_alone(align, tiny_llama, pairs_file, tmp_path):
     result = align("-m", *quick(tiny_llama, pairs_file, *ABSURD[1:2], "optimizer.learning_rate=1e-3,1.0"))
     runs = sorted((tmp_path / "runs").glob("local-*"))
@@ -151,6 +153,7 @@ def test_a_job_that_collapses_fails_alone(align, tiny_llama, pairs_file, tmp_pat
     assert [(run / "collapsed.json").exists() for run in runs] == [not it for it in done]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_looked_at_is_the_same_to_the_bit_and_so_is_one_that_goes_on(
     align, tiny_gemma2, pairs_file, tmp_path
 ):
