@@ -1,6 +1,7 @@
 """Who may import whom: down only, in the order of this list; rooms meet in files and in `runs`."""
 
 import ast
+import functools
 
 from conftest import ROOT
 
@@ -43,6 +44,7 @@ OWNERS = {
 }
 
 
+@functools.cache
 def imports(file) -> set[str]:
     """Dotted names that a file imports, wherever in it."""
     names = set()
