@@ -81,11 +81,7 @@ class TrainedRun:
 
 
 def trained_run(key: str, path: str) -> TrainedRun:
-    """Return the run in a folder; `key` is the knob that named it.
-
-    Raises:
-        UserError: it is no run folder, or one of a run that is not complete.
-    """
+    """Return the complete run in a folder; `key` is the knob that named it."""
     folder = existing(key, path)
     if not (folder / "config.yaml").is_file():
         inside = sorted(file.parent.name for file in folder.glob("*/config.yaml"))
@@ -187,11 +183,7 @@ def scorer_identity(evaluation: Evaluation[Any]) -> dict[str, Any]:
 
 
 def existing(key: str, path: str) -> Path:
-    """Return the path of a file or folder that a knob names.
-
-    Raises:
-        UserError: it does not exist.
-    """
+    """Return the path of a file or folder that a knob names; an error where it does not exist."""
     place = Path(path).expanduser()
     if not place.exists():
         raise UserError(f"{key}={path} does not exist; it is taken from the working folder {Path.cwd()}")
@@ -207,11 +199,7 @@ def check_place(key: str, path: str) -> None:
 
 
 def read_table(key: str, path: str, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the rows of a .json, .jsonl or .parquet file.
-
-    Raises:
-        UserError: it cannot be read, or lacks a column.
-    """
+    """Return the rows of a .json, .jsonl or .parquet file, each of which has these columns."""
     existing(key, path)  # read_rows would look for it on the hub, which has none of these
     rows = [dict(row) for row in read_rows(key, path, "train", SourceConfig(path=path)).rows]
     for number, row in enumerate(rows, 1):
