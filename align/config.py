@@ -197,6 +197,26 @@ class TrainConfig:
 
 
 @dataclass
+class OptimizerConfig:
+    """The optimizer and its schedule, under the names and with the defaults of transformers.TrainingArguments."""
+
+    learning_rate: float = 5e-5
+    optim: str = "adamw_torch_fused"
+    optim_args: str | None = None  # "momentum=0.9,nesterov=true"; null: the optimizer's own defaults
+    optim_target_modules: Any = None  # of GaLore and APOLLO: names of linear layers, or all-linear
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    weight_decay: float = 0.0  # of all weights but norms and biases
+    max_grad_norm: float = 1.0  # a longer gradient is scaled down to this length; 0: never
+    lr_scheduler_type: str = "linear"
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
+    warmup_steps: float = 0.0  # below 1: a share of all steps
+    num_train_epochs: float = 3.0
+    max_steps: int = -1  # above 0: counts instead of the epochs
+
+
+@dataclass
 class SentinelConfig:
     """Limits beyond which a run has collapsed and ends early. A loss that is not finite ends every run."""
 
@@ -232,7 +252,7 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    optimizer: dict[str, Any] = field(default_factory=dict)  # fields of transformers.TrainingArguments, their names
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     sentinel: SentinelConfig = field(default_factory=SentinelConfig)
     optimized_metric: str | None = None  # of results.json, for a search; null: win_rate, else accuracy/mean_logp
@@ -243,7 +263,7 @@ class RunConfig:
     command: str = ""  # filled in by align: the command of this run, or of this job of a sweep alone
 
 
-#: Numbers that may be 0 or less, and numbers that may be 1 at most. All others are above 0.
+#: Numbers that may be 0 or less, and numbers that may be 1 at most. All others are above 0; optim.py checks its own.
 _UNBOUNDED = ("seed", "model.init_seed", "selection.temperature", "selection.min_gap")
 _SHARES = ("top_p", "repetition")
 
@@ -300,7 +320,7 @@ def check_node(node: Any, prefix: str) -> None:
             check_node(value, f"{key}.")
         elif name in _SHARES and not 0 < value <= 1:
             raise UserError(f"{key} must lie in (0, 1], not {value}")
-        elif type(value) in (int, float) and key not in _UNBOUNDED and not value > 0:
+        elif type(value) in (int, float) and prefix != "optimizer." and key not in _UNBOUNDED and not value > 0:
             raise UserError(f"{key} must be above 0, not {value}")
 
 

@@ -53,7 +53,7 @@ def resolve(reference: str, key: str) -> Callable[..., Any]:
 def say(text: str) -> None:
     """Print on rank 0 only."""
     if is_first():
-        print(text)
+        print(text, flush=True)
 
 
 def quieten() -> None:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -33,17 +33,17 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     TrainerCallback,
-    TrainingArguments,
 )
 
 from align import engine
 from align.choices import Layout
-from align.data.pairs import pair_lengths
+from align.engine.batching import StepSampler
 from align.launch.rank import Rank
 from objectives import build
 
 if TYPE_CHECKING:
-    from align.train.loop import PairTrainer
+    from align.train.batches import PairBatch
+    from align.train.loop import Loop
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -163,7 +163,7 @@ def proportions(model: PreTrainedModel) -> tuple[int, int]:
     return trunk, model.get_output_embeddings().weight.numel()
 
 
-def pair_trainer(
+def pair_loop(
     policy: PreTrainedModel,
     pairs: Sequence[Pair],
     objective: dict[str, Any],
@@ -172,12 +172,19 @@ def pair_trainer(
     layout: Layout,
     pairs_per_step: int,
     budget: int,
-    arguments: dict[str, Any] | None = None,
-) -> "PairTrainer":
-    """align's trainer of a policy on these pairs, the reference column computed where the objective needs it."""
+    learning_rate: float = 0.0,
+    seed: int = 0,
+) -> "tuple[Loop, Iterator[list[PairBatch]]]":
+    """align's loop over these pairs, the reference column computed where the objective needs it, and its steps.
+
+    The optimizer is the Trainer's default, AdamW, at a constant rate.
+    """
     import datasets  # here: gpu.py does without, and takes the rest of this file
 
-    from align.train.loop import PairData, PairTrainer
+    from align.config import OptimizerConfig
+    from align.launch.strategy import build_accelerator
+    from align.train.batches import PairData
+    from align.train.loop import Loop
     from align.train.reference import reference_logps
 
     made = build(objective)
@@ -186,25 +193,16 @@ def pair_trainer(
     rows = datasets.Dataset.from_list([{**pair, **rest} for pair in pairs])
     rank = Rank(device=torch.device("cpu"), bf16=False, number=0, world=1)
     engine.attach(policy, layout)
-    column = None
+    data = PairData(rows, layout, PAD)
     if "ref_logp" in made.needs:
-        column = reference_logps(
-            policy, layout.name, rows, fingerprint(pairs), pair_lengths(rows), rank,
+        data.ref_logp = reference_logps(
+            policy, layout.name, rows, fingerprint(pairs), data.lengths, rank,
             layout=layout, budget=budget, pad_token_id=PAD, cache=folder, name="train",
         )  # fmt: skip
-    train = PairData(rows, column, layout, PAD)
-    fields = {"output_dir": str(folder), "report_to": "none", "use_cpu": True, **(arguments or {})}
-    return PairTrainer(
-        policy,
-        TrainingArguments(**fields, per_device_train_batch_size=1, remove_unused_columns=False),
-        made,
-        train,
-        train,  # held out, which none looks at
-        None,
-        rank,
-        pairs_per_step=pairs_per_step,
-        micro_batch_tokens=budget,
-    )
+    steps = StepSampler(data.lengths, layout, pairs_per_step=pairs_per_step, world=1, rank=0, budget=budget, seed=seed)
+    optimizer = OptimizerConfig(learning_rate=learning_rate, lr_scheduler_type="constant")
+    loop = Loop(policy, made, optimizer, len(steps), build_accelerator(rank, optimizer.max_grad_norm), rank)
+    return loop, ([data.batch(some, rank.device) for some in share] for share in steps)
 
 
 # Measuring -------------------------------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ from transformers import PreTrainedModel, Trainer
 
 from align.choices import Layout
 from align.engine.batching import CPU_TOKENS, StepSampler
+from align.train.metrics import Tally
 
 _TOLERANCE = 1e-3  # between losses of a step, absolute below a loss of 1 and relative above
 
@@ -119,18 +120,14 @@ def our_steps(work: Workload, pairs: Sequence[Pair]) -> list[list[int]]:
     return [sorted(i for micro_batch in step for i in micro_batch.pairs) for step in sampler]
 
 
-def our_trainer(
-    leg: Leg,
-    work: Workload,
-    policy: PreTrainedModel,
-    pairs: Sequence[Pair],
-    folder: Path,
-) -> Trainer:
-    """align's trainer, its reference column computed."""
+def train_ours(
+    leg: Leg, work: Workload, policy: PreTrainedModel, pairs: Sequence[Pair], folder: Path, clock: common.StepClock
+) -> list[float]:
+    """Train by align's loop, its reference column computed. Returns the loss of each step."""
     fields = {"beta": _BETA[leg.objective]}
     fields |= {"gamma": _GAMMA} if leg.objective == "simpo" else {}
     fields |= {"base": "dpo"} if leg.objective == "wpo" else {}
-    return common.pair_trainer(
+    loop, steps = common.pair_loop(
         policy,
         pairs,
         {"name": leg.objective, **fields},
@@ -138,18 +135,27 @@ def our_trainer(
         layout=Layout.shared,
         pairs_per_step=work.pairs_per_step,
         budget=work.micro_batch_tokens,
-        arguments=_arguments(work, folder),
+        learning_rate=work.learning_rate,
+        seed=work.seed,
     )
+    losses = []
+    clock.on_train_begin()
+    for share in steps:
+        loop.step(share)
+        means, _, _ = loop.tally.means(loop.objective, loop.rank)
+        loop.tally = Tally()
+        losses.append(means["loss"])
+        clock.on_step_end()
+    return losses
 
 
-def trl_trainer(
-    leg: Leg,
-    work: Workload,
-    policy: PreTrainedModel,
-    pairs: Sequence[Pair],
-    folder: Path,
-) -> Trainer:
-    """TRL's trainer, its reference column computed; its data has been checked to be these pairs in this order."""
+def train_trl(
+    leg: Leg, work: Workload, policy: PreTrainedModel, pairs: Sequence[Pair], folder: Path, clock: common.StepClock
+) -> list[float]:
+    """Train by TRL's trainer, its reference column computed, after a check that its data are these pairs in this order.
+
+    Returns the loss of each step.
+    """
     import trl.trainer.utils
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
@@ -184,11 +190,15 @@ def trl_trainer(
         given_ids = [pair["prompt_ids"], before + pair["chosen_ids"], before + pair["rejected_ids"]]
         if [row[column] for column in columns] != given_ids:
             raise RuntimeError(f"{leg}: TRL does not train on the token ids it was given")
-    return trainer
+    trainer.add_callback(clock)
+    losses = _keep_losses(trainer)
+    trainer.train()
+    calls = len(losses) // (work.steps + 1)  # of training_step for a step
+    return [sum(losses[at : at + calls]) for at in range(0, len(losses), calls)]
 
 
 def _arguments(work: Workload, folder: Path) -> dict[str, Any]:
-    """Fields of TrainingArguments that are the same on both sides; the optimizer is the Trainer's default, AdamW."""
+    """Fields of TrainingArguments; the optimizer is the Trainer's default, AdamW, as in `common.pair_loop`."""
     return {
         "output_dir": str(folder), "seed": work.seed, "num_train_epochs": 1, "use_cpu": True, "bf16": False,
         "learning_rate": work.learning_rate, "lr_scheduler_type": "constant", "weight_decay": 0.0,
@@ -204,27 +214,23 @@ def run_leg(leg: Leg, work: Workload) -> dict[str, Any]:
     torch.set_num_threads(work.threads)
     vocabulary = work.vocab or common.SHAPES[work.model]["vocab_size"]
     pairs = common.make_pairs(work.profile, work.pairs, vocabulary, work.seed)
-    make = our_trainer
+    train = train_ours
     if leg.trainer == "TRL":
         import trl  # noqa: F401 - before the memory is looked at
 
-        make = trl_trainer
+        train = train_trl
         pairs = [pairs[i] for step in our_steps(work, pairs) for i in step]
     policy = common.build_model(work.model, work.vocab, work.seed)
     memory = common.Memory()
     weights = sum(weight.double().abs().sum().item() for weight in policy.parameters())
     fed, clock = common.FedTokens(policy), common.StepClock(memory)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make(leg, work, policy, pairs, Path(folder))
-        trainer.add_callback(clock)
-        losses = _keep_losses(trainer)
-        trainer.train()
-    calls = len(losses) // (work.steps + 1)  # of training_step for a step
+        losses = train(leg, work, policy, pairs, Path(folder), clock)
     assert len(clock.ends) == work.steps + 1
     cpu, wall = clock.seconds()
     timed = work.steps * work.pairs_per_step
     return {
-        "losses": [sum(losses[at : at + calls]) for at in range(0, len(losses), calls)],
+        "losses": losses,
         "weights": weights,
         "pairs_per_cpu_second": timed / cpu,
         "pairs_per_second": timed / wall,
@@ -236,7 +242,7 @@ def run_leg(leg: Leg, work: Workload) -> dict[str, Any]:
 
 
 def _keep_losses(trainer: Trainer) -> list[float]:
-    """What `training_step` will return: on both sides a micro-batch's part of the mean over the step's pairs."""
+    """What `training_step` will return: a micro-batch's part of the mean over the step's pairs."""
     losses: list[float] = []
     inner = trainer.training_step
 

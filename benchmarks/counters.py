@@ -34,7 +34,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from align.choices import Layout
-from align.train.loop import PairTrainer
 
 _OPERATIONS, _SAVED = 1.05, 0.6
 _PAIRS = 8
@@ -137,32 +136,27 @@ def saved_bytes(model: PreTrainedModel) -> Iterator[dict[int, int]]:
     alive.clear()
 
 
-def share_of_a_step(trainer: PairTrainer) -> list[Any]:
-    """The micro-batches of the first step."""
-    share: list[Any] = next(iter(trainer.get_train_dataloader()))
-    return share
-
-
 def count(shape: str, folder: Path) -> list[str]:
     """Print the figures of a model; the bounds that it misses."""
     pairs = common.make_pairs("mixed", _PAIRS, common.SHAPES[shape]["vocab_size"], seed=0)
     saved = {}
     for layout in (Layout.padded, Layout.shared):
         policy = common.build_model(shape, None, seed=0)
-        trainer = common.pair_trainer(
+        loop, steps = common.pair_loop(
             policy, pairs, {"name": "dpo", "beta": 0.1}, folder, layout=layout, pairs_per_step=_PAIRS, budget=4096
         )
-        share = share_of_a_step(trainer)
+        share = next(steps)
+        loop.update = lambda losses: {}  # type: ignore[method-assign] - forward and backward only
         fed = common.FedTokens(policy)
         with saved_bytes(policy) as kept:
-            trainer.training_step(policy, share)
+            loop.step(share)
         saved[layout] = sum(kept.values())
         fed.remove()  # it reads values
     reads = Reads()
     with reads:
-        trainer.training_step(policy, share)
+        loop.step(share)
     with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as flops:
-        trainer.training_step(policy, share)
+        loop.step(share)
     least, again = floor(policy, pairs)
     operations = flops.get_total_flops()
     tokens = sum(sum(map(len, pair.values())) - 2 for pair in pairs)

@@ -18,7 +18,6 @@ import common
 import torch
 
 from align.choices import Layout
-from align.engine.batching import MicroBatch
 
 _SHAPE = "gemma2_vocab"
 
@@ -29,20 +28,21 @@ def measure(vocabulary: int, budget: int) -> dict[str, float]:
     pairs = common.make_pairs("mixed", 64, vocabulary, seed=0)
     policy = common.build_model(_SHAPE, vocabulary, seed=0)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = common.pair_trainer(
+        loop, steps = common.pair_loop(
             policy, pairs, {"name": "simpo"}, Path(folder), layout=Layout.shared, pairs_per_step=64, budget=budget
         )
-        batch = max(next(iter(trainer.get_train_dataloader())), key=lambda batch: batch["responses"].fed_tokens)
-    small = [trainer.train_dataset[MicroBatch((0,), (True,), 1)]]
-    trainer.training_step(policy, small)  # makes the gradients
+        share = sorted(next(steps), key=lambda batch: batch.responses.fed_tokens)
+    batch = share[-1]
+    loop.update = lambda losses: {}  # type: ignore[method-assign] - forward and backward only
+    loop.step(share[:1])  # makes the gradients
     memory = common.Memory()
     memory.start()
-    trainer.training_step(policy, [batch])
+    loop.step([batch])
     return {
-        "tokens": batch["responses"].fed_tokens,
+        "tokens": batch.responses.fed_tokens,
         "working": memory.peak() - memory.base,
         "head": policy.get_output_embeddings().weight.nbytes / 1e6,
-        "logits": len(batch["responses"].target) * vocabulary * 4 / 1e6,
+        "logits": len(batch.responses.target) * vocabulary * 4 / 1e6,
     }
 
 

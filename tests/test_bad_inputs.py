@@ -203,12 +203,12 @@ OPTIMIZERS = [
         says=("optimizer.per_device_train_batch_size", "train.pairs_per_step"),
     ),
     bad("seed", "optimizer.seed=3", says=("optimizer.seed is decided by seed", "set that")),
-    bad("rate text", "optimizer.learning_rate=abc", says=("optimizer.learning_rate must be a number", "'abc'")),
+    bad("rate text", "optimizer.learning_rate=abc", says=("optimizer.learning_rate: Value 'abc'", "Float")),
     bad("rate 0", "optimizer.learning_rate=0", says=("optimizer.learning_rate must be above 0",)),
     bad(
         "rate null",
         "optimizer.learning_rate=null",
-        says="optimizer.learning_rate must be",
+        says=("optimizer.learning_rate", "not Optional"),
     ),
     bad("optim", "optimizer.optim=adam", says=("optimizer.optim", "adamw_torch", "'adam'")),
     bad("scheduler", "optimizer.lr_scheduler_type=cos", says=("optimizer.lr_scheduler_type", "cosine", "'cos'")),
@@ -221,12 +221,28 @@ OPTIMIZERS = [
     bad(
         "adam beta",
         "optimizer.adam_beta1=2",
-        says="optimizer",
+        says=("optimizer.optim=adamw_torch", "beta", "2"),
     ),
     bad(
         "optim without its package",
+        "optimizer.optim=adamw_8bit",
+        says=("optimizer.optim=adamw_8bit", "pip install -U bitsandbytes"),
+    ),
+    bad(
+        "optim that steps in the backward",
         "optimizer.optim=lomo",
-        says=("optimizer.optim=lomo", "pip install lomo-optim"),
+        says=("optimizer.optim must be one of adamw_torch,", "'lomo'"),
+    ),
+    bad(
+        "option of no optimizer",
+        "optimizer.optim=rmsprop",
+        "optimizer.optim_args='momentum=0.9,nesterov=true'",
+        says=("optimizer.optim_args=momentum=0.9,nesterov=true", "momentum, alpha, eps, centered"),
+    ),
+    bad(
+        "argument of no schedule",
+        "optimizer.lr_scheduler_kwargs={num_cycles: 1, power: 2}",
+        says=("optimizer.lr_scheduler_type=cosine", "'power'"),
     ),
     bad(
         "warmup below 0",
@@ -236,7 +252,7 @@ OPTIMIZERS = [
     bad(
         "best model at the end",
         "optimizer.load_best_model_at_end=true",
-        says="optimizer.load_best_model_at_end",
+        says=("unknown key optimizer.load_best_model_at_end", "learning_rate"),
     ),
     bad(
         "gradient norm below 0",

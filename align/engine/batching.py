@@ -130,7 +130,7 @@ def steps_per_epoch(pairs: int, pairs_per_step: int) -> int:
 
 
 class StepSampler:
-    """For each step of an epoch, this rank's micro-batches. Deterministic in (seed, epoch, step).
+    """This rank's micro-batches of each step. Deterministic in (seed, step): every epoch has an order of its own.
 
     Args:
         lengths: `(prompt, chosen, rejected)` tokens of each pair.
@@ -149,18 +149,26 @@ class StepSampler:
         seed: int,
     ) -> None:
         self.lengths, self.layout, self.pairs_per_step, self.budget = lengths, layout, pairs_per_step, budget
-        self.world, self.rank, self.seed, self.epoch = world, rank, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer before each epoch: every epoch has an order of its own."""
-        self.epoch = epoch
+        self.world, self.rank, self.seed = world, rank, seed
 
     def __len__(self) -> int:
         return steps_per_epoch(len(self.lengths), self.pairs_per_step)
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
+        """Yield the micro-batches of each step of the first epoch."""
+        return self.epoch(0)
+
+    def epoch(self, number: int, first: int = 0) -> Iterator[list[MicroBatch]]:
+        """Yield the micro-batches of each step of an epoch, from its step `first` on; both count from 0."""
         order = list(range(len(self.lengths)))
-        random.Random(f"{self.seed}, epoch {self.epoch}").shuffle(order)
-        for step in range(len(self)):
+        random.Random(f"{self.seed}, epoch {number}").shuffle(order)
+        for step in range(first, len(self)):
             pairs = order[step * self.pairs_per_step : (step + 1) * self.pairs_per_step]
             yield deal(pairs, self.lengths, self.world, self.layout, self.budget)[self.rank]
+
+    def after(self, steps: int) -> Iterator[list[MicroBatch]]:
+        """Yield the micro-batches of each step that follows the first `steps`, epoch after epoch without end."""
+        number, first = divmod(steps, len(self))
+        while True:
+            yield from self.epoch(number, first)
+            number, first = number + 1, 0

@@ -77,7 +77,7 @@ pipeline_tag: text-generation
 - Objective: **{cfg.objective["name"]}**, {hyper}
 - Start model: {base}{revision}
 - Data: {cfg.dataset.name}, {cfg.dataset.path or cfg.dataset.rows or "a mix"}; {pairs.counts["train"]["pairs"]} pairs, fingerprint `{pairs.fingerprint}`
-- Batch: {cfg.train.pairs_per_step} pairs a step; learning rate {cfg.optimizer.get("learning_rate")}; seed {cfg.seed}
+- Batch: {cfg.train.pairs_per_step} pairs a step; learning rate {cfg.optimizer.learning_rate}; seed {cfg.seed}
 - Made with {versions}
 - Cost: {cost_line(measured["cost"])}
 

@@ -1,21 +1,20 @@
 """How weights, gradients and optimizer are shared out: accelerate's FSDP2 and DeepSpeed, from the `cluster` node alone.
 
-Both are told by TrainingArguments, so there is no second file of settings. Everything that either library falls back
-to in silence (DDP instead of FSDP on a CPU, one process instead of two) is asserted once the Trainer stands.
-Left out: FSDP1, ZeRO-1 (zero2 without its gain) and pipelines.
+Everything that either library falls back to in silence (DDP instead of FSDP on a CPU, one process instead of two) is
+asserted. Left out: FSDP1, ZeRO-1 (zero2 without its gain) and pipelines.
 """
 
 import importlib.util
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import torch
-from accelerate.utils import DistributedType
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import Trainer
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from align.choices import Strategy
 from align.launch.rank import Cluster, Rank
@@ -27,8 +26,6 @@ _TYPES = {
     Strategy.zero2: DistributedType.DEEPSPEED,
     Strategy.zero3: DistributedType.DEEPSPEED,
 }
-
-
 _ZERO = {Strategy.zero2: 2, Strategy.zero3: 3}
 
 
@@ -40,46 +37,65 @@ def check(cluster: Cluster) -> None:
         )
 
 
-def prepare(rank: Rank) -> None:
-    """What the libraries must find before TrainingArguments are made."""
-    if rank.device.type != "cpu" or rank.strategy in (Strategy.single, Strategy.ddp):
-        return
-    # accelerate takes sharding for a matter of GPUs, and would run DDP here: tests and laptops need the real one.
+def build_accelerator(rank: Rank, clip: float) -> Accelerator:
+    """Make the accelerator of a training. Under ZeRO-3, models that are loaded afterwards are divided as they load.
+
+    Precision is `Rank.autocast`'s, or the plugins': the accelerator itself has none.
+
+    Args:
+        clip: the largest gradient norm; 0 does not clip.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier training in this process
+    on_cpu = rank.device.type == "cpu"
+    if on_cpu and rank.strategy not in (Strategy.single, Strategy.ddp):
+        _shard_on_cpu(rank.strategy)
+    if rank.strategy is Strategy.fsdp:
+        accelerator = Accelerator(fsdp_plugin=_fsdp(rank))
+    elif rank.strategy in _ZERO:
+        from deepspeed.utils import logger
+
+        logger.setLevel(logging.ERROR)
+        accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config(rank, clip)))
+    else:
+        accelerator = Accelerator(cpu=on_cpu)
+    state = accelerator.state
+    wanted = _TYPES.get(rank.strategy, DistributedType.MULTI_CPU if on_cpu else DistributedType.MULTI_GPU)
+    assert state.distributed_type == wanted, f"accelerate runs {state.distributed_type}, not {wanted}"
+    assert state.num_processes == rank.world, f"accelerate sees {state.num_processes} processes of {rank.world}"
+    return accelerator
+
+
+def _shard_on_cpu(strategy: Strategy) -> None:
+    """Let accelerate shard without GPUs, for tests and laptops: it would run DDP instead."""
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    accelerate.PartialState._prepare_backend = lambda *args, **options: ("gloo", DistributedType.MULTI_GPU)
-    if rank.strategy in _ZERO:
+    PartialState._prepare_backend = lambda *args, **options: ("gloo", DistributedType.MULTI_GPU)
+    if strategy in _ZERO:
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled, for minutes
 
 
 def precision_of_fsdp(rank: Rank) -> MixedPrecisionPolicy:
-    """Weights are gathered in bf16 and gradients summed over ranks in float32.
+    """Return the policy by which weights are gathered in bf16 and gradients are summed over ranks in float32.
 
     Outputs stay as they are: accelerate's own policy would round every sum of log-probabilities to bf16.
     """
     return MixedPrecisionPolicy(param_dtype=torch.bfloat16 if rank.bf16 else None, reduce_dtype=torch.float32)
 
 
-def arguments(rank: Rank, clip: float) -> dict[str, Any]:
-    """Fields of TrainingArguments. `clip` is the largest gradient norm."""
-    if rank.strategy is Strategy.fsdp:
-        return {
-            "fsdp": True,
-            "fsdp_config": {
-                "version": 2,
-                "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-                "reshard_after_forward": True,
-                "state_dict_type": "SHARDED_STATE_DICT",
-                "cpu_offload": rank.offload,
-            },
-        }
-    if rank.strategy in _ZERO:
-        return {"deepspeed": _deepspeed(rank, clip)}
-    return {"use_cpu": rank.device.type == "cpu", "ddp_find_unused_parameters": False}
+def _fsdp(rank: Rank) -> FullyShardedDataParallelPlugin:
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="TRANSFORMER_BASED_WRAP",
+        reshard_after_forward=True,
+        cpu_offload=rank.offload,
+        cpu_ram_efficient_loading=False,
+        mixed_precision_policy=precision_of_fsdp(rank),
+    )
 
 
-def _deepspeed(rank: Rank, clip: float) -> dict[str, Any]:
+def deepspeed_config(rank: Rank, clip: float) -> dict[str, Any]:
+    """Return DeepSpeed's settings for ZeRO-2 or ZeRO-3."""
     stage = _ZERO[rank.strategy]
     on_gpu = rank.device.type == "cuda"
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": on_gpu}
@@ -99,12 +115,11 @@ def _deepspeed(rank: Rank, clip: float) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "zero_allow_untested_optimizer": True,  # SPPO's RMSprop; the steps are compared with one process's in tests
         "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**9,
     }
 
 
 def float32_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Weights of a DeepSpeed checkpoint as its optimizer has them; what the model holds may be rounded to bf16."""
+    """Read the weights of a DeepSpeed checkpoint as its optimizer has them; the model's may be rounded to bf16."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     weights: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))
@@ -112,14 +127,7 @@ def float32_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def forget() -> None:
-    """Models that are loaded from here on are whole: transformers would go on to divide them as ZeRO-3 does."""
+    """Let models that are loaded from here on be whole: transformers would go on to divide them as ZeRO-3 does."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
     unset_hf_deepspeed_config()
-
-
-def check_built(trainer: Trainer, rank: Rank) -> None:
-    """Assert that the Trainer runs what was asked for: both libraries fall back in silence."""
-    state = trainer.accelerator.state
-    ddp = DistributedType.MULTI_CPU if rank.device.type == "cpu" else DistributedType.MULTI_GPU
-    wanted = _TYPES.get(rank.strategy, ddp)
-    assert state.distributed_type == wanted, f"accelerate runs {state.distributed_type}, not {wanted}"
-    assert state.num_processes == rank.world, f"accelerate sees {state.num_processes} processes of {rank.world}"

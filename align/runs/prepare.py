@@ -140,8 +140,8 @@ def as_resolved(run: Run) -> RunConfig:
 
 def check_settings(cfg: RunConfig) -> Objective:
     """Check everything that can be wrong with the configuration alone, and build the objective."""
-    config.check(cfg)
     check_optimizer(cfg.optimizer)
+    config.check(cfg)
     trackers.check(cfg)
     if cfg.dataset.judge is not None:
         resolve(cfg.dataset.judge, "dataset.judge")

@@ -1,5 +1,6 @@
 """A training that is checked and prepared, its objective and its number of steps."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,14 @@ def check_batch(cfg: RunConfig, pairs: int, world: int) -> None:
 
 
 def total_steps(cfg: RunConfig, pairs: int) -> int:
-    """Optimizer steps of the whole run."""
-    limit = int(cfg.optimizer.get("max_steps", -1))
-    epochs = float(cfg.optimizer.get("num_train_epochs", 3.0))
-    return limit if limit > 0 else -int(-epochs * steps_per_epoch(pairs, cfg.train.pairs_per_step) // 1)
+    """Return the optimizer steps of a training on so many pairs."""
+    limit, epochs = cfg.optimizer.max_steps, cfg.optimizer.num_train_epochs
+    return limit if limit > 0 else math.ceil(epochs * steps_per_epoch(pairs, cfg.train.pairs_per_step))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A run that is checked and prepared, as it is handed to the processes that train."""
+    """A training that is checked and prepared, as it is handed to the processes that train."""
 
     cfg: RunConfig
     start: Start
@@ -48,12 +48,12 @@ class Job:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps of the whole training."""
         return total_steps(self.cfg, len(self.pairs.train))
 
 
 def build_objective(cfg: RunConfig) -> Objective:
-    """The objective that the configuration names.
+    """Return the objective that the configuration names.
 
     Raises:
         UserError: an unknown name or hyperparameter, or a value out of range.

@@ -186,7 +186,7 @@ def setup(cfg: RunConfig, start: Start, cluster: Cluster) -> Setup:
     return Setup(
         shape=measures,
         trained=measures.parameters // (100 if cfg.model.lora else 1),  # an adapter is about a hundredth
-        optimizer=str(cfg.optimizer.get("optim", "adamw_torch")),
+        optimizer=cfg.optimizer.optim,
         bf16=cluster.bf16,
         checkpointing=cfg.engine.gradient_checkpointing,
         on_gpu=cluster.device == "cuda",

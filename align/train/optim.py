@@ -1,144 +1,161 @@
-"""From the typed configuration to transformers.TrainingArguments: what is passed through, and what is ours.
+"""The optimizer and its schedule, by the names that transformers.TrainingArguments gives them.
 
-`optimizer.*` are fields of TrainingArguments under their own names. The fields that align owns have one knob each,
-and setting them there is refused with that knob's name.
+torch's own optimizers are made here. All others are made by transformers.Trainer, which is imported for them only: it
+takes seconds. Left out: optimizers that change weights inside the backward pass (LOMO, layer-wise ones), as a step here
+has several micro-batches and keeps nothing where a loss is not finite; schedules that follow an evaluation.
 """
 
-import typing
-from pathlib import Path
+import math
+from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
+from transformers.trainer_pt_utils import get_parameter_names
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from align.choices import Strategy
-from align.config import RunConfig
-from align.launch import strategy
-from align.launch.rank import Rank
+from align.config import OptimizerConfig
 from align.say import UserError
 
-#: Fields of TrainingArguments that align decides -> where they are decided.
+#: Fields of TrainingArguments that people may type under `optimizer.` -> the knob that decides them.
 OWNED = {
-    "output_dir": "run_dir",
     "seed": "seed",
-    "data_seed": "seed",
+    "output_dir": "run_dir",
+    "resume_from_checkpoint": "run_dir",
     "per_device_train_batch_size": "train.pairs_per_step and engine.tokens_per_micro_batch",
     "gradient_accumulation_steps": "train.pairs_per_step and engine.tokens_per_micro_batch",
-    "per_device_eval_batch_size": "engine.tokens_per_micro_batch",
-    "auto_find_batch_size": "engine.tokens_per_micro_batch",
-    "bf16": "cluster.precision",
-    "fp16": "cluster.precision",
-    "bf16_full_eval": "cluster.precision",
-    "fp16_full_eval": "cluster.precision",
-    "use_cpu": "cluster",
-    "fsdp": "cluster.strategy",
-    "fsdp_config": "cluster.strategy",
-    "deepspeed": "cluster.strategy",
-    "activation_checkpointing": "engine.gradient_checkpointing",
     "gradient_checkpointing": "engine.gradient_checkpointing",
+    "activation_checkpointing": "engine.gradient_checkpointing",
+    "bf16": "cluster.precision",
+    "fsdp": "cluster.strategy",
+    "deepspeed": "cluster.strategy",
     "logging_steps": "train.log_every_steps",
-    "logging_strategy": "train.log_every_steps",
     "eval_steps": "train.eval_every_steps",
-    "eval_strategy": "train.eval_every_steps",
     "save_steps": "train.save_every_steps",
-    "save_strategy": "train.save_every_steps",
     "save_total_limit": "train.keep_checkpoints",
     "report_to": "tracker",
-    "run_name": "run_dir",
+    "warmup_ratio": "optimizer.warmup_steps",
     "label_smoothing_factor": "objective.label_smoothing",
-    "resume_from_checkpoint": "run_dir",
 }
-
-
+_FLAGS = ("nesterov", "centered")
+#: Optimizers of torch -> their class, and the options that `optim_args` may set.
+_TORCH: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "adamw_torch": (torch.optim.AdamW, ()),
+    "adamw_torch_fused": (torch.optim.AdamW, ()),
+    "sgd": (torch.optim.SGD, ("momentum", "dampening", "nesterov")),
+    "adagrad": (torch.optim.Adagrad, ("lr_decay", "eps")),
+    "rmsprop": (torch.optim.RMSprop, ("momentum", "alpha", "eps", "centered")),
+}
+_NOT_DECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]  # as the Trainer has it
 _BIG = 1e9  # weights
-
-
 _HIGH_LEARNING_RATE = 1e-5
 
 
-#: Fields of TrainingArguments that `optimizer.*` passes on: what the optimizer and its schedule are.
-PASSED = (
-    "learning_rate", "optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "weight_decay", "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs",
-    "max_steps",
-)  # fmt: skip
-
-
-def check_optimizer(optimizer: dict[str, Any]) -> None:
-    """Raise `UserError` for a key that is ours or nobody's, or a value of the wrong type or range."""
-    hints = typing.get_type_hints(TrainingArguments)
-    for name, value in optimizer.items():
-        if name in OWNED:
-            raise UserError(f"optimizer.{name} is decided by {OWNED[name]}: set that")
-        if name not in PASSED:
-            raise UserError(f"unknown key optimizer.{name}; it takes {', '.join(PASSED)}")
-        kinds = set(typing.get_args(hints[name]) or (hints[name],))
-        numbers = tuple(kinds & {int, float}) + ((int,) if float in kinds else ())
-        if numbers and not kinds & {str, dict} and not (isinstance(value, numbers) and not isinstance(value, bool)):
-            what = "a number" if float in kinds else "a whole number"
-            raise UserError(f"optimizer.{name} must be {what}, not {value!r}")
-    for name, choices in {"optim": OptimizerNames, "lr_scheduler_type": SchedulerType}.items():
-        allowed = [str(choice.value) for choice in choices]
-        if name in optimizer and optimizer[name] not in allowed:
-            raise UserError(f"optimizer.{name} must be one of {', '.join(allowed)}, not {optimizer[name]!r}")
+def check_optimizer(cfg: OptimizerConfig) -> None:
+    """Raise `UserError` for a key that is another knob's, or a value that no optimizer or schedule takes."""
+    for name in vars(cfg).keys() & OWNED.keys():
+        raise UserError(f"optimizer.{name} is decided by {OWNED[name]}: set that")
     for name in ("learning_rate", "num_train_epochs"):
-        if name in optimizer and not 0 < optimizer[name] < float("inf"):
-            raise UserError(f"optimizer.{name} must be above 0, not {optimizer[name]}")
+        if not 0 < getattr(cfg, name) < float("inf"):
+            raise UserError(f"optimizer.{name} must be above 0, not {getattr(cfg, name)}")
     for name in ("max_grad_norm", "weight_decay", "warmup_steps"):
-        if name in optimizer and not 0 <= optimizer[name] < float("inf"):
-            raise UserError(f"optimizer.{name} must be 0 or more, not {optimizer[name]}")
+        if not 0 <= getattr(cfg, name) < float("inf"):
+            raise UserError(f"optimizer.{name} must be 0 or more, not {getattr(cfg, name)}")
+    for name, allowed in {"optim": _optimizers(), "lr_scheduler_type": _schedules()}.items():
+        if getattr(cfg, name) not in allowed:
+            raise UserError(f"optimizer.{name} must be one of {', '.join(allowed)}, not {getattr(cfg, name)!r}")
+    if cfg.optim_target_modules is None:  # on one weight, so that an absent package or a wrong beta shows at once
+        build_schedule(cfg, build_optimizer(cfg, nn.Linear(1, 1), steps=100), steps=100)
 
 
-def high_learning_rate(optimizer: dict[str, Any], parameters: int) -> str | None:
-    """A warning, if this learning rate is one that large models do not survive."""
-    rate = optimizer.get("learning_rate", 5e-5)
-    if parameters < _BIG or rate <= _HIGH_LEARNING_RATE:
+def _optimizers() -> list[str]:
+    names = [str(name.value) for name in OptimizerNames]
+    return [name for name in names if "lomo" not in name and not name.endswith("_layerwise")]
+
+
+def _schedules() -> list[str]:
+    return [kind.value for kind in SchedulerType if kind.value not in ("reduce_lr_on_plateau", "greedy")]
+
+
+def high_learning_rate(cfg: OptimizerConfig, parameters: int) -> str | None:
+    """Return a warning, if this learning rate is one that large models do not survive."""
+    if parameters < _BIG or cfg.learning_rate <= _HIGH_LEARNING_RATE:
         return None
     return (
-        f"optimizer.learning_rate={rate:g} is far above the published 3e-7 to 1e-6 for a model of "
+        f"optimizer.learning_rate={cfg.learning_rate:g} is far above the published 3e-7 to 1e-6 for a model of "
         f"{parameters / 1e9:.1f}B weights: from 1e-5 on such models collapse to repetition (an adapter bears more)"
     )
 
 
-def training_arguments(cfg: RunConfig, checkpoints: Path, rank: Rank) -> TrainingArguments:
-    """The Trainer's arguments. One batch of its loader is one rank's share of a step, so accumulation is always 1."""
-    train = cfg.train
-    every = train.eval_every_steps
-    strategy.prepare(rank)
+def build_optimizer(cfg: OptimizerConfig, model: nn.Module, steps: int) -> torch.optim.Optimizer:
+    """Make the optimizer of a model's trainable weights. Norms and biases are not decayed.
+
+    Raises:
+        UserError: its package is absent, or it does not take these values.
+    """
     try:
-        arguments = TrainingArguments(
-            **cfg.optimizer,
-            output_dir=str(checkpoints),
-            seed=cfg.seed,
-            data_seed=cfg.seed,
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=1,
-            bf16=rank.bf16,
-            **strategy.arguments(rank, float(cfg.optimizer.get("max_grad_norm", 1.0))),
-            activation_checkpointing=cfg.engine.gradient_checkpointing,
-            activation_checkpointing_kwargs={"use_reentrant": False} if cfg.engine.gradient_checkpointing else None,
-            logging_steps=train.log_every_steps,
-            eval_strategy="no" if every is None else "steps",
-            eval_steps=every,
-            save_steps=train.save_every_steps,
-            save_total_limit=train.keep_checkpoints,
-            report_to="none",
-            disable_tqdm=True,
-            logging_nan_inf_filter=False,  # the default hides NaN, and syncs every micro-batch
-            remove_unused_columns=False,
-            ddp_backend="gloo" if rank.device.type == "cpu" and rank.world > 1 else None,
+        return _of_torch(cfg, model) if cfg.optim in _TORCH else _of_transformers(cfg, model, steps)
+    except (ImportError, TypeError, ValueError) as error:
+        raise UserError(f"optimizer.optim={cfg.optim}: {' '.join(str(error).split())}") from error
+
+
+def _of_torch(cfg: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+    kind, known = _TORCH[cfg.optim]
+    options: dict[str, Any] = {}
+    for name, _, value in (pair.partition("=") for pair in (cfg.optim_args or "").replace(" ", "").split(",") if pair):
+        if name not in known:
+            raise ValueError(f"optimizer.optim_args={cfg.optim_args}, but it takes {', '.join(known) or 'none'}")
+        options[name] = value.lower() in ("true", "1", "yes") if name in _FLAGS else float(value)
+    if kind is torch.optim.AdamW:
+        options = {"betas": (cfg.adam_beta1, cfg.adam_beta2), "eps": cfg.adam_epsilon}
+        options |= {"fused": True} if cfg.optim == "adamw_torch_fused" else {}
+    decayed = set(get_parameter_names(model, [nn.LayerNorm], _NOT_DECAYED))
+    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    groups = [
+        {"params": [w for name, w in trained if name in decayed], "weight_decay": cfg.weight_decay},
+        {"params": [w for name, w in trained if name not in decayed], "weight_decay": 0.0},
+    ]
+    made: torch.optim.Optimizer = kind(groups, lr=cfg.learning_rate, **options)
+    return made
+
+
+def _of_transformers(cfg: OptimizerConfig, model: nn.Module, steps: int) -> torch.optim.Optimizer:
+    """The Trainer's own way to an optimizer, without the rest of a Trainer."""
+    from transformers import Trainer
+
+    arguments = {field.name: getattr(cfg, field.name) for field in fields(cfg)}
+    arguments |= {"optim": OptimizerNames(cfg.optim), "warmup_steps": warmup_steps(cfg, steps)}
+    trainer: Any = Trainer.__new__(Trainer)
+    vars(trainer).update(model=model, args=SimpleNamespace(**arguments), optimizer=None, optimizer_cls_and_kwargs=None)
+    made: torch.optim.Optimizer = trainer.create_optimizer()
+    return made
+
+
+def build_schedule(cfg: OptimizerConfig, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
+    """Make the schedule of a training of so many steps.
+
+    Raises:
+        UserError: it does not take these arguments.
+    """
+    try:
+        made: LRScheduler = get_scheduler(
+            cfg.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=warmup_steps(cfg, steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=dict(cfg.lr_scheduler_kwargs),
         )
     except (TypeError, ValueError) as error:
-        raise UserError(f"optimizer: {error}") from error
-    try:  # on one weight, so that an absent package or a wrong beta shows before anything runs
-        made, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
-        made([torch.nn.Parameter(torch.zeros(1))], **options)
-    except (ImportError, TypeError, ValueError) as error:
-        raise UserError(f"optimizer.optim={arguments.optim.value}: {' '.join(str(error).split())}") from error
-    if rank.strategy is Strategy.fsdp:
-        arguments.fsdp_plugin_args["mixed_precision_policy"] = strategy.precision_of_fsdp(rank)
-    _ = arguments.device  # counts the GPUs, which the next line overrules: one process drives one
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
+        raise UserError(
+            f"optimizer.lr_scheduler_type={cfg.lr_scheduler_type}: {' '.join(str(error).split())}"
+        ) from error
+    return made
+
+
+def warmup_steps(cfg: OptimizerConfig, steps: int) -> int:
+    """Return the steps of the warm-up: below 1, `optimizer.warmup_steps` is a share of all."""
+    return int(cfg.warmup_steps) if cfg.warmup_steps >= 1 else math.ceil(steps * cfg.warmup_steps)

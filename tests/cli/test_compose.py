@@ -31,7 +31,7 @@ def test_nothing_typed_is_dpo_on_the_built_in_task(composed):
 def test_two_words_pick_the_recipe(composed):
     cfg = composed("objective=wpo", "model=gemma2_9b")
     assert cfg.dataset.name == "gemma2_ultrafeedback_hybrid"
-    assert (cfg.optimizer["learning_rate"], cfg.optimizer["num_train_epochs"], cfg.seed) == (1e-6, 2, 1)
+    assert (cfg.optimizer.learning_rate, cfg.optimizer.num_train_epochs, cfg.seed) == (1e-6, 2, 1)
 
 
 def test_the_order_of_the_words_does_not_matter(composed):
@@ -54,7 +54,7 @@ def test_a_recipe_can_be_switched_off(composed, off):
     cfg = composed("objective=wpo", "model=gemma2_9b", off)
     assert cfg.objective["base"]["beta"] == 0.01  # conf/objective/wpo.yaml
     assert cfg.dataset.name == "gemma2_ultrafeedback_armorm"  # conf/model/gemma2_9b.yaml
-    assert (cfg.optimizer["learning_rate"], cfg.optimizer["num_train_epochs"], cfg.seed) == (
+    assert (cfg.optimizer.learning_rate, cfg.optimizer.num_train_epochs, cfg.seed) == (
         5e-7,
         1,
         42,
@@ -70,7 +70,7 @@ def test_a_recipe_can_be_named(composed):
 def test_without_a_recipe_the_model_chooses_the_data(composed):
     cfg = composed("objective=ipo", "model=llama3_8b")
     assert cfg.dataset.name == "llama3_ultrafeedback_armorm"
-    assert cfg.optimizer["learning_rate"] == 5e-7  # conf/config.yaml
+    assert cfg.optimizer.learning_rate == 5e-7  # conf/config.yaml
 
 
 # What wins over what -----------------------------------------------------------------------------------------------
@@ -84,9 +84,9 @@ def test_a_recipes_data_wins_over_the_models(composed):
 def test_a_value_typed_wins_over_the_recipe(composed):
     typed = ["objective.beta=0.5", "optimizer.learning_rate=1e-7", "train.max_length=4096", "seed=7"]
     cfg = composed(*typed, "objective=wpo", "model=gemma2_9b")
-    assert (cfg.objective["beta"], cfg.optimizer["learning_rate"]) == (0.5, 1e-7)
+    assert (cfg.objective["beta"], cfg.optimizer.learning_rate) == (0.5, 1e-7)
     assert (cfg.train.max_length, cfg.seed) == (4096, 7)
-    assert cfg.optimizer["num_train_epochs"] == 2  # the recipe's, as nothing else was typed
+    assert cfg.optimizer.num_train_epochs == 2  # the recipe's, as nothing else was typed
 
 
 @pytest.mark.parametrize("objective", ["wpo", "ipo"])  # with a recipe that chooses data, and without
@@ -102,9 +102,9 @@ def test_a_typed_model_wins_over_a_named_recipes(composed):
 
 
 @pytest.mark.parametrize("prefix", ["", "+", "++"])
-def test_keys_of_objective_and_optimizer_need_no_plus(composed, prefix):
-    cfg = composed("objective=simpo", f"{prefix}optimizer.adam_beta2=0.95", f"{prefix}objective.sft_weight=0.1")
-    assert cfg.optimizer["adam_beta2"] == 0.95
+def test_keys_of_an_objective_need_no_plus(composed, prefix):
+    cfg = composed("objective=simpo", "optimizer.adam_beta2=0.95", f"{prefix}objective.sft_weight=0.1")
+    assert cfg.optimizer.adam_beta2 == 0.95
     assert cfg.objective["sft_weight"] == 0.1
 
 
@@ -141,7 +141,7 @@ def test_a_typing_error_in_a_node_of_selfplay_is_one_line(refusal, typed, says):
 
 def test_a_sweep_picks_a_recipe_per_job(jobs):
     made = jobs("-m", "objective=dpo,wpo", "model=gemma2_9b,llama3_8b")
-    assert [(j.model.name, j.objective["name"], j.dataset.name, j.optimizer["learning_rate"]) for j in made] == [
+    assert [(j.model.name, j.objective["name"], j.dataset.name, j.optimizer.learning_rate) for j in made] == [
         ("gemma2_9b", "dpo", "gemma2_ultrafeedback_armorm", 5e-7),
         ("llama3_8b", "dpo", "llama3_ultrafeedback_armorm", 3e-7),
         ("gemma2_9b", "wpo", "gemma2_ultrafeedback_hybrid", 1e-6),
@@ -157,7 +157,7 @@ def test_a_sweep_over_a_value_keeps_the_recipe(jobs):
         (10, 0.3),
         (10, 0.5),
     ]
-    assert {j.optimizer["learning_rate"] for j in made} == {8e-7}  # the recipe's
+    assert {j.optimizer.learning_rate for j in made} == {8e-7}  # the recipe's
 
 
 def test_in_a_sweep_too_a_dataset_typed_wins(jobs):

@@ -27,7 +27,7 @@ QUICK = "dpo_small"  # whose jobs are the fewest
 def test_jobs_over_objectives_each_take_the_recipe_of_the_built_in_task(jobs):
     """Their values: experiments/recipe/tiny_<objective>.yaml."""
     made = jobs("-m", "objective=dpo,simpo,sppo,wpo")
-    assert [(job.objective["name"], job.objective.get("beta"), job.optimizer["learning_rate"]) for job in made] == [
+    assert [(job.objective["name"], job.objective.get("beta"), job.optimizer.learning_rate) for job in made] == [
         ("dpo", 1.0, 3e-4),
         ("simpo", 2.0, 1.3e-4),
         ("sppo", 0.1, 5e-4),
@@ -44,7 +44,7 @@ def test_a_search_space_is_a_sweep_without_further_words_and_its_first_line_is_i
     made = jobs(*words.split())
     assert len(made) == int(runs.split()[0])
     assert {job.objective["name"] for job in made} == {space.split("_")[0]}
-    settings = [json.dumps([job.objective, job.optimizer["learning_rate"]]) for job in made]
+    settings = [json.dumps([job.objective, job.optimizer.learning_rate]) for job in made]
     assert len(set(settings)) == len(made)
     assert len({job.tracker.group for job in made}) == 1
 
@@ -79,7 +79,7 @@ def test_the_same_words_are_the_same_sweep_whatever_they_run_on():
 
 def test_a_word_that_is_null_leaves_a_search_space_or_a_recipe_out(jobs):
     (job,) = jobs("hparams=null", "search=null", "recipe=null")
-    assert (job.objective["name"], job.optimizer["learning_rate"]) == ("dpo", 5e-7)  # the recipe has 3e-4
+    assert (job.objective["name"], job.optimizer.learning_rate) == ("dpo", 5e-7)  # the recipe has 3e-4
 
 
 # What becomes of them ------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The plan of a step, by property and by hand: nothing lost, nothing twice, every rank the same, the budget kept."""
 
 import random
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -209,10 +209,17 @@ def test_an_epoch_holds_every_pair_once_and_each_epoch_has_an_order_of_its_own()
     first = pairs_of(steps)
     assert sorted(i for step in first for i in step) == list(range(50))
     assert [len(step) for step in first] == [16, 16, 16, 2]
-    steps.set_epoch(1)
-    assert pairs_of(steps) != first
-    steps.set_epoch(0)
+    second = pairs_of(steps.epoch(1))
+    assert sorted(i for step in second for i in step) == list(range(50)) and second != first
     assert pairs_of(steps) == first
+
+
+def test_a_run_that_goes_on_is_fed_the_steps_that_an_uninterrupted_one_is():
+    steps = sampler()  # 4 an epoch
+    whole = pairs_of(islice(steps.after(0), 10))
+    assert whole == pairs_of([*steps.epoch(0), *steps.epoch(1), *steps.epoch(2)])[:10]
+    for done in (1, 4, 7):
+        assert pairs_of(islice(steps.after(done), 10 - done)) == whole[done:]
 
 
 @pytest.mark.parametrize("world", [2, 3, 8, 64])

@@ -49,12 +49,12 @@ def test_under_fsdp_in_bf16_statistics_and_gradients_stay_float32(kind, one_rank
 
 
 def test_deepspeed_sums_micro_batches_in_float32_and_clips_as_the_others_do():
-    (made,) = strategy.arguments(place(Strategy.zero3, offload=True), clip=0.5).values()
+    made = strategy.deepspeed_config(place(Strategy.zero3, offload=True), clip=0.5)
     assert made["data_types"] == {"grad_accum_dtype": "fp32"} and made["bf16"] == {"enabled": True}
     assert made["gradient_clipping"] == 0.5 and made["gradient_accumulation_steps"] == 1
     zero = made["zero_optimization"]
     assert zero["stage"] == 3 and {zero["offload_optimizer"]["device"], zero["offload_param"]["device"]} == {"cpu"}
-    (two,) = strategy.arguments(place(Strategy.zero2, offload=True), clip=1.0).values()
+    two = strategy.deepspeed_config(place(Strategy.zero2, offload=True), clip=1.0)
     assert two["zero_optimization"]["stage"] == 2 and "offload_param" not in two["zero_optimization"]
 
 

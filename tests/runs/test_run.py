@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from conftest import pair_row, quick, write_jsonl
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
@@ -23,7 +22,7 @@ from align.model.policy import Policy
 from align.runs import folder as run_folder
 from align.runs.prepare import prepare
 from align.say import UserError
-from align.train import reference, train
+from align.train import checkpoint, reference, train
 from align.train.checkpoint import MADE_BY, last_checkpoint
 
 
@@ -193,7 +192,7 @@ def test_a_checkpoint_counts_once_it_is_whole(tmp_path):
     assert last_checkpoint(tmp_path / "checkpoints") is None
     for name in ("checkpoint-2", "checkpoint-10", "unfinished/checkpoint-12", "checkpoint-11"):
         (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "trainer_state.json").write_text("{}")
+        (tmp_path / name / "optimizer.pt").touch()
         if name != "checkpoint-11":
             (tmp_path / name / MADE_BY).write_text("{}")
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
@@ -205,10 +204,11 @@ def test_the_newest_checkpoints_are_kept_whole_and_say_who_wrote_them(align, tin
     assert align(*quick(tiny_llama, pairs_file, f"run_dir={folder}", *words)).status == 0
     kept = sorted(folder.glob("checkpoints/**/checkpoint-*"))
     assert [path.relative_to(folder / "checkpoints").as_posix() for path in kept] == ["checkpoint-3", "checkpoint-4"]
-    for checkpoint in kept:
-        assert json.loads((checkpoint / MADE_BY).read_text()) == {"strategy": "single", "processes": 1}
-        assert {"model.safetensors", "optimizer.pt", "trainer_state.json"} <= {
-            file.name for file in checkpoint.iterdir()
+    for path in kept:
+        assert json.loads((path / MADE_BY).read_text()) == {"strategy": "single", "processes": 1}
+        assert {file.name for file in path.iterdir()} == {
+            *("model.safetensors", "optimizer.pt", "scheduler.bin", "random_states_0.pkl"),
+            *("metrics_so_far.jsonl", "cost.json", MADE_BY),
         }
 
 
@@ -247,15 +247,15 @@ def test_a_full_disk_stops_the_run_in_one_line_and_costs_nothing_that_was_saved(
     align, monkeypatch, tiny_llama, pairs_file, folder
 ):
     words = ["optimizer.max_steps=3", "train.save_every_steps=1"]
-    original, saves = transformers.Trainer._save_checkpoint, []
+    original, saves = checkpoint._write_state, []
 
-    def full(self, *args):
-        saves.append(self.state.global_step)
-        original(self, *args)
+    def full(loop, into):
+        saves.append(loop.done)
+        original(loop, into)
         if len(saves) == 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(transformers.Trainer, "_save_checkpoint", full)
+    monkeypatch.setattr(checkpoint, "_write_state", full)
     stopped = align(*quick(tiny_llama, pairs_file, f"run_dir={folder}", *words))
     assert stopped.status == 1 and stopped.err.splitlines()[-1].startswith("align: cannot write ")
     assert "the disk is full" in stopped.err and "free some space" in stopped.err

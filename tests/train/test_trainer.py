@@ -16,11 +16,10 @@ from conftest import ROOT, pair_row, quick, save_tiny, write_jsonl
 from safetensors.torch import load_file
 
 from align.engine.batching import StepSampler, deal
-from align.train import loop as trainer
-from align.train import reference
+from align.train import loop, reference
 from align.train import train as train_module
 from align.train.checkpoint import last_checkpoint
-from align.train.loop import PairTrainer
+from align.train.loop import Loop
 
 
 def metrics(folder: Path, prefix: str = "train/loss") -> list[dict]:
@@ -45,18 +44,17 @@ def train(align, folder, model, pairs, *more) -> Path:
 def first_gradients(align, monkeypatch, folder, model, pairs, *more) -> dict[str, torch.Tensor]:
     """Every weight's gradient at step 1, before clipping."""
     seen: dict[str, torch.Tensor] = {}
-    original = PairTrainer.training_step
+    original = Loop.update
 
-    def record(self, wrapped, inputs, num_items_in_batch=None):
-        loss = original(self, wrapped, inputs, num_items_in_batch)
-        seen.setdefault("micro_batches", len(inputs))
-        for name, p in wrapped.named_parameters():
+    def record(self, losses):
+        seen.setdefault("micro_batches", len(losses))
+        for name, p in self.model.named_parameters():
             seen.setdefault(name, p.grad.clone())
-        return loss
+        return original(self, losses)
 
-    monkeypatch.setattr(PairTrainer, "training_step", record)
+    monkeypatch.setattr(Loop, "update", record)
     train(align, folder, model, pairs, *more)
-    monkeypatch.setattr(PairTrainer, "training_step", original)
+    monkeypatch.setattr(Loop, "update", original)
     return seen
 
 
@@ -85,23 +83,23 @@ def test_pairs_that_only_fill_a_step_up_weigh_nothing(align, monkeypatch, tmp_pa
     words = ["objective=wpo", f"dataset.eval_path={held}", "dataset.group_by=group", "optimizer.max_steps=2"]
     whole = first_gradients(align, monkeypatch, tmp_path / "whole", tiny_gemma2, train_file, *words)
 
-    original, fillers = StepSampler.__iter__, []
+    original, fillers = StepSampler.epoch, []
 
     def of_all_ranks(pairs, lengths, _, layout, budget):
         shares = deal(pairs, lengths, world, layout, budget)
         fillers.append(sum(not counts for share in shares for micro in share for counts in micro.counted))
         return [[micro for share in shares for micro in share]]
 
-    def steps_of_all_ranks(self):
+    def steps_of_all_ranks(self, number, first=0):
         ranks = [copy.copy(self) for _ in range(world)]
         for rank, sampler in enumerate(ranks):
             sampler.world, sampler.rank = world, rank
-        for shares in zip(*map(original, ranks), strict=True):
+        for shares in zip(*(original(sampler, number, first) for sampler in ranks), strict=True):
             fillers.append(sum(not counts for share in shares for micro in share for counts in micro.counted))
             yield [micro for share in shares for micro in share]
 
-    monkeypatch.setattr(StepSampler, "__iter__", steps_of_all_ranks)
-    for module in (trainer, reference):
+    monkeypatch.setattr(StepSampler, "epoch", steps_of_all_ranks)
+    for module in (loop, reference):
         monkeypatch.setattr(module, "deal", of_all_ranks)
     monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))  # a reference column of its own
     filled = first_gradients(align, monkeypatch, tmp_path / "filled", tiny_gemma2, train_file, *words)
@@ -274,13 +272,13 @@ def test_a_run_that_goes_on_adds_up_what_its_stretches_cost(align, monkeypatch, 
         "train.save_every_steps=2",
         "train.log_every_steps=2",
     ]  # the last step is not logged
-    fed, original = [], PairTrainer.training_step
+    fed, original = [], Loop.step
 
-    def record(self, wrapped, inputs, num_items_in_batch=None):
-        fed.append(sum(batch["responses"].input_ids.numel() for batch in inputs))  # a row has no padding
-        return original(self, wrapped, inputs, num_items_in_batch)
+    def record(self, share):
+        fed.append(sum(batch.responses.input_ids.numel() for batch in share))  # a row has no padding
+        return original(self, share)
 
-    monkeypatch.setattr(PairTrainer, "training_step", record)
+    monkeypatch.setattr(Loop, "step", record)
     folder = train(align, tmp_path / "run", tiny_llama, pairs_file, *words)
 
     def cost(file: Path) -> dict:
@@ -303,6 +301,60 @@ def test_a_run_that_goes_on_adds_up_what_its_stretches_cost(align, monkeypatch, 
     assert "of training" in (folder / "model" / "README.md").read_text()
 
 
+def goes_on(align, folder: Path, model: Path, pairs: Path, *more: str) -> Path:
+    """A copy of a run of four steps, as one that was killed behind its first checkpoint and typed again leaves it."""
+    cut = shutil.copytree(folder, folder.with_name("cut"))
+    (cut / "results.json").unlink()
+    for later in ("checkpoints/checkpoint-4", "model"):
+        shutil.rmtree(cut / later)
+    torch.manual_seed(1)
+    result = align(*quick(model, pairs, f"run_dir={cut}", *FOUR_STEPS, *more))
+    assert result.status == 0 and "checkpoint-2" in result.out, result.err
+    return cut
+
+
+FOUR_STEPS = ["optimizer.max_steps=4", "train.save_every_steps=2", "optimizer.warmup_steps=0"]
+
+
+@pytest.mark.parametrize("optim", ["rmsprop", "adafactor"])  # of torch, and of transformers
+def test_a_run_that_goes_on_has_the_state_of_its_optimizer(align, tmp_path, tiny_llama, pairs_file, optim):
+    words = [f"optimizer.optim={optim}"]
+    whole = train(align, tmp_path / "whole", tiny_llama, pairs_file, *FOUR_STEPS, *words)
+    cut = goes_on(align, whole, tiny_llama, pairs_file, *words)
+    assert timeless(metrics(cut)) == timeless(metrics(whole))
+    assert all(torch.equal(value, weights(cut)[name]) for name, value in weights(whole).items())
+
+
+def test_a_run_that_goes_on_draws_the_same_random_numbers(align, tmp_path, tiny_llama, pairs_file):
+    code = tmp_path / "noisy.py"
+    code.write_text(
+        "import random\nimport torch\n"
+        "from dataclasses import dataclass\n"
+        "from objectives import Objective, PairLoss, register\n"
+        "@register('noisy')\n@dataclass(frozen=True, kw_only=True)\n"
+        "class Noisy(Objective):\n"
+        "    needs = frozenset({'logp'})\n"
+        "    def __call__(self, chosen, rejected):\n"
+        "        loss = (rejected.logp - chosen.logp) * torch.rand_like(chosen.logp) * random.random()\n"
+        "        return PairLoss(loss, chosen.logp.detach(), rejected.logp.detach(), {})\n"
+    )
+    words = [f"++objective.code={code}", "++objective.name=noisy", "~objective.beta", "~objective.label_smoothing"]
+    whole = train(align, tmp_path / "whole", tiny_llama, pairs_file, *FOUR_STEPS, *words)
+    cut = goes_on(align, whole, tiny_llama, pairs_file, *words)
+    assert timeless(metrics(cut)) == timeless(metrics(whole))
+
+
+def test_a_checkpoint_of_an_adapter_holds_the_adapter_only_and_goes_on(align, tmp_path, tiny_llama, pairs_file):
+    pytest.importorskip("peft")
+    words = ["model.lora={r: 4, target_modules: all-linear}"]
+    whole = train(align, tmp_path / "whole", tiny_llama, pairs_file, *FOUR_STEPS, *words)
+    assert all("lora_" in name for name in load_file(whole / "checkpoints" / "checkpoint-2" / "model.safetensors"))
+    cut = goes_on(align, whole, tiny_llama, pairs_file, *words)
+    assert timeless(metrics(cut)) == timeless(metrics(whole))
+    ours, theirs = (load_file(folder / "model" / "adapter_model.safetensors") for folder in (cut, whole))
+    assert all(torch.equal(value, ours[name]) for name, value in theirs.items())
+
+
 def command(folder: Path, model: Path, pairs: Path, *more: str) -> list[str]:
     return [*quick(model, pairs, f"run_dir={folder}", "tracker=none", "cluster.cpu_threads=1", *more)]
 
@@ -322,7 +374,7 @@ def test_a_run_that_is_killed_and_typed_again_equals_one_that_was_not(tmp_path, 
     assert whole_run(whole).returncode == 0
     with subprocess.Popen(line(killed), env=environment, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
         until = time.monotonic() + 120
-        while not (killed / "checkpoints" / "checkpoint-4" / "trainer_state.json").exists():
+        while not (killed / "checkpoints" / "checkpoint-4" / "made_by.json").exists():
             assert time.monotonic() < until and process.poll() is None
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
