@@ -4,7 +4,7 @@
     <folder>/train.jsonl         a pair a line, in the format of any preference file (rows.py)
     <folder>/held_out.jsonl
 
-The folder is there when it is whole. The choice itself is select.py's. Left out: tokens (data.py).
+The choice itself is select.py's. Left out: tokens (data/pairs.py).
 """
 
 import json

@@ -111,28 +111,24 @@ def _score(groups: list[list[ResponseRow]], scorer: Scorer) -> list[dict[str, An
     rows = []
     for group, scores in zip(groups, scored, strict=True):
         try:
-            _check(scores, identity.kind, len(group))
+            values = _values(scores, identity.kind, len(group))
         except (TypeError, ValueError) as error:
             raise UserError(f"scorer {identity.name}, prompt {group[0].prompt_id!r}: {error}") from error
-        values: Any = scores.values
         for row, value, counted in zip(group, values, scores.counts or [{}] * len(group), strict=True):
             key = {"iteration": row.iteration, "prompt_id": row.prompt_id, "k": row.k}
-            pointwise = identity.kind is Kind.pointwise
-            said = {"score": _finite(value)} if pointwise else {"wins": [_finite(p) for p in value]}
-            rows.append({**key, **said, **signature, **counted})
+            rows.append({**key, **value, **signature, **counted})
     return rows
 
 
-def _check(scores: Scores, kind: Kind, count: int) -> None:
-    """Raise `ValueError` or `TypeError` for what cannot be the scores of `count` responses."""
+def _values(scores: Scores, kind: Kind, count: int) -> list[dict[str, Any]]:
+    """Return the score or the wins of each of `count` responses; `ValueError` or `TypeError` for what cannot be."""
     values: Any = scores.values
     if len(values) != count or len(scores.counts) not in (0, count):
         raise ValueError(f"{len(values)} values and {len(scores.counts)} counts for {count} responses")
-    if kind is Kind.pairwise:
-        check_preferences(values, count)
-    else:
-        for value in values:
-            math.isfinite(value)  # a TypeError where it is no number
+    if kind is Kind.pointwise:
+        return [{"score": _finite(value)} for value in values]
+    check_preferences(values, count)
+    return [{"wins": [_finite(p) for p in row]} for row in values]
 
 
 def _finite(value: float) -> float | None:

@@ -107,10 +107,7 @@ def win_probs(preferences: Matrix, weights: Sequence[float] | None = None) -> li
 def select_pair(
     candidates: Sequence[Candidate], preferences: Matrix, config: SelectionConfig, rng: Random
 ) -> Selection | Dropped:
-    """Choose the pair of one prompt, or say why it has none. What ties leave open goes to the first candidate.
-
-    `rng` is for a rejected one at random.
-    """
+    """Choose the pair of one prompt, or say why it has none. What ties leave open goes to the first candidate."""
     given = [candidate.score for candidate in candidates if candidate.score is not None]
     if given and len(given) < len(candidates):
         raise UserError(f"{len(given)} of {len(candidates)} candidates have scores: score all of them, or none")
@@ -133,7 +130,11 @@ def select_pair(
     if scores[chosen] - scores[rejected] < config.min_gap:
         return Dropped.small_gap
 
-    win_w, win_l = _pair_win_probs(chosen, rejected, candidates, preferences, config)
+    win_w, win_l = preferences[chosen][rejected], 1 - preferences[chosen][rejected]
+    if config.win_prob is WinProb.all:
+        opponents = [float(candidate.origin == POLICY) for candidate in candidates]
+        wins = win_probs(preferences, opponents if any(opponents) else None)
+        win_w, win_l = wins[chosen], wins[rejected]
     return Selection(
         chosen=candidates[chosen].text,
         rejected=candidates[rejected].text,
@@ -187,7 +188,7 @@ def matrix_of(prompt: ScoredPrompt, temperature: float) -> Matrix:
 def check_preferences(preferences: Matrix, count: int) -> None:
     """Raise for what cannot be P(i beats j) of `count` candidates, such as a judge asked in one order only.
 
-    Numbers that are not finite say nothing, and pass.
+    Numbers that are not finite pass.
     """
     if any(len(side) != count for side in (preferences, *preferences)):
         raise UserError(f"preferences of {count} candidates must be {count} rows of as many numbers")
@@ -214,14 +215,3 @@ def _rejected(
         different.sort(key=lambda i: (candidates[i].text, scores[i]))
         return different[int(rng.random() * len(different))]  # Python promises random() for all versions, not choice()
     return min(others, key=lambda i: (scores[i], abs(candidates[i].length - candidates[chosen].length)))
-
-
-def _pair_win_probs(
-    chosen: int, rejected: int, candidates: Sequence[Candidate], preferences: Matrix, config: SelectionConfig
-) -> tuple[float, float]:
-    """Return the win probabilities of the chosen and the rejected candidate."""
-    if config.win_prob is WinProb.pair:
-        return preferences[chosen][rejected], 1 - preferences[chosen][rejected]
-    own = [float(candidate.origin == POLICY) for candidate in candidates]
-    wins = win_probs(preferences, own if any(own) else None)
-    return wins[chosen], wins[rejected]

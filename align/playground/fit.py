@@ -5,6 +5,7 @@ enough that its best sample shows the task, wrong often enough that there is som
 """
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -35,17 +36,12 @@ def fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def _batch(pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token ids and labels `[b, L]`; the prompt and the padding are not labelled."""
-    rows = []
+    texts, targets = [], []
     for prompt, answer in pairs:
-        asked = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
-        )
+        turn = [{"role": "user", "content": prompt}]
+        asked = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
         response = tokenizer(answer + "<end_of_turn>", add_special_tokens=False).input_ids
-        rows.append((asked["input_ids"], response))
-    width = max(len(asked) + len(response) for asked, response in rows)
-    ids = torch.full((len(rows), width), int(tokenizer.pad_token_id))
-    labels = torch.full_like(ids, -100)
-    for i, (asked, response) in enumerate(rows):
-        ids[i, : len(asked) + len(response)] = torch.tensor(asked + response)
-        labels[i, len(asked) : len(asked) + len(response)] = torch.tensor(response)
-    return ids, labels
+        texts.append(torch.tensor(asked + response))
+        targets.append(torch.tensor([-100] * len(asked) + response))
+    ids = pad_sequence(texts, batch_first=True, padding_value=int(tokenizer.pad_token_id))
+    return ids, pad_sequence(targets, batch_first=True, padding_value=-100)

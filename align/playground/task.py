@@ -28,16 +28,7 @@ ITEMS = {
 }
 CATEGORIES = {name: items.split() for name, items in ITEMS.items()}
 LAYOUTS = ("numbered", "with commas", "one per line")
-ASKS = (
-    "please name {} {}, {}",
-    "name {} {}, {}",
-    "please list {} {}, {}",
-    "list {} {}, {}",
-    "please give me {} {}, {}",
-    "give me {} {}, {}",
-    "i need {} {}, {}",
-    "tell me {} {}, {}",
-)
+ASKS = ("please name", "name", "please list", "list", "please give me", "give me", "i need", "tell me")
 FILLER = "thing"  # in a lazy answer in place of an item
 COUNTS = range(2, 6)
 SAMPLES = 5  # a prompt
@@ -82,7 +73,7 @@ def judge(prompt: str, answer: str) -> float:
 
 def prompts(split: str) -> list[str]:
     """List the prompts of a split, each in one split only: all combinations in a fixed random order."""
-    every = [ask.format(n, c, layout) for ask in ASKS for n in COUNTS for c in CATEGORIES for layout in LAYOUTS]
+    every = [f"{ask} {n} {c}, {layout}" for ask in ASKS for n in COUNTS for c in CATEGORIES for layout in LAYOUTS]
     random.Random(0).shuffle(every)
     return every[:TRAIN_PROMPTS] if split == "train" else every[TRAIN_PROMPTS : TRAIN_PROMPTS + TEST_PROMPTS]
 
@@ -124,11 +115,8 @@ def rows(split: str, start: "Start", cache: Path) -> list[dict[str, Any]]:
     """
 
     def build(into: Path) -> None:
-        asked = prompts(split)
-        answers = _answers(asked, start)
-        pairs = [pair for p, samples in zip(asked, answers, strict=True) if (pair := _pair(p, samples))]
-        with (into / "rows.jsonl").open("w") as file:
-            file.writelines(json.dumps(pair) + "\n" for pair in pairs)
+        pairs = map(_pair, prompts(split), _answers(prompts(split), start))
+        (into / "rows.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs if pair))
 
     key = fingerprint(start.fingerprint, file_fingerprint(Path(__file__)))
     folder = build_once(cache / "playground" / f"{split}-{key}", build)

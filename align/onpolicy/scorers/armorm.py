@@ -92,11 +92,10 @@ class ArmoRMScorer(PointwiseModel):
 
     def _numbers(self, rows: Sequence[tuple[list[int], int]]) -> list[float]:
         found = [self._find_boundary(ids, lost) for ids, lost in rows]
-        usable = [i for i, at in enumerate(found) if at is not None]
-        texts = [rows[i][0] for i in usable]
-        last, boundary = [len(ids) - 1 for ids in texts], [found[i] for i in usable]
-        values = dict(zip(usable, self._forward(texts, 0, last=last, boundary=boundary), strict=True))
-        return [values.get(i, math.nan) for i in range(len(rows))]
+        texts = [ids for (ids, _), at in zip(rows, found, strict=True) if at is not None]
+        last, boundary = [len(ids) - 1 for ids in texts], [at for at in found if at is not None]
+        values = iter(self._forward(texts, 0, last=last, boundary=boundary))
+        return [math.nan if at is None else next(values) for at in found]
 
     def _find_boundary(self, ids: list[int], lost: int) -> int | None:
         """Return where the last boundary begins; None where it was cut away."""
@@ -104,9 +103,9 @@ class ArmoRMScorer(PointwiseModel):
         for at in range(len(ids) - width, -1, -1):
             if ids[at : at + width] == self._boundary:
                 return at
-        if lost:
-            return None
-        raise UserError(
-            f"the chat template of {self._cfg.path} does not write {_BOUNDARY!r} before an answer, as Llama-3's does: "
-            "ArmoRM's gate needs it; take the checkpoint's own tokenizer"
-        )
+        if not lost:
+            raise UserError(
+                f"the chat template of {self._cfg.path} does not write {_BOUNDARY!r} before an answer, as Llama-3's "
+                "does: ArmoRM's gate needs it; take the checkpoint's own tokenizer"
+            )
+        return None

@@ -147,21 +147,19 @@ def _by_text(text: str) -> float | None:
 
 def _scores(number: int, count: int, verdicts: dict[tuple[int, int, int], Verdict]) -> Scores:
     """Return the K x K matrix of one item; pairs that were not asked about are equal."""
-
-    def first_wins(i: int, j: int) -> float:
-        verdict = verdicts.get((number, i, j))
-        return 0.5 if verdict is None or verdict.first_wins is None else verdict.first_wins
-
-    def spent(i: int) -> dict[str, int]:
-        own = [verdicts[number, i, j] for j in range(count) if (number, i, j) in verdicts]
-        return {
-            "prompt_tokens": sum(verdict.prompt_tokens for verdict in own),
-            "completion_tokens": sum(verdict.completion_tokens for verdict in own),
-            "unreadable_verdicts": sum(verdict.first_wins is None for verdict in own),
+    tie = Verdict(first_wins=0.5, prompt_tokens=0, completion_tokens=0)
+    rows = [[verdicts.get((number, i, j), tie) for j in range(count)] for i in range(count)]
+    p = [[0.5 if verdict.first_wins is None else verdict.first_wins for verdict in row] for row in rows]
+    wins = [[(p[i][j] + 1 - p[j][i]) / 2 for j in range(count)] for i in range(count)]
+    spent = [
+        {
+            "prompt_tokens": sum(verdict.prompt_tokens for verdict in row),
+            "completion_tokens": sum(verdict.completion_tokens for verdict in row),
+            "unreadable_verdicts": sum(verdict.first_wins is None for verdict in row),
         }
-
-    wins = [[(first_wins(i, j) + 1 - first_wins(j, i)) / 2 for j in range(count)] for i in range(count)]
-    return Scores(values=wins, counts=[spent(i) for i in range(count)])
+        for row in rows
+    ]
+    return Scores(values=wins, counts=spent)
 
 
 def _template(setting: str | None) -> str:

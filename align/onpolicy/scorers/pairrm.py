@@ -14,19 +14,17 @@ Wu et al. 2024, "SPPO", https://arxiv.org/abs/2405.00675, scripts/compute_prob.p
 
     P(i beats j) = sigmoid(score_i - score_j)
 
-So a preference is not the pair's own: it depends on which other responses are in the pool, and two that draw with each
-other are not equal where one beats the others by more. The mean wins of select.py put the K in the order of the
-scores, and are SPPO's win probabilities. Of two responses alone, P is the sigmoid of logit(A, B) - logit(B, A), twice
-the mean logit of the two orders.
+So a preference is not the pair's own: it depends on the other responses in the pool. The mean wins of select.py put the
+K in the order of the scores, and are SPPO's win probabilities. Of two responses alone, P is the sigmoid of
+logit(A, B) - logit(B, A), twice the mean logit of the two orders.
 
 Other than SPPO's: its prompt is the policy's chat template with the prompt in it, special tokens written out, cut where
 the word None comes (scripts/rank.py); ours is the prompt alone, the plain text that llm-blender documents, as no
 scorer knows the policy. Conversations of several turns, which SPPO has none of, are "role: content" paragraphs. Where
 there is a GPU, llm-blender computes in float16 by default; here in bfloat16, with the head in float32.
 
-The weights' names are those of llm-blender's module: `pretrained_model.*`, and `head_layer.1` and `head_layer.4` of a
-dropout, linear, tanh, dropout and linear layer in a row; a checkpoint with others is refused. The true weights were not
-at hand. With random ones, llm-blender's module, tokenize_pair and get_scores_from_cmps gave the same P to 2e-7.
+The weights' names are llm-blender's, and a checkpoint with others is refused. The true weights were not at hand. With
+random ones, llm-blender's module, tokenize_pair and get_scores_from_cmps gave the same P to 2e-7.
 Left out: llm-blender itself, which does not import on transformers 5, and its other ways to rank.
 """
 

@@ -53,18 +53,19 @@ def scorer_of(cfg: RunConfig) -> ScorerConfig:
 def build(cfg: ScorerConfig, rank: "Rank") -> Scorer:
     """Build the scorer that the configuration describes, or raise `UserError`; models run on `rank.device`."""
     check_node(cfg, "scorer.")
-    if cfg.name is None:
-        raise UserError(
-            f"nobody scores the answers: give scorer=<{', '.join(available())}>, or scorer.name=module:function of yours"
-        )
+    assert cfg.name is not None, "scorer_of"
+    make: Callable[..., Any]
     if ":" in cfg.name:
         make = resolve(cfg.name, "scorer.name")
     elif cfg.name in _BUILT_IN:
         name, reads = _BUILT_IN[cfg.name]
         _check_unread(cfg, reads)
         make = resolve(f"{_HERE}.{name}", "scorer.name")
+    elif entries := list(importlib.metadata.entry_points(group="align.scorers", name=cfg.name)):
+        make = entries[0].load()
     else:
-        make = _of_a_package(cfg.name)
+        near, names = closest(cfg.name, available()), ", ".join(available())
+        raise UserError(f"scorer.name={cfg.name} is unknown{near}; there are {names}, and module:function")
     scorer = make(cfg, rank)
     if not callable(scorer) or not isinstance(getattr(scorer, "identity", None), Identity):
         raise UserError(
@@ -77,17 +78,6 @@ def stand_in(cfg: ScorerConfig) -> Identity:
     """Return what is known of a scorer without its files, for plans where the hub cannot be reached."""
     kind = Kind.pairwise if cfg.name in _PAIRWISE else Kind.pointwise
     return Identity(kind=kind, name=f"{cfg.name}:{cfg.path}", revision="unknown", template="unknown")
-
-
-def _of_a_package(name: str) -> Callable[..., Any]:
-    entries = list(importlib.metadata.entry_points(group="align.scorers", name=name))
-    if not entries:
-        names = available()
-        raise UserError(
-            f"scorer.name={name} is unknown{closest(name, names)}; there are {', '.join(names)}, and module:function"
-        )
-    make: Callable[..., Any] = entries[0].load()
-    return make
 
 
 def _check_unread(cfg: ScorerConfig, reads: tuple[str, ...]) -> None:
