@@ -38,17 +38,6 @@ _WORTH_KEEPING = ("start.json", "logs/*.traceback", "iter_*/*/*.jsonl")  # in th
 _ENDING = 5.0  # seconds in which the processes of a run that was killed are gone
 
 
-@contextlib.contextmanager
-def in_its_group(run: Run) -> Iterator[None]:
-    """Link the run into the folder of its group; a run that is refused leaves no link."""
-    link = link_to_group(run)
-    try:
-        yield
-    finally:
-        if link is not None and not link.exists():  # the run was refused, and its folder is gone
-            link.unlink(missing_ok=True)
-
-
 def link_to_group(run: Run) -> Path | None:
     """Link the run into the folder of its group, and return the link; None for a run without a group."""
     if run.cfg.tracker.group is None or not is_first():
@@ -85,7 +74,8 @@ def owned(run: Run) -> Iterator[None]:
     with contextlib.ExitStack() as held:
 
         def begin() -> None:
-            held.enter_context(in_its_group(run))
+            if link := link_to_group(run):  # gone again with the folder of a run that is refused
+                held.callback(lambda: None if link.exists() else link.unlink(missing_ok=True))
             held.enter_context(_locked(run.dir))
             for iteration in run.iterations:
                 check_checkpoint(iteration.folder / "checkpoints", run.cluster)
