@@ -138,19 +138,13 @@ def _token_ids(prompts: Sequence[PromptRow], tokenizer: PreTrainedTokenizerBase)
 @contextlib.contextmanager
 def open_sampler(policy: Policy, settings: SamplingConfig, rank: Rank) -> Iterator[Sampler]:
     """Yield the sampler of a policy that the settings name. Nothing is loaded before the block, or kept after it."""
-    start = policy.start
+    start, name, at_once = policy.start, settings.served_model, settings.requests_at_once
     if settings.backend is Backend.vllm:
         with vllm_sampler(start.path, start.tokenizer, policy.cfg.revision, rank.bf16) as sampler:
             yield sampler
     elif settings.backend is Backend.openai:
-        yield openai_sampler(
-            start.tokenizer,
-            settings.urls,
-            served_model=settings.served_model,
-            served="/".join(Path(start.path).parts[-2:]) if policy.iteration else None,
-            path=start.path,
-            requests_at_once=settings.requests_at_once,
-        )
+        path = start.path if policy.iteration else None  # the start model may be served under any name
+        yield openai_sampler(start.tokenizer, settings.urls, served_model=name, path=path, requests_at_once=at_once)
     else:
         yield hf_sampler(policy.load(rank), start.tokenizer, settings.tokens_per_batch)
 

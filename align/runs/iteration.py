@@ -124,13 +124,6 @@ def open_training(iteration: Iteration, job: Job, rank: Rank) -> None:
         open_folder(job, show_pair(job.pairs.train[0], job.start.tokenizer))
 
 
-def close_training(iteration: Iteration, trained: Mapping[str, Any], rank: Rank) -> None:
-    """Write the figures of the training, which mark it as done."""
-    if rank.is_first:
-        write_json(iteration.trained, trained)
-    free()
-
-
 def evaluate(iteration: Iteration, job: Job, before: Policy, counts: Mapping[str, Any], rank: Rank) -> dict[str, Any]:
     """Ask the judge, where there is one, and write the card and the figures, which mark the iteration as complete.
 

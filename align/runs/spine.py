@@ -17,9 +17,10 @@ from align import config
 from align.choices import Launcher
 from align.config import RunConfig
 from align.evaluation import card
+from align.files import write_json
 from align.launch import slurm
 from align.launch.local import each
-from align.launch.rank import Rank, alone, inside
+from align.launch.rank import Rank, alone, free, inside
 from align.model.policy import trained_from
 from align.runs import iteration as stages
 from align.runs.folder import link_to_group, owned
@@ -83,7 +84,9 @@ def iterate(run: Run) -> None:
                 stages.open_training(iteration, job, rank)
                 with _numbered(iteration, steps_before):
                     trained = train(job, Stretch(tracker, steps_before))
-                stages.close_training(iteration, trained, rank)
+                if rank.is_first:
+                    write_json(iteration.trained, trained)
+                free()
             made.append({"steps": job.steps, **stages.evaluate(iteration, job, policy, counts, rank)})
             if rank.is_first:
                 results.update(stages.results_of(run, made))

@@ -617,21 +617,21 @@ def test_other_candidates_or_splits_are_not_mixed_with_old_shards(other, tokeniz
 
 
 def test_a_server_that_holds_another_policy_is_refused(server, llama, tokenizer):
-    def draw(**knobs):
-        sampler = openai_sampler(tokenizer, [server.url], path="runs/x/iter_1/policy", **knobs)
+    def draw(path="runs/x/iter_1/policy", **knobs):
+        sampler = openai_sampler(tokenizer, [server.url], path=path, **knobs)
         return sampler(asked(tokenizer, TEXTS[:1], samples=1), **OPTIONS)
 
     before = server.behave()
     with pytest.raises(UserError) as refused:
-        draw(served="iter_1/policy")
+        draw()
     assert str(refused.value) == (
         f"sampling.urls: the server holds {llama.name}, and these are to be answers of runs/x/iter_1/policy: serve it "
         "under that name (vllm serve runs/x/iter_1/policy), then the same command goes on"
     )
     with pytest.raises(UserError, match=r"the server holds runs/x/iter_0/policy, and"):
-        draw(served="iter_1/policy", served_model="runs/x/iter_0/policy")
+        draw(served_model="runs/x/iter_0/policy")
     assert server.behave() == before, "nothing was drawn"
-    assert draw(served=llama.name) == draw(served=llama.name, served_model=llama.name) == draw()
+    assert draw(llama.name) == draw(llama.name, served_model=llama.name) == draw(None)
 
 
 @pytest.mark.parametrize("name", ["/data/x/iter_1/policy", "iter_1/policy/"])
@@ -647,7 +647,7 @@ def test_where_a_server_keeps_the_policy_is_its_own_affair(name, tokenizer, monk
             return {"choices": [{"text": "owl", "token_ids": [9, 1], "finish_reason": "stop"}]}
 
     monkeypatch.setattr("align.onpolicy.samplers.openai.Servers", Answers)
-    sampler = openai_sampler(tokenizer, ["http://a"], served="iter_1/policy")
+    sampler = openai_sampler(tokenizer, ["http://a"], path="runs/x/iter_1/policy")
     assert sampler(asked(tokenizer, TEXTS[:1], samples=1), **OPTIONS)[0][0].response_ids == [9, 1]
     with pytest.raises(UserError, match="the server holds"):
-        openai_sampler(tokenizer, ["http://a"], served="iter_11/policy")(asked(tokenizer, TEXTS[:1]), **OPTIONS)
+        openai_sampler(tokenizer, ["http://a"], path="runs/x/iter_11/policy")(asked(tokenizer, TEXTS[:1]), **OPTIONS)

@@ -10,6 +10,7 @@ Left out: that a server really serves this policy, which is whoever starts it to
 
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -30,16 +31,14 @@ def openai_sampler(
     urls: Sequence[str],
     *,
     served_model: str | None = None,
-    served: str | None = None,
-    path: str = "",
+    path: str | None = None,
     requests_at_once: int = 64,
 ) -> Sampler:
     """Return a sampler of the model that the servers serve, whose tokenizer this is.
 
     Args:
         served_model: its name there; None: the first that a server lists.
-        served: what that name must end with, where servers may still hold the policy before; None: any will do.
-        path: of the policy, for the error that says so.
+        path: of the policy, with whose last two parts that name must end, where servers may still hold the policy before.
         requests_at_once: over all servers.
     """
     stops = stop_token_ids(tokenizer)
@@ -64,7 +63,7 @@ def openai_sampler(
         rest: Body = {"n": 1, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "return_token_ids": True}
         rest |= {"temperature": temperature, "top_p": top_p, "max_tokens": max_new_tokens, "stop_token_ids": stops}
         rest["model"] = served_model or _first_model(servers)
-        if served is not None and not rest["model"].rstrip("/").endswith(served):
+        if path is not None and not rest["model"].rstrip("/").endswith("/".join(Path(path).parts[-2:])):
             raise UserError(
                 f"sampling.urls: the server holds {rest['model']}, and these are to be answers of {path}: serve it under "
                 f"that name (vllm serve {path}), then the same command goes on"

@@ -95,8 +95,7 @@ class JudgeScorer:
                 if "logprob" not in str(error).lower():
                     raise
                 self._without_logprobs = True  # this server refuses to give them: the text of the verdict decides
-        for key in ("logprobs", "top_logprobs"):
-            body.pop(key, None)
+        body = {key: value for key, value in body.items() if key not in ("logprobs", "top_logprobs")}
         return read_answer(self._servers.ask("/chat/completions", body, over))
 
 
@@ -126,17 +125,15 @@ def read_answer(answer: Any) -> Verdict:
 
 def _by_logprobs(tokens: list[dict[str, Any]]) -> float | None:
     """Return P(first) at the first token that is a verdict; None where none is."""
-    for token in tokens:
-        if token["token"].strip() not in (FIRST, SECOND):
-            continue
-        mass = {FIRST: 0.0, SECOND: 0.0}
-        alternatives = {option["token"]: option for option in [*(token.get("top_logprobs") or []), token]}
-        for option in alternatives.values():  # "m" and " m" are one verdict
-            if option["token"].strip() in mass:
-                mass[option["token"].strip()] += math.exp(option["logprob"])
-        total = mass[FIRST] + mass[SECOND]
-        return mass[FIRST] / total if total > 0 else None
-    return None
+    token = next((token for token in tokens if token["token"].strip() in (FIRST, SECOND)), None)
+    if token is None:
+        return None
+    options = {option["token"]: option for option in [*(token.get("top_logprobs") or []), token]}.values()
+    first, second = (  # "m" and " m" are one verdict
+        sum(math.exp(option["logprob"]) for option in options if option["token"].strip() == letter)
+        for letter in (FIRST, SECOND)
+    )
+    return first / (first + second) if first + second > 0 else None
 
 
 def _by_text(text: str) -> float | None:

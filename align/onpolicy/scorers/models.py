@@ -50,17 +50,12 @@ class ModelScorer:
 
     def _identify(self, kind: Kind, template: str, **settings: Any) -> Identity:
         """Return the scorer's identity; a folder goes by its last name, so that moving it makes no other scorer."""
-        name, folder = self._path, Path(self._path)
+        path, folder = self._path, Path(self._path)
         revision = str(getattr(self._config, "_commit_hash", None) or self._cfg.revision or "unknown")
         if folder.is_dir():
-            name, revision = folder.resolve().name, content_fingerprint(folder, _DECIDES)
-        return Identity(
-            kind=kind,
-            name=f"{self._cfg.name}:{name}",
-            revision=revision,
-            template=template,
-            settings={**settings, "bf16": self._rank.bf16},
-        )
+            path, revision = folder.resolve().name, content_fingerprint(folder, _DECIDES)
+        name, settings = f"{self._cfg.name}:{path}", {**settings, "bf16": self._rank.bf16}
+        return Identity(kind=kind, name=name, revision=revision, template=template, settings=settings)
 
     @cached_property
     def _model(self) -> PreTrainedModel:
@@ -93,12 +88,7 @@ class ModelScorer:
     def _forward(
         self, rows: Sequence[list[int]], pad_token_id: int, equal: bool = False, **at: Sequence[Any]
     ) -> list[float]:
-        """Return the model's number for each row of token ids.
-
-        Args:
-            equal: only rows of one length together, for models that padding would confuse.
-            at: further arguments of its forward, a value for each row.
-        """
+        """Return the model's number for each row of token ids; `at` are further arguments of its forward, a value a row."""
         values = [0.0] * len(rows)
         for some in batches([len(row) for row in rows], self._cfg.tokens_per_batch, [1] * len(rows), equal):
             ids, mask = pad([rows[i] for i in some], pad_token_id, self._rank.device, side="right")
