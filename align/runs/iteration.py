@@ -97,7 +97,8 @@ def training(iteration: Iteration, policy: Policy, pairs: Pairs) -> Job:
 
 def _training_config(iteration: Iteration, policy: Policy) -> RunConfig:
     """Return the configuration of an ordinary training: of the policy that has sampled, on the pairs of its answers."""
-    cfg, train, held_out = iteration.run.cfg, *(str(iteration.folder / "pairs" / f"{split}.jsonl") for split in SPLITS)
+    cfg = iteration.run.cfg
+    train, held_out = (str(iteration.folder / "pairs" / f"{split}.jsonl") for split in SPLITS)
     dataset = DatasetConfig(name=cfg.dataset.name, path=train, eval_path=held_out, eval_limit=None)
     return replace(
         cfg,
