@@ -41,6 +41,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item.nodeid not in passed]
 
 
+@functools.cache
+def freeze(runs_are_imported: bool) -> None:
+    """Once, and once more: a run collects garbage, which through all that was imported takes half a second each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    freeze("align.runs.spine" in sys.modules)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     report = yield
@@ -112,9 +123,7 @@ def align(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], t
                 print(end.code, file=sys.stderr)
             elif isinstance(end.code, int):
                 status = end.code
-        if "align.runs.spine" in sys.modules and not gc.get_freeze_count():
-            gc.collect()
-            gc.freeze()  # the Trainer collects garbage: through all that was imported, half a second at every run
+        freeze("align.runs.spine" in sys.modules)
         said = capsys.readouterr()
         return Result(status, said.out, said.err)
 

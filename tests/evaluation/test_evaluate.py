@@ -4,7 +4,6 @@ The judge is a program that counts vowels, so that every win rate can be worked 
 """
 
 import contextlib
-import gc
 import io
 import json
 import logging
@@ -77,9 +76,6 @@ def home(tmp_path_factory, tiny_llama) -> Path:
     for name, more in runs.items():
         result = typed(folder, *words, *more, f"run_dir=runs/{name}", evaluates=False)
         assert result.status == 0, result.err
-    if not gc.get_freeze_count():
-        gc.collect()
-        gc.freeze()  # every evaluation collects garbage: through all that was imported, half a second each time
     return folder
 
 
@@ -510,6 +506,7 @@ def test_what_was_sampled_and_scored_before_a_kill_is_kept(copy, monkeypatch):
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
 
 
+@pytest.mark.slow
 def test_the_model_card_has_a_section_of_all_evaluations_once(copy):
     for run, saved in (("dpo", "model"), ("sppo", "iter_2/policy")):
         card = copy / "runs" / run / saved / "README.md"
@@ -524,6 +521,7 @@ def test_the_model_card_has_a_section_of_all_evaluations_once(copy):
         assert with_evaluations(text, {}) == before  # nothing else is gone
 
 
+@pytest.mark.slow
 def test_several_runs_and_suites_are_evaluated_by_one_command(copy):
     result = typed(copy, "-m", "run=runs/dpo,runs/lora", "suite=judge,pairs", *SHORT)
     assert result.status == 0, result.err
