@@ -80,7 +80,8 @@ def interrupted(whole: Path, to: Path) -> Path:
     shutil.copytree(whole, to)
     for made_later in ("checkpoints/checkpoint-8", "model"):
         shutil.rmtree(to / made_later)
-    (to / "results.json").unlink()
+    for made_later in ("results.json", "trained.json"):
+        (to / made_later).unlink()
     return to
 
 

@@ -266,6 +266,15 @@ def test_each_held_out_pair_says_whether_it_is_ranked_rightly(align, tmp_path, t
         assert sum(row[name] for row in rows) / 7 == pytest.approx(trained[name])
 
 
+def killed_before_its_end(folder: Path, last_checkpoint: str) -> Path:
+    """Make a complete run one that was killed before it wrote its last checkpoint."""
+    for later in ("results.json", "trained.json"):
+        (folder / later).unlink()
+    for later in (f"checkpoints/{last_checkpoint}", "model"):
+        shutil.rmtree(folder / later)
+    return folder
+
+
 def test_a_run_that_goes_on_adds_up_what_its_stretches_cost(align, monkeypatch, tmp_path, tiny_llama, pairs_file):
     words = [
         "optimizer.max_steps=5",
@@ -291,8 +300,7 @@ def test_a_run_that_goes_on_adds_up_what_its_stretches_cost(align, monkeypatch, 
     assert at_four["tokens"] == sum(fed[:4]) and 0 < at_four["seconds"] < whole["seconds"]
     assert whole["peak_memory_gib"] >= at_four["peak_memory_gib"] > 0 and whole["processes"] == 1
 
-    (folder / "results.json").unlink()
-    shutil.rmtree(folder / "checkpoints" / "checkpoint-5")
+    killed_before_its_end(folder, "checkpoint-5")
     at_four["seconds"] += 1000  # of a slow machine
     (folder / "checkpoints" / "checkpoint-4" / "cost.json").write_text(json.dumps(at_four))
     again = cost(train(align, folder, tiny_llama, pairs_file, *words) / "results.json")
@@ -303,10 +311,7 @@ def test_a_run_that_goes_on_adds_up_what_its_stretches_cost(align, monkeypatch, 
 
 def goes_on(align, folder: Path, model: Path, pairs: Path, *more: str) -> Path:
     """A copy of a run of four steps, as one that was killed behind its first checkpoint and typed again leaves it."""
-    cut = shutil.copytree(folder, folder.with_name("cut"))
-    (cut / "results.json").unlink()
-    for later in ("checkpoints/checkpoint-4", "model"):
-        shutil.rmtree(cut / later)
+    cut = killed_before_its_end(shutil.copytree(folder, folder.with_name("cut")), "checkpoint-4")
     torch.manual_seed(1)
     result = align(*quick(model, pairs, f"run_dir={cut}", *FOUR_STEPS, *more))
     assert result.status == 0 and "checkpoint-2" in result.out, result.err
@@ -316,6 +321,7 @@ def goes_on(align, folder: Path, model: Path, pairs: Path, *more: str) -> Path:
 FOUR_STEPS = ["optimizer.max_steps=4", "train.save_every_steps=2", "optimizer.warmup_steps=0"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", ["rmsprop", "adafactor"])  # of torch, and of transformers
 def test_a_run_that_goes_on_has_the_state_of_its_optimizer(align, tmp_path, tiny_llama, pairs_file, optim):
     words = [f"optimizer.optim={optim}"]
@@ -325,6 +331,7 @@ def test_a_run_that_goes_on_has_the_state_of_its_optimizer(align, tmp_path, tiny
     assert all(torch.equal(value, weights(cut)[name]) for name, value in weights(whole).items())
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_draws_the_same_random_numbers(align, tmp_path, tiny_llama, pairs_file):
     code = tmp_path / "noisy.py"
     code.write_text(
@@ -344,6 +351,7 @@ def test_a_run_that_goes_on_draws_the_same_random_numbers(align, tmp_path, tiny_
     assert timeless(metrics(cut)) == timeless(metrics(whole))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_an_adapter_holds_the_adapter_only_and_goes_on(align, tmp_path, tiny_llama, pairs_file):
     pytest.importorskip("peft")
     words = ["model.lora={r: 4, target_modules: all-linear}"]
