@@ -129,27 +129,17 @@ def steps_per_epoch(pairs: int, pairs_per_step: int) -> int:
     return -(-pairs // pairs_per_step)
 
 
+@dataclass(frozen=True, eq=False)
 class StepSampler:
-    """This rank's micro-batches of each step. Deterministic in (seed, step): every epoch has an order of its own.
+    """Micro-batches of one rank for each step. Deterministic in (seed, step); every epoch has an order of its own."""
 
-    Args:
-        lengths: `(prompt, chosen, rejected)` tokens of each pair.
-        budget: tokens of a micro-batch, padding included.
-    """
-
-    def __init__(
-        self,
-        lengths: Sequence[Lengths],
-        layout: Layout,
-        *,
-        pairs_per_step: int,
-        world: int,
-        rank: int,
-        budget: int,
-        seed: int,
-    ) -> None:
-        self.lengths, self.layout, self.pairs_per_step, self.budget = lengths, layout, pairs_per_step, budget
-        self.world, self.rank, self.seed = world, rank, seed
+    lengths: Sequence[Lengths]  # (prompt, chosen, rejected) tokens of each pair
+    layout: Layout
+    pairs_per_step: int
+    world: int
+    rank: int
+    budget: int  # tokens of a micro-batch, padding included
+    seed: int
 
     def __len__(self) -> int:
         return steps_per_epoch(len(self.lengths), self.pairs_per_step)

@@ -1,4 +1,4 @@
-"""How weights, gradients and optimizer are shared out: accelerate's FSDP2 and DeepSpeed, from the `cluster` node alone.
+"""Division of weights, gradients and optimizer among processes: accelerate's FSDP2 and DeepSpeed, by the `cluster` node.
 
 Everything that either library falls back to in silence (DDP instead of FSDP on a CPU, one process instead of two) is
 asserted. Left out: FSDP1, ZeRO-1 (zero2 without its gain) and pipelines.

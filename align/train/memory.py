@@ -1,4 +1,4 @@
-"""Bytes that one process holds in training, by strategy: arithmetic on a model's shape, for plans and for `auto`.
+"""Bytes that one process holds in training: arithmetic on a model's shape by strategy, and a measurement on a GPU.
 
 A process holds weights, gradients, optimizer state and buckets, and on top the larger of a micro-batch (weights in
 passing, the head, activations) and the optimizer's step, as each is freed before the other. docs/memory.md derives all
@@ -7,16 +7,18 @@ weights, and other processes of the host; `USABLE` leaves room for what is not c
 """
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from align.choices import Strategy
+from align.choices import Layout, Strategy
 from align.config import ModelConfig, RunConfig
 from align.data.pairs import Pairs, pair_lengths
+from align.engine import Group, collate, response_statistics
 from align.engine.batching import CPU_TOKENS, fed_tokens
-from align.launch.rank import Cluster
+from align.launch.rank import Cluster, Rank
 from align.model.load import Start
 from align.say import UserError, unknown_key
 
@@ -24,6 +26,7 @@ GIB = 2**30
 USABLE = 0.85  # of a device's memory: the rest is CUDA's, NCCL's, and gaps between allocations
 ENOUGH_TOKENS = 16384  # keep a GPU busy: if memory is calculated and not measured, more is a risk for little
 MOST_TOKENS = 65536  # of a micro-batch: beyond it a GPU only needs more memory
+_PROBES = (2048, 6144)  # tokens of the two micro-batches by which a GPU is measured
 #: Float32 values of optimizer state per trained weight, by the first word that an optimizer's name contains.
 _MOMENTS = {"ademamix": 3, "adam": 2, "rmsprop": 1, "adagrad": 1, "lion": 1, "adafactor": 0, "sgd": 0}
 _LAYER_BYTES = {True: 85, False: 129}  # kept by autograd per token, hidden unit and layer: in bf16, in float32
@@ -222,6 +225,66 @@ def micro_batch_that_fits(cfg: RunConfig, start: Start, pairs: Pairs, cluster: C
         return CPU_TOKENS
     fitting = tokens_that_fit(setup(cfg, start, cluster), cluster.strategy, cluster.memory)
     return max(longest_pair(cfg, pairs), min(ENOUGH_TOKENS, fitting))
+
+
+def token_budget(
+    policy: PreTrainedModel,
+    groups: Sequence[Group],
+    layout: Layout,
+    statistics: Sequence[str],
+    rank: Rank,
+    later: int,
+) -> int:
+    """Measure the tokens of a micro-batch for a policy that is `attach`ed in `layout` and on its device.
+
+    Two micro-batches of different sizes run forward and backward; the difference of their peaks is the cost of a token.
+    A CPU has a fixed number. Not for sharded weights: a policy that is not wrapped yet does not gather any.
+
+    Args:
+        groups: groups of the data, the longest first; repeated if they are fewer than some thousand tokens.
+        statistics: those that the objective needs.
+        later: bytes of training that are not there yet in a forward and backward: optimizer state, buckets.
+
+    Raises:
+        UserError: the longest group does not fit.
+    """
+    device = rank.device
+    if device.type != "cuda":
+        return CPU_TOKENS
+    policy.train()
+    peaks: list[tuple[int, int]] = []
+    for tokens in _PROBES:
+        some = [groups[0]]
+        while sum(len(p) + sum(map(len, rs)) for p, rs in some) < tokens:
+            some.append(groups[len(some) % len(groups)])
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        try:
+            with rank.autocast():
+                batch = collate(some, layout, pad_token_id=0).to(device)
+                response_statistics(policy, batch, statistics)["logp"].sum().backward()
+        except torch.cuda.OutOfMemoryError as error:
+            if peaks:
+                break
+            raise UserError(
+                f"a pair of {batch.fed_tokens} tokens does not fit into this GPU's memory: set "
+                "engine.gradient_checkpointing=true if it is not, or a smaller train.max_length"
+            ) from error
+        finally:
+            policy.zero_grad(set_to_none=True)
+        peaks.append((batch.input_ids.numel(), torch.cuda.max_memory_allocated(device) - before))
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info(device)[0] - later
+    return fitting_tokens(peaks, int(USABLE * free))
+
+
+def fitting_tokens(peaks: Sequence[tuple[int, int]], free: int) -> int:
+    """Find the tokens whose peak is `free` bytes, on a straight line through the (tokens, peak bytes) of the probes."""
+    (few, low), (many, high) = peaks[0], peaks[-1]
+    if many == few:  # the second probe did not fit
+        return few
+    per_token = max(1.0, (high - low) / (many - few))
+    return max(few, min(MOST_TOKENS, int(few + (free - low) / per_token)))
 
 
 def longest_pair(cfg: RunConfig, pairs: Pairs) -> int:

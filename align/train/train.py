@@ -34,12 +34,11 @@ from align.say import Stopped, UserError, say
 from align.tracking.trackers import Tracker
 from align.train import memory, reference
 from align.train.batches import PairData
-from align.train.budget import token_budget
 from align.train.checkpoint import COST, last_checkpoint, load_checkpoint, save_checkpoint, save_policy, step_of
 from align.train.cost import Cost, Meter
 from align.train.job import Job, build_objective
 from align.train.loop import Loop, check_step_zero, evaluate
-from align.train.memory import micro_batch_that_fits
+from align.train.memory import micro_batch_that_fits, token_budget
 from align.train.metrics import Report, Tally
 from align.train.sentinel import sentinel_of
 from objectives import Objective

@@ -13,7 +13,7 @@ from align.choices import Layout
 from align.engine.batching import CPU_TOKENS, fed_tokens
 from align.launch.rank import Rank
 from align.say import UserError
-from align.train.budget import fitting_tokens, token_budget
+from align.train.memory import fitting_tokens, token_budget
 
 # Two pairs: prompts [2, 5] and [2, 6, 7]; the last token of a response is not fed, 40 is a response by itself.
 GROUPS = [([2, 5], [[20, 21, 22], [30, 31]]), ([2, 6, 7], [[40], [50, 51, 52]])]

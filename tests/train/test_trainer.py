@@ -1,6 +1,5 @@
 """Steps: how a batch is split, resumed or dealt to processes changes nothing; gates stop what is wrong."""
 
-import copy
 import json
 import os
 import shutil
@@ -8,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,9 +91,7 @@ def test_pairs_that_only_fill_a_step_up_weigh_nothing(align, monkeypatch, tmp_pa
         return [[micro for share in shares for micro in share]]
 
     def steps_of_all_ranks(self, number, first=0):
-        ranks = [copy.copy(self) for _ in range(world)]
-        for rank, sampler in enumerate(ranks):
-            sampler.world, sampler.rank = world, rank
+        ranks = [replace(self, world=world, rank=rank) for rank in range(world)]
         for shares in zip(*(original(sampler, number, first) for sampler in ranks), strict=True):
             fillers.append(sum(not counts for share in shares for micro in share for counts in micro.counted))
             yield [micro for share in shares for micro in share]
