@@ -366,12 +366,13 @@ class Bad(Objective):
 """
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        pytest.param("raise", "process 1 of 2: ZeroDivisionError: the sky fell (bad.py:", marks=pytest.mark.nightly),
+        ("raise", "process 1 of 2: ZeroDivisionError: the sky fell (bad.py:"),
         ("oom", "process 1 of 2 was ended by SIGKILL; out of memory? try a smaller engine.tokens_per_micro_batch"),
         ("nan", "step 1: the loss is not finite for pairs row-"),  # which rank 1 has seen, and rank 0 has not
     ],
@@ -388,6 +389,7 @@ def test_one_worker_that_fails_ends_the_command_with_one_line(tmp_path, tiny_lla
     assert not (tmp_path / "run" / "results.json").exists()
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_port_in_use_is_named_with_what_to_type(tmp_path, tiny_llama, pairs_file):
@@ -415,14 +417,15 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(
     "cluster",
     [
-        pytest.param(["cluster=cpu"], id="single", marks=pytest.mark.nightly),
+        pytest.param(["cluster=cpu"], id="single"),
         pytest.param(["cluster=cpu_2"], id="ddp"),
-        pytest.param(["cluster=cpu_2", "cluster.strategy=fsdp"], id="fsdp", marks=pytest.mark.nightly),
+        pytest.param(["cluster=cpu_2", "cluster.strategy=fsdp"], id="fsdp"),
     ],
 )
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on_once_there_is_room(

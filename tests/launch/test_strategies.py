@@ -1,6 +1,6 @@
 """Sharing out a run changes rounding only: ddp, fsdp, zero2 and zero3 against one process, by either way to start.
 
-Every run here is a real command. Those with the mark `nightly` repeat what the others cover: `make nightly PART=strategies`.
+Every run here is a real command. CI has one for each strategy; the others carry the mark `nightly`: `make nightly PART=strategies`.
 """
 
 import json
@@ -133,6 +133,7 @@ def test_a_strategy_changes_a_run_by_rounding_only(run_of, run):
     assert difference < 1e-6
 
 
+@pytest.mark.nightly
 def test_fsdp_goes_on_with_another_number_of_processes(run_of, words, tmp_path):
     whole = run_of(("plain", "fsdp", "llama", "dpo"))
     folder = interrupted(whole, tmp_path / "run")
@@ -142,6 +143,7 @@ def test_fsdp_goes_on_with_another_number_of_processes(run_of, words, tmp_path):
     assert max(worst_difference(a, b) for a, b in zip(lines(whole), lines(folder), strict=True)) < 1e-5
 
 
+@pytest.mark.nightly
 def test_ddp_goes_on_with_one_process(run_of, words, tmp_path):
     whole = run_of(("torchrun", "ddp", "llama", "dpo"))
     folder = interrupted(whole, tmp_path / "run")
@@ -151,6 +153,7 @@ def test_ddp_goes_on_with_one_process(run_of, words, tmp_path):
     assert max(worst_difference(a, b) for a, b in zip(lines(whole), lines(folder), strict=True)) < 1e-5
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("made_by", "now", "processes", "type_instead"),
     [

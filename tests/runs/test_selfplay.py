@@ -1019,9 +1019,10 @@ def test_self_play_that_is_killed_ten_times_in_a_row_loses_nothing(tmp_path, wor
     killed(MOMENTS, words, tmp_path, home, two)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_play_as_one_does(tmp_path, words, home, two, strategy):
     folder = tmp_path / "run"
     cluster = ["cluster=cpu_2", f"cluster.strategy={strategy}", "tracker=none"]

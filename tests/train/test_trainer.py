@@ -397,6 +397,7 @@ def test_a_run_that_is_killed_and_typed_again_equals_one_that_was_not(tmp_path, 
     assert all(torch.equal(value, weights(killed)[name]) for name, value in weights(whole).items())
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_one_process_equals_two(tmp_path, tiny_llama, own_cache):
