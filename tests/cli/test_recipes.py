@@ -394,7 +394,8 @@ def test_a_scorer_says_where_it_is_from_and_what_to_type(file, composed):
         assert comment.startswith(f"https://huggingface.co/{cfg.scorer.path} ")
     if cfg.scorer.name is not None:
         assert f"scorer={cfg.scorer.name}" in comment
-        registry._check_unread(cfg.scorer, registry._BUILT_IN[cfg.scorer.name].reads)
+        _, reads = registry._BUILT_IN[cfg.scorer.name]
+        registry._check_unread(cfg.scorer, reads)
 
 
 def test_every_built_in_scorer_can_be_typed():
