@@ -98,9 +98,8 @@ def load_prompts(cfg: RunConfig, start: Start, cache: Path, wanted: Sequence[str
                 made.tokens[name] = _count_tokens(prompt, start, cfg.train.max_prompt_length)
             except BadRow as error:
                 if cfg.dataset.strict:
-                    raise UserError(
-                        f"{rows.where}, row {row['_number']}: {error} (dataset.strict=false drops and counts such rows)"
-                    ) from error
+                    remedy = "dataset.strict=false drops and counts such rows"
+                    raise UserError(f"{rows.where}, row {row['_number']}: {error} ({remedy})") from error
                 reasons[str(error)] += 1
                 continue
             found = tuple(candidate for answers in others for candidate in answers.to(prompt, row))

@@ -29,13 +29,11 @@ def side_by_side(answers: Mapping[str, Sequence[ResponseRow]], iteration: int) -
 
 
 def figures(rows: Sequence[ResponseRow], scored: Sequence[ScoredPrompt], name: str) -> dict[str, float]:
-    """Return the figures of a policy's own answers.
+    """Return the figures of a policy's own answers, means over answers or over prompts that have scores.
 
-    Returns:
-        `sample_length` in tokens; `distinct`, the share of different answers to a prompt; `unfinished`, the share that
-        was cut at max_new_tokens; `repetition` within an answer; and where the scorer gives numbers `judge_score`, their
-        mean, and `score_spread`, the mean over prompts of best minus worst. All are means over prompts that have scores,
-        or over answers.
+    `sample_length` in tokens; `distinct`, the share of different answers to a prompt; `unfinished`, the share that was
+    cut at max_new_tokens; `repetition` within an answer; and where the scorer gives numbers `judge_score`, their mean,
+    and `score_spread`, best minus worst.
     """
     own = [row for row in rows if row.origin == name]
     texts: dict[str, list[str]] = {}

@@ -110,10 +110,8 @@ def check_metric(cfg: RunConfig) -> None:
         return
     wanted = metrics.row(metric)
     if wanted and wanted.of == "answers" and judging.scorer_of(cfg) is None:
-        raise UserError(
-            f"optimized_metric={metric} needs a judge, and there is none: give scorer=..., or "
-            "optimized_metric=accuracy/mean_logp"
-        )
+        remedy = "give scorer=..., or optimized_metric=accuracy/mean_logp"
+        raise UserError(f"optimized_metric={metric} needs a judge, and there is none: {remedy}")
     kinds = ("pairs", "answers", *(["iteration"] if cfg.source.name is Source.selfplay else []))
     known = [one.name for kind in kinds for one in metrics.METRICS if one.of == kind and not one.name.endswith("*")]
     near = closest(metric, known)

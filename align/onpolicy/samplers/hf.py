@@ -45,10 +45,8 @@ def hf_sampler(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, toke
                 try:
                     drawn = iter(_draw(policy, some, stops, temperature, top_p, max_new_tokens))
                 except torch.OutOfMemoryError as error:
-                    raise UserError(
-                        f"out of memory with {tokens_per_batch} tokens in a batch: set sampling.tokens_per_batch="
-                        f"{tokens_per_batch // 2}"
-                    ) from error
+                    remedy = f"set sampling.tokens_per_batch={tokens_per_batch // 2}"
+                    raise UserError(f"out of memory with {tokens_per_batch} tokens in a batch: {remedy}") from error
                 for i in batch:
                     made[i] = [as_sample(next(drawn), tokenizer, stops) for _ in prompts[i].seeds]
         return made
@@ -116,9 +114,8 @@ def _choose(logits: Tensor, roll: Tensor, temperature: float, top_p: float) -> T
     reached = probs.cumsum(-1, dtype=torch.float64)  # float32 would lose the rare tokens of a large vocabulary
     total = reached[:, -1]
     if not bool(total.isfinite().all()):
-        raise UserError(
-            "the policy's logits are not finite numbers: it has diverged in training; try a lower learning rate"
-        )
+        reason = "it has diverged in training; try a lower learning rate"
+        raise UserError(f"the policy's logits are not finite numbers: {reason}")
     token = torch.searchsorted(reached, (roll * total)[:, None], right=True)[:, 0]
     return token.clamp(max=logits.shape[-1] - 1)  # where roll * total is rounded up to the total
 

@@ -141,9 +141,8 @@ class Servers:
             if error.code >= 500 or error.code in _TRY_LATER:
                 raise _Silent(f"status {error.code} {text}") from error
             if error.code in (401, 403):
-                raise UserError(
-                    f"{url} refuses the key (status {error.code}): set OPENAI_API_KEY to one of it"
-                ) from None
+                asked = "set OPENAI_API_KEY to one of it"
+                raise UserError(f"{url} refuses the key (status {error.code}): {asked}") from None
             raise UserError(f"{url}{path} answers with status {error.code}: {text or error.reason}") from None
         except (OSError, http.client.HTTPException, ValueError) as error:  # refused, reset, timed out, cut, no JSON
             reason = getattr(error, "reason", error)

@@ -41,16 +41,11 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """The scores of an item.
+    """The scores of an item."""
 
-    Attributes:
-        values: pointwise [K]; pairwise [K][K], row i, column j is P(response i beats response j), with
-            P_ij + P_ji = 1 and 1/2 on the diagonal. NaN where nothing can be said.
-        counts: [K] what was cut or spent, per response, always with the same keys; pairwise, of the comparisons in
-            which response i stood first. Empty: nothing to count.
-    """
-
+    #: pointwise [K]; pairwise [K][K] P(i beats j), P_ij + P_ji = 1 and 1/2 on the diagonal; NaN: nothing can be said
     values: Sequence[float] | Sequence[Sequence[float]]
+    #: [K] what was cut or spent, always with the same keys; pairwise, of comparisons in which response i stood first
     counts: Sequence[Mapping[str, int]] = ()
 
 

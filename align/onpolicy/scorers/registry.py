@@ -59,7 +59,11 @@ def build(cfg: ScorerConfig, rank: "Rank") -> Scorer:
         make = resolve(cfg.name, "scorer.name")
     elif cfg.name in _BUILT_IN:
         name, reads = _BUILT_IN[cfg.name]
-        _check_unread(cfg, reads)
+        default = asdict(ScorerConfig())
+        for key, value in asdict(cfg).items():
+            if value != default[key] and key not in ("name", *reads):
+                known = ", ".join(reads)
+                raise UserError(f"scorer.{key} does nothing with scorer.name={cfg.name}, which reads {known}")
         make = resolve(f"{_HERE}.{name}", "scorer.name")
     elif entries := list(importlib.metadata.entry_points(group="align.scorers", name=cfg.name)):
         make = entries[0].load()
@@ -78,10 +82,3 @@ def stand_in(cfg: ScorerConfig) -> Identity:
     """Return what is known of a scorer without its files, for plans where the hub cannot be reached."""
     kind = Kind.pairwise if cfg.name in _PAIRWISE else Kind.pointwise
     return Identity(kind=kind, name=f"{cfg.name}:{cfg.path}", revision="unknown", template="unknown")
-
-
-def _check_unread(cfg: ScorerConfig, reads: tuple[str, ...]) -> None:
-    default = asdict(ScorerConfig())
-    for key, value in asdict(cfg).items():
-        if value != default[key] and key not in ("name", *reads):
-            raise UserError(f"scorer.{key} does nothing with scorer.name={cfg.name}, which reads {', '.join(reads)}")
