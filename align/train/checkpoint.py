@@ -123,7 +123,8 @@ def load_checkpoint(loop: Loop, folder: Path) -> None:
         saved = load_file(folder / "model.safetensors")
         for name, weight in _trained_weights(loop).items():
             weight.copy_(saved[name])
-        loop.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", mmap=True))
+        on_gpu = loop.rank.device.type == "cuda"  # where it is copied; processes of a node then read it once
+        loop.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", mmap=on_gpu))
     load_accelerator_state(str(folder), [], [], [loop.schedule], [], loop.rank.number)
     loop.done = step_of(folder)
 

@@ -40,6 +40,7 @@ class Loop:
     Args:
         policy: `engine.attach`ed, at step 0.
         steps: of the whole training, for the schedule.
+        budget: tokens of a micro-batch, padding included.
     """
 
     def __init__(
@@ -48,13 +49,14 @@ class Loop:
         objective: Objective,
         optimizer: OptimizerConfig,
         steps: int,
+        budget: int,
         accelerator: Accelerator,
         rank: Rank,
     ) -> None:
         made = build_optimizer(optimizer, policy, steps)
         self.model, self.optimizer = accelerator.prepare(policy, made)
         self.schedule = build_schedule(optimizer, self.optimizer, steps)
-        self.objective, self.accelerator, self.rank = objective, accelerator, rank
+        self.objective, self.budget, self.accelerator, self.rank = objective, budget, accelerator, rank
         self.max_grad_norm = optimizer.max_grad_norm or math.inf
         self.done = 0  # steps
         self.tally = Tally()  # of the pairs since the last log
@@ -114,11 +116,8 @@ def pair_statistics(model: nn.Module, batch: PairBatch, needs: frozenset[str], r
     return {name: values.view(-1, 2) for name, values in computed.items()} | batch.columns
 
 
-def evaluate(loop: Loop, held_out: PairData, budget: int) -> tuple[dict[str, float], dict[str, list[float]]]:
+def evaluate(loop: Loop, held_out: PairData) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Evaluate on the held-out pairs, which are dealt to the ranks.
-
-    Args:
-        budget: tokens of a training micro-batch.
 
     Returns:
         Exact means over the pairs, with `eval/accuracy/<group>` for each group, the reward accuracy of the objective's own
@@ -126,7 +125,7 @@ def evaluate(loop: Loop, held_out: PairData, budget: int) -> tuple[dict[str, flo
     """
     rank, tally = loop.rank, Tally()
     by_pair = torch.zeros(len(held_out), len(BY_PAIR), device=rank.device, dtype=torch.double)
-    shares = deal(range(len(held_out)), held_out.lengths, rank.world, held_out.layout, FORWARD_ONLY * budget)
+    shares = deal(range(len(held_out)), held_out.lengths, rank.world, held_out.layout, FORWARD_ONLY * loop.budget)
     loop.optimizer.eval()
     with evaluating(loop.model):
         for some in shares[rank.number]:
@@ -150,12 +149,12 @@ def evaluate(loop: Loop, held_out: PairData, budget: int) -> tuple[dict[str, flo
 # Gates ---------------------------------------------------------------------------------------------------------------
 
 
-def check_step_zero(loop: Loop, train: PairData, budget: int) -> None:
+def check_step_zero(loop: Loop, train: PairData) -> None:
     """Raise `UserError` where the policy's log-ratio to the reference column is not 0 before step 1, within rounding."""
     if train.ref_logp is None:
         return
     rank = loop.rank
-    some = plan_micro_batches(train.lengths[:32], train.layout, budget)[0][:8]
+    some = plan_micro_batches(train.lengths[:32], train.layout, loop.budget)[0][:8]
     batch = train.batch(MicroBatch(tuple(some), (True,) * len(some), len(some)), rank.device)
     loop.model.train()
     with torch.no_grad(), rank.autocast():

@@ -41,6 +41,8 @@ OWNED = {
     "warmup_ratio": "optimizer.warmup_steps",
     "label_smoothing_factor": "objective.label_smoothing",
 }
+_OPTIMIZERS = [name.value for name in OptimizerNames if "lomo" not in name.value and "_layerwise" not in name.value]
+_SCHEDULES = [kind.value for kind in SchedulerType if kind.value not in ("reduce_lr_on_plateau", "greedy")]
 _FLAGS = ("nesterov", "centered")
 #: Optimizers of torch -> their class, and the options that `optim_args` may set.
 _TORCH: dict[str, tuple[Any, tuple[str, ...]]] = {
@@ -65,20 +67,11 @@ def check_optimizer(cfg: OptimizerConfig) -> None:
     for name in ("max_grad_norm", "weight_decay", "warmup_steps"):
         if not 0 <= getattr(cfg, name) < float("inf"):
             raise UserError(f"optimizer.{name} must be 0 or more, not {getattr(cfg, name)}")
-    for name, allowed in {"optim": _optimizers(), "lr_scheduler_type": _schedules()}.items():
+    for name, allowed in {"optim": _OPTIMIZERS, "lr_scheduler_type": _SCHEDULES}.items():
         if getattr(cfg, name) not in allowed:
             raise UserError(f"optimizer.{name} must be one of {', '.join(allowed)}, not {getattr(cfg, name)!r}")
     if cfg.optim_target_modules is None:  # on one weight, so that an absent package or a wrong beta shows at once
         build_schedule(cfg, build_optimizer(cfg, nn.Linear(1, 1), steps=100), steps=100)
-
-
-def _optimizers() -> list[str]:
-    names = [str(name.value) for name in OptimizerNames]
-    return [name for name in names if "lomo" not in name and not name.endswith("_layerwise")]
-
-
-def _schedules() -> list[str]:
-    return [kind.value for kind in SchedulerType if kind.value not in ("reduce_lr_on_plateau", "greedy")]
 
 
 def high_learning_rate(cfg: OptimizerConfig, parameters: int) -> str | None:

@@ -59,16 +59,12 @@ def train(job: Job, tracker: Tracker) -> dict[str, Any]:
         at_the_end.callback(leave)
         rank, knobs, checkpoints = join(job.cluster), job.cfg.train, job.dir / "checkpoints"
         checkpoint = common_checkpoint(job, rank)
-        loop, splits, budget = prepare(job, rank)
-        sampler = step_sampler(job, splits["train"], budget, rank)
+        loop, splits = prepare(job, rank)
+        sampler = step_sampler(job, loop, splits["train"])
         report = Report(job.dir / "metrics.jsonl", tracker, rank, job.steps, checkpoint, step_of(checkpoint))
         at_the_end.callback(report.close)
         with heeding_signals() as request:
-            start = (
-                read_start(job, loop, splits, checkpoint)
-                if checkpoint
-                else begin(job, loop, splits, budget, report, request)
-            )
+            start = resume(job, loop, splits, checkpoint) if checkpoint else begin(job, loop, splits, report, request)
             watch = sentinel_of(job, loop.accelerator.unwrap_model(loop.model), start["eval/mean_logp/chosen"], rank)
             meter = Meter(rank, Cost(**json.loads((checkpoint / COST).read_text())) if checkpoint else Cost())
             for share in itertools.islice(sampler.after(loop.done), job.steps - loop.done):
@@ -84,21 +80,20 @@ def train(job: Job, tracker: Tracker) -> dict[str, Any]:
                     watch.check(loop.done, metrics)
                 if knobs.eval_every_steps and loop.done % knobs.eval_every_steps == 0 and not last:
                     with meter.paused():
-                        report(loop.done, evaluate(loop, splits["held_out"], budget)[0])
+                        report(loop.done, evaluate(loop, splits["held_out"])[0])
                 if stops or last or loop.done % knobs.save_every_steps == 0:
                     save_checkpoint(loop, checkpoints, meter.cost(), knobs.keep_checkpoints)
                 if stops and not last:
                     raise Stopped(f"at step {loop.done} of {job.steps}, with a checkpoint", request.time_is_up)
         cost = meter.cost()
-        trained, of_pairs = evaluate(loop, splits["held_out"], budget)
+        trained, of_pairs = evaluate(loop, splits["held_out"])
         report(loop.done, trained)
         save(job, loop, of_pairs)
         loop.accelerator.free_memory()
         strategy.forget()
-    figures = {"start": start, "trained": trained}
-    return {side: {k.removeprefix("eval/"): v for k, v in m.items()} for side, m in figures.items()} | {
-        "cost": asdict(cost)
-    }
+    sides = {"start": start, "trained": trained}
+    figures = {side: {k.removeprefix("eval/"): v for k, v in metrics.items()} for side, metrics in sides.items()}
+    return {**figures, "cost": asdict(cost)}
 
 
 def common_checkpoint(job: Job, rank: Rank) -> Path | None:
@@ -122,16 +117,16 @@ def asked_to_stop(request: StopRequest, rank: Rank) -> bool:
 # Before the steps ----------------------------------------------------------------------------------------------------
 
 
-def prepare(job: Job, rank: Rank) -> tuple[Loop, dict[str, PairData], int]:
-    """Return the loop at step 0, the pairs of both splits, and the tokens of a micro-batch."""
+def prepare(job: Job, rank: Rank) -> tuple[Loop, dict[str, PairData]]:
+    """Return the loop at step 0, and the pairs of both splits."""
     cfg, objective, tokenizer = job.cfg, build_objective(job.cfg), job.start.tokenizer
     policy, layout, accelerator = build_policy(job, rank)
     budget = tokens_per_micro_batch(job, policy, objective, layout, rank)
     align_special_tokens(policy, tokenizer)  # as they are saved with it
     set_seed(cfg.seed)
-    loop = Loop(policy, objective, cfg.optimizer, job.steps, accelerator, rank)
+    loop = Loop(policy, objective, cfg.optimizer, job.steps, budget, accelerator, rank)
     splits = {"train": job.pairs.train, "held_out": job.pairs.held_out}
-    return loop, {name: PairData(pairs, layout, tokenizer.pad_token_id) for name, pairs in splits.items()}, budget
+    return loop, {name: PairData(pairs, layout, tokenizer.pad_token_id) for name, pairs in splits.items()}
 
 
 def build_policy(job: Job, rank: Rank) -> tuple[PreTrainedModel, Layout, Accelerator]:
@@ -200,22 +195,20 @@ def tokens_per_micro_batch(job: Job, policy: PreTrainedModel, objective: Objecti
     return fits
 
 
-def step_sampler(job: Job, pairs: PairData, budget: int, rank: Rank) -> StepSampler:
+def step_sampler(job: Job, loop: Loop, pairs: PairData) -> StepSampler:
     """Return the sampler of this rank's micro-batches."""
     return StepSampler(
         pairs.lengths,
         pairs.layout,
         pairs_per_step=job.cfg.train.pairs_per_step,
-        world=rank.world,
-        rank=rank.number,
-        budget=budget,
+        world=loop.rank.world,
+        rank=loop.rank.number,
+        budget=loop.budget,
         seed=job.cfg.seed,
     )
 
 
-def begin(
-    job: Job, loop: Loop, splits: dict[str, PairData], budget: int, report: Report, request: StopRequest
-) -> dict[str, float]:
+def begin(job: Job, loop: Loop, splits: dict[str, PairData], report: Report, request: StopRequest) -> dict[str, float]:
     """Make the reference column, check step zero, and return the start policy's figures."""
     rank = loop.rank
 
@@ -235,14 +228,14 @@ def begin(
             split.lengths,
             rank,
             layout=split.layout,
-            budget=budget,
+            budget=loop.budget,
             pad_token_id=split.pad_token_id,
             cache=Path(job.cfg.cache_dir).expanduser(),
             name=name,
             between=between_shards,
         )
-    check_step_zero(loop, splits["train"], budget)
-    start, _ = evaluate(loop, splits["held_out"], budget)
+    check_step_zero(loop, splits["train"])
+    start, _ = evaluate(loop, splits["held_out"])
     report(0, start)
     if rank.is_first:
         with whole(job.dir / "reference.safetensors") as file:
@@ -251,7 +244,7 @@ def begin(
     return start
 
 
-def read_start(job: Job, loop: Loop, splits: dict[str, PairData], checkpoint: Path) -> dict[str, float]:
+def resume(job: Job, loop: Loop, splits: dict[str, PairData], checkpoint: Path) -> dict[str, float]:
     """Go on from a checkpoint, and return the start policy's figures."""
     say(f"going on from {checkpoint}")
     load_checkpoint(loop, checkpoint)
