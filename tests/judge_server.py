@@ -78,9 +78,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if "refuses" in self.modes and "logprobs" in body:
             return self.send(400, {"error": {"message": "logprobs is not supported by this model"}})
         answer = self.answer(first_wins(first, second), body)
-        self.send(200, answer)
-        with self.lock, Path(self.log).open("a") as file:
+        with self.lock, Path(self.log).open("a") as file:  # first: who has the answer may count the lines
             file.write(json.dumps([key, body, first, second]) + "\n")
+        self.send(200, answer)
         return None
 
     def answer(self, p: float, body) -> dict:
