@@ -11,7 +11,7 @@ Values = Mapping[str, Any]
 
 
 class State(Enum):
-    """How far a run got."""
+    """Progress of a run."""
 
     complete = "complete"
     failed = "failed"  # it left a traceback
