@@ -17,6 +17,7 @@ def run(*command: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.nightly
 def test_a_step_stays_within_the_bounds_of_the_counters():
     done = run("benchmarks/counters.py")
     assert done.returncode == 0, done.stdout + done.stderr

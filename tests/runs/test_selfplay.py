@@ -779,16 +779,16 @@ def test_two_samplers_of_one_folder_share_the_prompts(home, words, tmp_path):
 
 PROCESSES = """
 import os
-from align.onpolicy import sample
+from align.files import Shards
 
-write = sample._write
+write = Shards.write
 
-def noted(file, rows):
+def noted(self, number, rows):
     with open("{log}", "a") as out:
         out.write(f"{{os.getpid()}}\\n")
-    write(file, rows)
+    write(self, number, rows)
 
-sample._write = noted
+Shards.write = noted
 """
 
 
