@@ -30,8 +30,14 @@ from align.say import UserError
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def _absolute(name: str) -> Path:
+    return Path(name).resolve()  # tests change the working folder
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--passed", type=Path, help="a file: tests named there are left out, those that pass are added")
+    parser.addoption(
+        "--passed", type=_absolute, help="a file: tests named there are left out, those that pass are added"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
