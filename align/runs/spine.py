@@ -92,6 +92,7 @@ def iterate(run: Run) -> None:
                 results.update(stages.results_of(run, made))
                 stages.tell(iteration, made, tracker)
         if rank.is_first:
+            results.update(stages.results_of(run, made))
             stages.finish(run, made)
 
 
