@@ -1,7 +1,9 @@
 """What the tests share: a way to type a command, tiny models made on the spot, and small files of pairs."""
 
+import contextlib
 import functools
 import gc
+import io
 import json
 import os
 import sys
@@ -109,6 +111,21 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     cache = tmp_path_factory.getbasetemp() / "cache"
     monkeypatch.setenv("ALIGN_CACHE", str(cache))
     return cache
+
+
+def typed(home: Path, *words: str) -> Result:
+    """Type `align <words>` in this process, with the modules in `home` at hand, for what several tests share."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["align", *words])
+        patch.syspath_prepend(str(home))
+        try:
+            main()
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else 1
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+    return Result(status, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture

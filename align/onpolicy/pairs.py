@@ -1,7 +1,7 @@
 """The third stage of an iteration: scored responses in, the pairs to train on out, as files that training reads.
 
     <folder>/manifest.json       what the pairs depend on, and how many prompts were dropped for which reason
-    <folder>/train.jsonl         a pair a line, in the format of any preference file (rows.py)
+    <folder>/train.jsonl         a pair a line, in the format of any preference file (data/rows.py)
     <folder>/held_out.jsonl
 
 The choice itself is select.py's. Left out: tokens (data/pairs.py).

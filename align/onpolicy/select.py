@@ -14,7 +14,7 @@ The rules are the published ones:
 
 Ours: a pair of equal scores is dropped too, as it prefers nothing; and candidates of further sources are no opponents
 where the policy has samples of its own, as `win_prob` is against a fresh sample of the policy.
-Left out: what a row of align has besides (the prompt, the chat turns), and empty responses, which data.py drops.
+Left out: what a row of align has besides (the prompt, the chat turns), and empty responses, which data/pairs.py drops.
 """
 
 import math

@@ -91,6 +91,7 @@ def training(iteration: Iteration, policy: Policy, pairs: Pairs) -> Job:
         identity=identity,
         dir=iteration.folder,
         policy=iteration.policy,
+        figures=iteration.trained,
         plan=text,
     )
 
@@ -114,12 +115,8 @@ def _training_config(iteration: Iteration, policy: Policy) -> RunConfig:
 
 
 def open_training(iteration: Iteration, job: Job, rank: Rank) -> None:
-    """Write down a training of self-play. What a killed process made of its policy goes: the next may differ in a bit."""
-    if not rank.is_first:
-        return
-    for made_of_it in ("merged", "evaluation"):
-        shutil.rmtree(iteration.folder / made_of_it, ignore_errors=True)
-    if iteration.run.is_selfplay:
+    """Write down a training of self-play in its folder; that of given pairs is the run's own, which is written down."""
+    if iteration.run.is_selfplay and rank.is_first:
         recognise(job)
         iteration.folder.mkdir(parents=True, exist_ok=True)
         open_folder(job, show_pair(job.pairs.train[0], job.start.tokenizer))

@@ -17,7 +17,6 @@ from align import config
 from align.choices import Launcher
 from align.config import RunConfig
 from align.evaluation import card
-from align.files import write_json
 from align.launch import slurm
 from align.launch.local import each
 from align.launch.rank import Rank, alone, free, inside
@@ -83,9 +82,7 @@ def iterate(run: Run) -> None:
             if not iteration.trained.exists():
                 stages.open_training(iteration, job, rank)
                 with _numbered(iteration, steps_before):
-                    trained = train(job, Stretch(tracker, steps_before))
-                if rank.is_first:
-                    write_json(iteration.trained, trained)
+                    train(job, Stretch(tracker, steps_before))
                 free()
             made.append({"steps": job.steps, **stages.evaluate(iteration, job, policy, counts, rank)})
             if rank.is_first:

@@ -44,6 +44,7 @@ class Job:
     identity: dict[str, Any]
     dir: Path
     policy: Path  # the folder of the trained policy
+    figures: Path  # the file of what it has come to, written when the policy is there
     plan: str
 
     @property

@@ -44,11 +44,10 @@ from align.train.sentinel import sentinel_of
 from objectives import Objective
 
 
-def train(job: Job, tracker: Tracker) -> dict[str, Any]:
+def train(job: Job, tracker: Tracker) -> None:
     """Train in step with the other processes of the run, which are left again at the end.
 
-    Returns:
-        {"start": figures at step 0, "trained": figures, "cost": cost}. The policy is in its folder then.
+    The policy is then in its folder, and `job.figures` has {"start": figures at step 0, "trained": figures, "cost": cost}.
 
     Raises:
         UserError: anything the user can put right.
@@ -88,12 +87,11 @@ def train(job: Job, tracker: Tracker) -> dict[str, Any]:
         cost = meter.cost()
         trained, of_pairs = evaluate(loop, splits["held_out"])
         report(loop.done, trained)
-        save(job, loop, of_pairs)
+        sides = {"start": start, "trained": trained}
+        figures = {side: {k.removeprefix("eval/"): v for k, v in metrics.items()} for side, metrics in sides.items()}
+        save(job, loop, {**figures, "cost": asdict(cost)}, of_pairs)
         loop.accelerator.free_memory()
         strategy.forget()
-    sides = {"start": start, "trained": trained}
-    figures = {side: {k.removeprefix("eval/"): v for k, v in metrics.items()} for side, metrics in sides.items()}
-    return {**figures, "cost": asdict(cost)}
 
 
 def common_checkpoint(job: Job, rank: Rank) -> Path | None:
@@ -268,8 +266,11 @@ def step_metrics(loop: Loop, meter: Meter, update: dict[str, float], steps_per_e
     return {f"train/{name}": value for name, value in metrics.items()}
 
 
-def save(job: Job, loop: Loop, of_pairs: dict[str, list[float]]) -> None:
-    """Write the policy, its tokenizer, and which held-out pairs it ranks rightly. Every process calls it."""
+def save(job: Job, loop: Loop, figures: dict[str, Any], of_pairs: dict[str, list[float]]) -> None:
+    """Write the policy, its tokenizer, which held-out pairs it ranks rightly, and last the figures.
+
+    Every process calls it, and none goes on before all is there: what is made of a policy is never of one that is lost.
+    """
     folder = job.policy
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     if loop.rank.is_first:
@@ -283,4 +284,5 @@ def save(job: Job, loop: Loop, of_pairs: dict[str, list[float]]) -> None:
         columns = zip(job.pairs.held_out["row_id"], *(of_pairs[name] for name in names), strict=True)
         lines = (json.dumps(dict(zip(("pair", *names), values, strict=True))) for values in columns)
         write_text(job.dir / "held_out.jsonl", "".join(f"{line}\n" for line in lines))
+        write_json(job.figures, figures)
     loop.accelerator.wait_for_everyone()

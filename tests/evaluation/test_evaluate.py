@@ -4,7 +4,6 @@ The judge is a program that counts vowels, so that every win rate can be worked 
 """
 
 import contextlib
-import io
 import json
 import logging
 import shutil
@@ -12,12 +11,12 @@ import sys
 from pathlib import Path
 from statistics import fmean, stdev
 
+import conftest
 import pytest
 from conftest import ROOT, Result, pair_row, quick, write_jsonl
 from judge_server import Server, first_wins
 from safetensors.torch import load_file
 
-from align.__main__ import main
 from align.evaluation.evaluate import with_evaluations
 from align.evaluation.settings import SUITES
 
@@ -29,23 +28,12 @@ SHORT = ["sampling.samples=2", "sampling.max_new_tokens=6"]
 
 
 def typed(home: Path, *words: str, evaluates: bool = True) -> Result:
-    """`python -m align evaluate <words>`, or `align <words>`, in this process and in the folder `home`."""
-
-    out, err, status = io.StringIO(), io.StringIO(), 0
+    """`align evaluate <words>`, or `align <words>`, in this process and in the folder `home`."""
     words = tuple(sorted(words, key=lambda word: not word.startswith("-")))
     more = ["cluster.cpu_threads=1", f"cache_dir={home / 'cache'}"]
     more += [] if any(word.startswith("cluster=") for word in words) else ["cluster=cpu"]
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sys, "argv", ["align", *(["evaluate"] if evaluates else []), *words, *more])
-        patch.syspath_prepend(str(home))
-        patch.chdir(home)
-        try:
-            main()
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else 1
-            if isinstance(end.code, str):
-                print(end.code, file=sys.stderr)
-    return Result(status, out.getvalue(), err.getvalue())
+    with contextlib.chdir(home):
+        return conftest.typed(home, *(["evaluate"] if evaluates else []), *words, *more)
 
 
 def in_one_line(result: Result) -> str:

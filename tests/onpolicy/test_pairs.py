@@ -70,7 +70,7 @@ class Scorer:
 
 
 def scored(folder, responses, values=None, kind=Kind.pointwise):
-    """Scores as annotate.py writes them."""
+    """Scores as score.py writes them."""
     values = values or {name: [score for _, _, score in said] for name, said in SAID.items()}
     annotate(read_samples(responses), Scorer(values, kind), folder)
     return folder

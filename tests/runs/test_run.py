@@ -164,6 +164,16 @@ def test_a_start_model_that_changed_in_its_folder_is_another_run(composed, tiny_
 
 
 @pytest.mark.slow
+def test_what_else_lies_in_a_folder_that_is_named_as_run_dir_stays(align, tiny_llama, pairs_file, folder):
+    theirs = [folder / "evaluation" / "notes.txt", folder / "merged" / "weights.txt", folder / "logs" / "mine.txt"]
+    for file in theirs:
+        file.parent.mkdir(parents=True)
+        file.write_text("precious")
+    assert align(*quick(tiny_llama, pairs_file, f"run_dir={folder}")).status == 0
+    assert [file.read_text() for file in theirs] == ["precious"] * 3
+
+
+@pytest.mark.slow
 def test_a_judge_that_fails_costs_no_model_and_the_next_try_trains_nothing(
     align, monkeypatch, tiny_llama, pairs_file, folder, tmp_path
 ):

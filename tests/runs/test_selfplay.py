@@ -4,8 +4,6 @@ The scorer is a program that counts vowels. A random model's answers differ in t
 that can be worked out from the texts. The lower half types real commands; `make nightly PART=selfplay` has the long ones.
 """
 
-import contextlib
-import io
 import json
 import math
 import os
@@ -18,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 from commands import Command, complete
@@ -25,7 +24,6 @@ from conftest import ROOT, Result, write_jsonl
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from align.__main__ import main
 from align.onpolicy.scorers import registry
 
 REAL = ROOT.parent / "shared" / "data"
@@ -91,19 +89,8 @@ def words(home, tiny_llama) -> Callable[..., list[str]]:
 
 
 def typed(home: Path, *words: str, stage: str | None = None) -> Result:
-    """`align <words>` in this process, for what several tests share; or a stage alone."""
-
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sys, "argv", ["align", *([stage] if stage else []), *words, "tracker=none"])
-        patch.syspath_prepend(str(home))
-        try:
-            main()
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else 1
-            if isinstance(end.code, str):
-                print(end.code, file=sys.stderr)
-    return Result(status, out.getvalue(), err.getvalue())
+    """`align <words>` in this process, or a stage alone."""
+    return conftest.typed(home, *([stage] if stage else []), *words, "tracker=none")
 
 
 @pytest.fixture(scope="module")

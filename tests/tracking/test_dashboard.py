@@ -118,7 +118,7 @@ def test_answers_and_differences_between_configurations_are_shown(typed):
     runs = panels(json.loads(typed("team/align", "--dry-run")))["Runs"]
     assert of_kind(runs, "Run Comparer") == [{"diffOnly": True}]
     (table,) = of_kind(runs, "Weave")
-    assert '"samples"' in json.dumps(table)  # the name under which tracking.py shows them
+    assert '"samples"' in json.dumps(table)  # the name under which trackers show them
 
 
 def test_the_report_has_the_panels_of_the_workspace_under_headings(typed):
