@@ -59,8 +59,10 @@ def say(text: str) -> None:
 def quieten() -> None:
     """Turn off progress bars and notes of libraries."""
     import datasets
+    import huggingface_hub
     import transformers
 
     datasets.disable_progress_bars()
+    huggingface_hub.logging.set_verbosity_error()  # without a network it tells of each of its retries
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -27,7 +27,7 @@ import huggingface_hub
 import numpy as np
 
 from align.evaluation import base
-from align.evaluation.base import OURS, THEIRS, Evaluation, Outcome
+from align.evaluation.base import OURS, THEIRS, Evaluation
 from align.evaluation.judge import standard_error
 from align.evaluation.judging import judged_prompts
 from align.evaluation.settings import AlpacaEvalConfig
@@ -37,10 +37,10 @@ from align.onpolicy.figures import chances, side_by_side
 from align.onpolicy.sample import ResponseRow
 from align.onpolicy.score import score_responses
 from align.say import UserError, say
-from align.stats.length_control import average_length, length_controlled_win_rate, outcomes
+from align.stats.length_control import length_controlled_win_rate, outcomes
 
 _HUB = "tatsu-lab/alpaca_eval"
-_FILES = {  # of the hub's dataset
+_FILES = {
     "instructions": "alpaca_eval.json",
     "reference": "alpaca_eval_gpt4_baseline.json",
     "difficulties": "df_gamed.csv",
@@ -70,14 +70,13 @@ def inputs(evaluation: Evaluation[AlpacaEvalConfig]) -> dict[str, Any]:
 
 def work(evaluation: Evaluation[AlpacaEvalConfig], rank: Rank) -> None:
     """Answer all instructions, and score the answers where one of our scorers judges."""
-    base.ask(evaluation, [row["instruction"] for row in _asked(evaluation.suite)], rank)
+    base.ask(evaluation, _texts(evaluation.suite), rank)
     if evaluation.scored_by_name:
-        score_responses(
-            _both(evaluation, _reference(evaluation.suite)), evaluation.cfg, evaluation.folder / "scores", rank
-        )
+        both = _both(evaluation, _reference(evaluation.suite))
+        score_responses(both, evaluation.cfg, evaluation.folder / "scores", rank)
 
 
-def measure(evaluation: Evaluation[AlpacaEvalConfig]) -> Outcome | None:
+def measure(evaluation: Evaluation[AlpacaEvalConfig]) -> tuple[dict[str, float], str] | None:
     """Write the answers; compute the leaderboard's figures, where somebody has judged them."""
     suite, outputs = evaluation.suite, _outputs(evaluation)
     file = evaluation.folder / "model_outputs.json"
@@ -101,7 +100,7 @@ def measure(evaluation: Evaluation[AlpacaEvalConfig]) -> Outcome | None:
         note += f"; {unjudged} are not judged and left out"
     if not suite.difficulties:
         note += "; lc_win_rate is without instruction difficulties, so no leaderboard figure"
-    return Outcome(results=results, note=note)
+    return results, note
 
 
 def figures(
@@ -124,7 +123,7 @@ def figures(
         "ties": float(np.mean(won == 0.5)),
         "lc_win_rate": controlled.rate,
         "lc_standard_error": controlled.standard_error,
-        "length": average_length([row["output_2"] for row in annotations]),
+        "length": fmean(ours),
         "reference/length": fmean(theirs),
         "instructions": len(annotations),
     }
@@ -162,15 +161,16 @@ def _instructions(suite: AlpacaEvalConfig) -> list[Row]:
     return base.read_table("suite.instructions", str(_file("instructions", suite.instructions)), ("instruction",))
 
 
-def _asked(suite: AlpacaEvalConfig) -> list[Row]:
-    return _instructions(suite)[: suite.limit]
+def _texts(suite: AlpacaEvalConfig) -> list[str]:
+    """Return the instructions that are put to the policy."""
+    return [row["instruction"] for row in _instructions(suite)[: suite.limit]]
 
 
 def _reference(suite: AlpacaEvalConfig) -> dict[str, Row]:
     """Return the reference outputs, by instruction, of which none may be missing."""
     rows = base.read_table("suite.reference", str(_file("reference", suite.reference)), ("instruction", "output"))
     reference = {row["instruction"]: row for row in rows}
-    asked = [row["instruction"] for row in _asked(suite)]
+    asked = _texts(suite)
     if missing := [instruction for instruction in asked if instruction not in reference]:
         raise UserError(
             f"suite.reference={suite.reference} has no output to {len(missing)} of {len(asked)} instructions, the first is "
@@ -202,8 +202,8 @@ def _difficulties(
 
 def _outputs(evaluation: Evaluation[AlpacaEvalConfig]) -> list[Row]:
     """Return the answers in AlpacaEval's format."""
-    asked, generator = _asked(evaluation.suite), evaluation.run.name
-    said = base.answers(evaluation, [row["instruction"] for row in asked])
+    suite, generator = evaluation.suite, evaluation.run.name
+    said = base.answers(evaluation, _texts(suite))
     return [
         {
             "dataset": row.get("dataset", ""),
@@ -211,7 +211,7 @@ def _outputs(evaluation: Evaluation[AlpacaEvalConfig]) -> list[Row]:
             "output": said[row["instruction"]].response,
             "generator": generator,
         }
-        for row in asked
+        for row in _instructions(suite)[: suite.limit]
     ]
 
 
@@ -245,7 +245,7 @@ def _annotations(evaluation: Evaluation[AlpacaEvalConfig], outputs: Sequence[Row
 
 def _both(evaluation: Evaluation[AlpacaEvalConfig], reference: Mapping[str, Row]) -> list[ResponseRow]:
     """Return both answers to each instruction, for a scorer: one that compares sees them in both orders."""
-    ours = base.answers(evaluation, [row["instruction"] for row in _asked(evaluation.suite)])
+    ours = base.answers(evaluation, _texts(evaluation.suite))
     theirs = [replace(row, response=reference[text]["output"], response_ids=[]) for text, row in ours.items()]
     return side_by_side({OURS: list(ours.values()), THEIRS: theirs}, 1)
 
@@ -275,21 +275,14 @@ def _by_scorer(
 
 
 def _package(annotator: str) -> Any:
-    try:
-        import alpaca_eval
-    except ImportError as error:
-        raise UserError(
-            f"suite.annotator={annotator} needs alpaca-eval, which wants an older setuptools: "
-            f"pip install 'alpaca-eval>=0.6.6,<0.7' 'setuptools<81' ({error})"
-        ) from error
-    return alpaca_eval
+    remedy = "which wants an older setuptools: pip install 'alpaca-eval>=0.6.6,<0.7' 'setuptools<81'"
+    return base.package("alpaca_eval", f"suite.annotator={annotator} needs alpaca-eval, {remedy}")
 
 
 def _by_package(annotator: str, outputs: Sequence[Row], reference: Sequence[Row]) -> list[Row]:
     """Return annotations by the package alpaca-eval; its figures are left to ours, which need no hub file."""
-    package = _package(annotator)
     try:
-        _, annotations = package.evaluate(
+        _, annotations = _package(annotator).evaluate(
             model_outputs=list(outputs),
             reference_outputs=list(reference),
             annotators_config=annotator,

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
-from align.evaluation.base import Evaluation, Outcome, answers, ask, check_one_answer, read_table
+from align.evaluation.base import Evaluation, answers, ask, check_one_answer, read_table
 from align.evaluation.settings import ArenaHardConfig
 from align.files import fingerprint, write_text
 from align.launch.rank import Rank
@@ -44,7 +44,7 @@ def work(evaluation: Evaluation[ArenaHardConfig], rank: Rank) -> None:
     ask(evaluation, [text for _, text in _questions(evaluation.suite)], rank)
 
 
-def measure(evaluation: Evaluation[ArenaHardConfig]) -> Outcome | None:
+def measure(evaluation: Evaluation[ArenaHardConfig]) -> tuple[dict[str, float], str] | None:
     """Write the answers; count the judgments, where there are some."""
     suite, name = evaluation.suite, evaluation.run.name
     asked = _questions(suite)
@@ -63,7 +63,7 @@ def measure(evaluation: Evaluation[ArenaHardConfig]) -> Outcome | None:
     judgments = _judgments(suite.judgments, name)
     judges = ", ".join(dict.fromkeys(str(row.get("judge", "somebody")) for row in judgments))
     note = f"Arena-Hard-Auto, {len(judgments):,} of {len(asked):,} questions, judged by {judges}"
-    return Outcome(results={**figures(judgments), "length": fmean(map(len, said.values()))}, note=note)
+    return {**figures(judgments), "length": fmean(map(len, said.values()))}, note
 
 
 def figures(judgments: Sequence[Mapping[str, Any]]) -> dict[str, float]:

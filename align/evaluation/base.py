@@ -5,12 +5,14 @@ A suite is a module align/evaluation/<kind>.py with three functions:
     inputs(evaluation)      values that decide its results besides settings, policy and sampling, such as fingerprints of
                             files; refuses what can be refused before the work
     work(evaluation, rank)  the heavy part, in each process; they share it by files of the folder
-    measure(evaluation)     an Outcome from those files, in the first process; None where somebody else has to judge first
+    measure(evaluation)     the results by name, and a line that says what was measured, from those files in the first
+                            process; None where somebody else has to judge first
 """
 
 import contextlib
+import importlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -24,7 +26,7 @@ from align.config import RunConfig, SourceConfig
 from align.data.prompts import PromptRow
 from align.data.rows import read_rows
 from align.evaluation.judging import Contestant, answer
-from align.evaluation.settings import SuiteConfig
+from align.evaluation.settings import SuiteConfig, typed
 from align.files import as_json, fingerprint
 from align.launch.rank import Cluster, Rank
 from align.model.load import start_model
@@ -45,69 +47,57 @@ class TrainedRun:
     dir: Path
     cfg: RunConfig  # as it was typed
     iterations: int  # of self-play; 0 of an ordinary run
+    cache: Path  # what runs share
+
+    @property
+    def last(self) -> Path:
+        """The folder of its last training."""
+        return self.dir / f"iter_{self.iterations}" if self.iterations else self.dir
 
     @property
     def saved(self) -> Path:
         """The folder of its policy, with the model card."""
-        if self.iterations:
-            return self._iteration(self.iterations) / "policy"
-        alone = self.dir / "model"
-        return alone if alone.is_dir() else self.dir / "policy"  # of an iteration of self-play by itself
-
-    @property
-    def judged(self) -> Path:
-        """The folder of its own judge's answers and scores."""
-        return (self._iteration(self.iterations) if self.iterations else self.dir) / "evaluation"
+        model = self.last / "model"
+        return model if model.is_dir() else self.last / "policy"  # of an iteration of self-play
 
     @property
     def name(self) -> str:
         """The name of its answers in the formats of others."""
         return self.dir.resolve().name
 
-    def start(self, cache: Path) -> Policy:
+    def start(self) -> Policy:
         """Return the start model; a built-in one that the cache lacks is made anew."""
-        return Policy(iteration=0, cfg=self.cfg.model, start=start_model(self.cfg, cache))
+        return Policy(iteration=0, cfg=self.cfg.model, start=start_model(self.cfg, self.cache))
 
-    def policies(self, cache: Path) -> list[Policy]:
+    def policies(self) -> list[Policy]:
         """Return the start model, and the policy of each training, with its adapter merged where there is one."""
-        folders = [self._iteration(number) / "policy" for number in range(1, self.iterations + 1)]
-        policies = [self.start(cache)]
+        folders = [self.dir / f"iter_{number}" / "policy" for number in range(1, self.iterations + 1)]
+        policies = [self.start()]
         for folder in folders or [self.saved]:
-            policies.append(trained_from(policies[-1], folder, cache))
+            policies.append(trained_from(policies[-1], folder, self.cache))
         return policies
 
-    def _iteration(self, number: int) -> Path:
-        return self.dir / f"iter_{number}"
 
-
-def trained_run(key: str, path: str) -> TrainedRun:
+def trained_run(key: str, path: str, cache: Path) -> TrainedRun:
     """Return the complete run in a folder; `key` is the knob that named it."""
     folder = existing(key, path)
     if not (folder / "config.yaml").is_file():
         inside = sorted(file.parent.name for file in folder.glob("*/config.yaml"))
         runs = f"; there are runs in it: {', '.join(inside[:4])}" if inside else ""
         raise UserError(f"{key}={path} is no run folder, as it has no config.yaml{runs}")
-    cfg = _config(key, folder)
+    try:
+        cfg: RunConfig = typed(key, RunConfig, OmegaConf.load(folder / "config.yaml"))
+    except (OmegaConfBaseException, OSError, ValueError) as error:
+        why = str(error).partition("\n")[0]
+        raise UserError(f"{key}={folder}: its config.yaml is of another version of align, or damaged ({why})") from None
     if not (folder / "results.json").is_file():
         raise UserError(f"{key}={path} is not complete{_remedy(folder)}")
     results = json.loads((folder / "results.json").read_text())
     iterations = len(results["iterations"]) if cfg.source.name is Source.selfplay else 0
-    run = TrainedRun(dir=folder, cfg=cfg, iterations=iterations)
+    run = TrainedRun(dir=folder, cfg=cfg, iterations=iterations, cache=cache)
     if not run.saved.is_dir():
         raise UserError(f"{key}={path} has lost its trained model: there is no {run.saved}")
     return run
-
-
-def _config(key: str, folder: Path) -> RunConfig:
-    """Return the configuration that a run has written down, typed again."""
-    try:
-        typed = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(folder / "config.yaml"))
-        cfg: Any = OmegaConf.to_object(typed)
-    except (OmegaConfBaseException, OSError, ValueError) as error:
-        why = str(error).partition("\n")[0]
-        raise UserError(f"{key}={folder}: its config.yaml is of another version of align, or damaged ({why})") from None
-    assert isinstance(cfg, RunConfig)
-    return cfg
 
 
 def _remedy(folder: Path) -> str:
@@ -130,19 +120,6 @@ class Evaluation(Generic[Settings]):
     suite: Settings
     folder: Path  # of its files
     cluster: Cluster
-
-    @property
-    def cache(self) -> Path:
-        """The folder of what runs share."""
-        return Path(self.cfg.cache_dir).expanduser()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """The results of a suite."""
-
-    results: Mapping[str, float]  # by names that the suite's own is put before
-    note: str  # what was measured, in a line, for people
 
 
 # Questions of a benchmark ---------------------------------------------------------------------------------------------
@@ -170,6 +147,14 @@ def answers(evaluation: Evaluation[Any], texts: Sequence[str]) -> dict[str, Resp
     by_id = {row.prompt_id: row for row in read_samples(evaluation.folder / "responses")}
     rows = {text: by_id[fingerprint(text)] for text in texts}
     return {text: replace(row, response=row.response.strip()) for text, row in rows.items()}
+
+
+def package(name: str, remedy: str) -> Any:
+    """Import an optional package of a suite, or say how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"{remedy} ({error})") from error
 
 
 def scorer_identity(evaluation: Evaluation[Any]) -> dict[str, Any]:

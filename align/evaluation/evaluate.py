@@ -16,13 +16,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-
 from align import config
 from align.choices import Launcher
 from align.config import SamplingConfig
 from align.evaluation import judging
-from align.evaluation.base import Evaluation, Outcome, TrainedRun, trained_run
+from align.evaluation.base import Evaluation, TrainedRun, trained_run
 from align.evaluation.settings import SUITES, EvaluateConfig, SuiteConfig, typed
 from align.files import as_json, differences, write_json, write_text, writing
 from align.launch import slurm
@@ -42,27 +40,27 @@ def evaluate(cfg: EvaluateConfig) -> None:
     Raises:
         UserError: anything the user can put right.
     """
-    _quieten()
+    quieten()
     slurm.take_place()
     evaluation = prepare(cfg)
-    suite = _suite(evaluation)
+    suite, folder = _module(evaluation), evaluation.folder
     inputs = as_json({**_inputs(evaluation), **suite.inputs(evaluation)})
-    results, settings = evaluation.folder / "results.json", evaluation.folder / "settings.json"
+    results, settings = folder / "results.json", folder / "settings.json"
     if results.exists():
-        _recognise(settings, inputs, evaluation.folder)
-        say(f"This evaluation is complete: {evaluation.folder}")
+        _recognise(settings, inputs)
+        say(f"This evaluation is complete: {folder}")
     else:
-        with writing(f"cannot write {evaluation.folder}", ""):
-            evaluation.folder.mkdir(parents=True, exist_ok=True)
-        each(evaluation.cluster, logs_of(evaluation.folder), _work, evaluation)
+        with writing(f"cannot write {folder}", ""):
+            folder.mkdir(parents=True, exist_ok=True)
+        each(evaluation.cluster, logs_of(folder), _work, evaluation)
         if not is_first():
             return
-        with writing(f"cannot write {evaluation.folder}", ""):
-            outcome: Outcome | None = suite.measure(evaluation)
-            if outcome is None:
+        with writing(f"cannot write {folder}", ""):
+            if (measured := suite.measure(evaluation)) is None:
                 return
-            numbers = {f"{evaluation.suite.name}/{name}": float(value) for name, value in outcome.results.items()}
-            write_json(settings, {"made_of": inputs, "note": outcome.note})
+            found, note = measured
+            numbers = {f"{evaluation.suite.name}/{name}": float(value) for name, value in found.items()}
+            write_json(settings, {"made_of": inputs, "note": note})
             write_json(results, numbers)
         trackers.add_results(evaluation.run.dir, evaluation.run.cfg, numbers)
     if is_first():
@@ -71,19 +69,14 @@ def evaluate(cfg: EvaluateConfig) -> None:
         say(f"{note}\n{table(json.loads(results.read_text()))}\nresults  {results}")
 
 
-def _quieten() -> None:
-    quieten()
-    huggingface_hub.logging.set_verbosity_error()  # without a network it tells of each of its retries; the error says all
-
-
-def _suite(evaluation: Evaluation[Any]) -> Any:
+def _module(evaluation: Evaluation[Any]) -> Any:
     """Return the module of the suite."""
     return importlib.import_module(f"align.evaluation.{evaluation.suite.kind}")
 
 
 def _work(evaluation: Evaluation[Any]) -> None:
-    _quieten()
-    _suite(evaluation).work(evaluation, alone(evaluation.cluster))
+    quieten()
+    _module(evaluation).work(evaluation, alone(evaluation.cluster))
 
 
 def prepare(cfg: EvaluateConfig) -> Evaluation[Any]:
@@ -102,13 +95,12 @@ def prepare(cfg: EvaluateConfig) -> Evaluation[Any]:
         raise UserError(
             "an evaluation runs where it is typed: put the command into a job of yours, with cluster=auto (sbatch, srun)"
         )
-    run = trained_run("run", cfg.run)
+    run = trained_run("run", cfg.run, Path(cfg.cache_dir).expanduser())
     as_run = judging.sampling_of(run.cfg.evaluation, run.cfg.sampling.tokens_per_batch)
     sampling: SamplingConfig = typed("sampling", as_run, cfg.sampling)
-    scored_by_name = cfg.scorer.name is not None
     merged = replace(
         run.cfg,
-        scorer=cfg.scorer if scored_by_name else run.cfg.scorer,
+        scorer=run.cfg.scorer if cfg.scorer.name is None else cfg.scorer,
         cluster=cfg.cluster,
         cache_dir=cfg.cache_dir,
         seed=run.cfg.seed if cfg.seed is None else cfg.seed,
@@ -117,9 +109,9 @@ def prepare(cfg: EvaluateConfig) -> Evaluation[Any]:
     config.check(merged)
     return Evaluation(
         run=run,
-        policy=run.policies(Path(cfg.cache_dir).expanduser())[-1],
+        policy=run.policies()[-1],
         cfg=merged,
-        scored_by_name=scored_by_name,
+        scored_by_name=cfg.scorer.name is not None,
         suite=suite,
         folder=run.dir / "evaluation" / suite.name,
         cluster=answering_cluster(merged),
@@ -137,17 +129,15 @@ def _inputs(evaluation: Evaluation[Any]) -> dict[str, Any]:
     }
 
 
-def _recognise(settings: Path, inputs: Mapping[str, Any], folder: Path) -> None:
+def _recognise(settings: Path, inputs: Mapping[str, Any]) -> None:
     """Refuse results of other settings."""
     try:
         before = json.loads(settings.read_text())["made_of"]
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{settings} is damaged: delete {folder} to evaluate anew") from error
+        raise UserError(f"{settings} is damaged: delete {settings.parent} to evaluate anew") from error
     if differs := differences(before, inputs):
-        raise UserError(
-            f"{folder} holds results of other settings ({'; '.join(differs[:4])}): give another suite.name=, or delete "
-            "that folder"
-        )
+        others = f"{settings.parent} holds results of other settings ({'; '.join(differs[:4])})"
+        raise UserError(f"{others}: give another suite.name=, or delete that folder")
 
 
 # For people -----------------------------------------------------------------------------------------------------------

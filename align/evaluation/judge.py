@@ -27,7 +27,7 @@ from align.config import DatasetConfig, PairSourceConfig
 from align.data.pairs import prepare_pairs
 from align.data.prompts import PromptRow, load_prompts
 from align.evaluation import base, judging
-from align.evaluation.base import OURS, TABLES, THEIRS, Evaluation, Outcome
+from align.evaluation.base import OURS, TABLES, THEIRS, Evaluation
 from align.evaluation.judging import Contestant
 from align.evaluation.settings import JudgeConfig
 from align.files import MANIFEST, fingerprint
@@ -43,33 +43,25 @@ from align.stats.length_control import length_controlled_win_rate
 
 @dataclass(frozen=True, kw_only=True)
 class _Match:
-    """Policies that answer the same prompts, the first of them ours and the last the opponent, and the folder of scores.
+    """Policies that answer the same prompts, ours first and the opponent last, and the folder of scores.
 
     Against the answers of a file there is our policy alone, and the prompts carry them as candidates of THEIRS.
     """
 
     contestants: Sequence[Contestant]
+    theirs: str  # origin of the opponent's answers
     prompts: Sequence[PromptRow]
     scores: Path
-
-    @property
-    def opponent(self) -> Contestant | None:
-        """The opponent, where it is a policy."""
-        return self.contestants[-1] if len(self.contestants) > 1 else None
-
-    @property
-    def sides(self) -> dict[str, str]:
-        """Origins of answers by their names in samples.jsonl."""
-        return {"opponent": self.opponent.name if self.opponent else THEIRS, "policy": self.contestants[0].name}
 
 
 def inputs(evaluation: Evaluation[JudgeConfig]) -> dict[str, Any]:
     """Return the values that decide the results: the prompts, the opponent, the scorer."""
     match = _match(evaluation)
+    *_, opponent = match.contestants
     return {
         "suite": {**asdict(evaluation.suite), "prompts": None, "against": None},  # wherever they lie
         "prompts": fingerprint([[prompt.id, [asdict(c) for c in prompt.candidates]] for prompt in match.prompts]),
-        "opponent": match.opponent.policy.fingerprint if match.opponent else "answers of a file",
+        "opponent": opponent.policy.fingerprint if opponent.name == match.theirs else "answers of a file",
         "scorer": base.scorer_identity(evaluation),
     }
 
@@ -82,20 +74,19 @@ def work(evaluation: Evaluation[JudgeConfig], rank: Rank) -> None:
     score_responses(_rows(evaluation, match), evaluation.cfg, match.scores, rank)
 
 
-def measure(evaluation: Evaluation[JudgeConfig]) -> Outcome:
+def measure(evaluation: Evaluation[JudgeConfig]) -> tuple[dict[str, float], str]:
     """Compare, and write samples.jsonl for people."""
     match, who = _match(evaluation), base.scorer_identity(evaluation)["name"]
-    rows = _rows(evaluation, match)
+    ours, rows = match.contestants[0].name, _rows(evaluation, match)
     scored = judging.judged_prompts(rows, match.scores, who)
-    judging.write_samples(evaluation.folder / "samples.jsonl", rows, scored, match.sides)
+    sides = {"opponent": match.theirs, "policy": ours}
+    judging.write_samples(evaluation.folder / "samples.jsonl", rows, scored, sides)
     against, answers = evaluation.suite.against or "the start model", evaluation.cfg.sampling.samples
     note = f"answers to {len(match.prompts):,} prompts, {answers} each, against {against}, judged by {who}"
     if dropped := len(match.prompts) - len(scored):
         note += f"; {dropped} prompts without a finite score are left out"
-    return Outcome(
-        results=compared(rows, scored, ours=match.sides["policy"], theirs=match.sides["opponent"]),
-        note=f"{note}; lc_win_rate is an approximation without instruction difficulties",
-    )
+    note += "; lc_win_rate is an approximation without instruction difficulties"
+    return compared(rows, scored, ours, match.theirs), note
 
 
 def compared(
@@ -138,19 +129,18 @@ def standard_error(values: Sequence[float]) -> float:
 
 def _match(evaluation: Evaluation[JudgeConfig]) -> _Match:
     """Return the match: that of the run's own judge where the question is the same."""
-    suite, run, folder = evaluation.suite, evaluation.run, evaluation.folder
-    prompts = _prompts(evaluation)
+    run, folder, prompts = evaluation.run, evaluation.folder, _prompts(evaluation)
     if _is_own(evaluation):
-        policies = run.policies(evaluation.cache)
-        judged = (policies[-1], policies[-2], policies[0])
-        contestants = judging.contestants_of(run.dir, judged, run.iterations > 0)
-        return _Match(contestants=contestants, prompts=prompts, scores=run.judged / "scores")
+        policies = run.policies()
+        contestants = judging.contestants_of(run.dir, (policies[-1], policies[-2], policies[0]), run.iterations > 0)
+        scores = run.last / "evaluation" / "scores"
+        return _Match(contestants=contestants, theirs=contestants[-1].name, prompts=prompts, scores=scores)
     policy = evaluation.policy
     contestants = [Contestant(name=OURS, policy=policy, stream=policy.iteration, folder=folder / "responses")]
-    if not _is_file(suite.against):
+    if not _is_file(evaluation.suite.against):
         opponent = _opponent(evaluation)
         contestants.append(Contestant(name=THEIRS, policy=opponent, stream=0, folder=folder / f"responses_of_{THEIRS}"))
-    return _Match(contestants=contestants, prompts=prompts, scores=folder / "scores")
+    return _Match(contestants=contestants, theirs=THEIRS, prompts=prompts, scores=folder / "scores")
 
 
 def _is_own(evaluation: Evaluation[JudgeConfig]) -> bool:
@@ -161,14 +151,14 @@ def _is_own(evaluation: Evaluation[JudgeConfig]) -> bool:
     asked = (suite.against, suite.prompts, limit, evaluation.cfg.seed, evaluation.cfg.sampling)
     if asked != (None, None, cfg.evaluation.prompts, cfg.seed, sampling):
         return False
-    manifest = evaluation.run.judged / "scores" / MANIFEST
+    manifest = evaluation.run.last / "evaluation" / "scores" / MANIFEST
     return manifest.is_file() and json.loads(manifest.read_text()).get("scorer") == base.scorer_identity(evaluation)
 
 
 def _rows(evaluation: Evaluation[JudgeConfig], match: _Match) -> list[ResponseRow]:
     """Return the answers of all side by side, as the scorer sees them."""
     answers = {contestant.name: read_samples(contestant.folder) for contestant in match.contestants}
-    return figures.side_by_side(answers, evaluation.run.iterations) if match.opponent else answers[OURS]
+    return figures.side_by_side(answers, evaluation.run.iterations) if match.theirs in answers else answers[OURS]
 
 
 def _is_file(against: str | None) -> bool:
@@ -183,16 +173,16 @@ def _opponent(evaluation: Evaluation[JudgeConfig]) -> Policy:
             "or vllm, or give its answers as a file, suite.against=answers.jsonl"
         )
     if evaluation.suite.against is None:
-        return evaluation.run.start(evaluation.cache)
-    return base.trained_run("suite.against", evaluation.suite.against).policies(evaluation.cache)[-1]
+        return evaluation.run.start()
+    return base.trained_run("suite.against", evaluation.suite.against, evaluation.run.cache).policies()[-1]
 
 
 def _prompts(evaluation: Evaluation[JudgeConfig]) -> list[PromptRow]:
     """Return the held-out prompts of the run, or those of a file; with the answers of the opponent's file."""
     suite, cfg, by_file = evaluation.suite, evaluation.cfg, _is_file(evaluation.suite.against)
-    start = evaluation.run.start(evaluation.cache).start  # whose prompts they may be
+    start = evaluation.run.start().start  # whose prompts they may be
     if suite.prompts is None and not by_file and not evaluation.run.iterations:
-        pairs = prepare_pairs(cfg.dataset, cfg.train, cfg.model.system_message, start, evaluation.cache)
+        pairs = prepare_pairs(cfg.dataset, cfg.train, cfg.model.system_message, start, evaluation.run.cache)
         return judging.prompts_of_pairs(pairs, suite.limit or cfg.evaluation.prompts)
     dataset = cfg.dataset
     if suite.prompts is not None:
@@ -205,7 +195,7 @@ def _prompts(evaluation: Evaluation[JudgeConfig]) -> list[PromptRow]:
         cfg, dataset=dataset, source=PairSourceConfig(candidates={THEIRS: str(suite.against)} if by_file else {})
     )
     with base.in_words_of("suite.prompts"):
-        asked = load_prompts(cfg, start, evaluation.cache, ("held_out",)).held_out
+        asked = load_prompts(cfg, start, evaluation.run.cache, ("held_out",)).held_out
     if by_file:
         asked = [prompt for prompt in asked if prompt.candidates]
     return asked[: suite.limit or (cfg.evaluation.prompts if suite.prompts is None else None)]

@@ -2,14 +2,11 @@
 
 Accuracy on held-out pairs says that the policy ranks given answers rightly; this says whether its own answers got
 better. Beside the win rate stand what judges are fooled by and what goes first when a policy collapses: ties, length,
-repetition, entropy, and KL(policy || start), estimated the same way for every objective: the mean of
-log pi - log pi_start over the policy's own samples. The scorer sees all answers to a prompt together, of which it gives
-numbers or says who beats whom.
+repetition, entropy, and KL(policy || start) = mean of log pi - log pi_start over the policy's own samples.
 
-A run calls `judge` after each of its trainings; `align evaluate suite=judge` reads the same answers and scores, or
-compares others by the same parts. Every process takes part: answers, weights and scores are shards of files, which
-whoever is free makes, and what is there is read again. One model at a time is on the device, and none while the scorer
-is.
+A run calls `judge` after each of its trainings; `align evaluate` reads the same files, or compares other answers by the
+same parts. Answers, weights and scores are shards, which whichever process is free makes, and what is there is read
+again. One model at a time is on the device, and none while the scorer is.
 """
 
 import json
@@ -50,18 +47,12 @@ _VERSION = 1  # of a shard of weights
 
 @dataclass(frozen=True, kw_only=True)
 class Contestant:
-    """A policy whose answers are compared.
+    """A policy whose answers are compared."""
 
-    Attributes:
-        name: the origin of its answers.
-        stream: of random numbers. Answers that share them are no independent samples, so no two policies do.
-        folder: of its answers.
-    """
-
-    name: str
+    name: str  # the origin of its answers
     policy: Policy
-    stream: int
-    folder: Path
+    stream: int  # of random numbers, its own: answers that share them are no independent samples
+    folder: Path  # of its answers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,16 +89,14 @@ def sampling_of(evaluation: EvaluationConfig, tokens_per_batch: int) -> Sampling
 
 def contestants_of(run_dir: Path, policies: Sequence[Policy], is_selfplay: bool) -> list[Contestant]:
     """Return the contestants of a run's own judge: its trained policy, the one before it, the start model, each once."""
-
-    def contestant(policy: Policy) -> Contestant:
+    found = {}
+    for policy in policies:
         number = policy.iteration
-        if is_selfplay:
-            folder = run_dir / f"iter_{number}" / "evaluation" / "responses"
-            return Contestant(name=policy.name, policy=policy, stream=number, folder=folder)
-        folder = run_dir / "evaluation" / ("responses" if number else "responses_of_start")
-        return Contestant(name=POLICY if number else START, policy=policy, stream=number, folder=folder)
-
-    return list({policy.iteration: contestant(policy) for policy in policies}.values())
+        name = policy.name if is_selfplay else POLICY if number else START
+        folder = (run_dir / f"iter_{number}" if is_selfplay else run_dir) / "evaluation"
+        folder /= "responses" if is_selfplay or number else "responses_of_start"
+        found[number] = Contestant(name=name, policy=policy, stream=number, folder=folder)
+    return list(found.values())
 
 
 def judge(
@@ -142,41 +131,28 @@ def judge(
     ours, start = contestants[0], contestants[-1]
     of_ours = [row for row in rows if row.origin == ours.name]
     of_both = [row for row in rows if row.origin in (ours.name, start.name)]
-    by_ours = weigh(ours.policy, of_ours, cfg, folder / "weights", rank)
-    by_start = weigh(start.policy, of_both, cfg, folder / "weights_of_start", rank)
+    weights = weigh(ours.policy, of_ours, cfg, folder / "weights", rank)
+    by_start: dict[str, list[Weight]] = {ours.name: [], start.name: []}
+    for row, weight in zip(of_both, weigh(start.policy, of_both, cfg, folder / "weights_of_start", rank), strict=True):
+        by_start[row.origin].append(weight)
     score_responses(rows, cfg, folder / "scores", rank)
     if not rank.is_first:
         return None
     scored = judged_prompts(rows, folder / "scores", who)
     write_samples(folder.parent / "samples.jsonl", rows, scored, {START: start.name, POLICY: ours.name})
-    start_weights = {
-        side.name: [weight for row, weight in zip(of_both, by_start, strict=True) if row.origin == side.name]
-        for side in (ours, start)
-    }
-    trained = _figures(ours.name, start.name, rows, scored, by_ours, start_weights[ours.name])
+    made = {}
+    for side, name, own in (("start", start.name, by_start[start.name]), ("trained", ours.name, weights)):
+        ties = figures.ties(scored, name, start.name)
+        made[side] = {
+            "win_rate": 0.5 if name == start.name else figures.win_rate(scored, name, start.name),
+            **({} if math.isnan(ties) else {"ties": ties}),  # one answer has no tie with another
+            **figures.figures(rows, scored, name),
+            "sample_entropy": sample_entropy(own),
+            "kl_policy_start": kl(own, by_start[name]),
+        }
     if iteration:
-        trained["win_rate/previous"] = figures.win_rate(scored, ours.name, contestants[1].name)
-    of_start = start_weights[start.name]
-    return {"start": _figures(start.name, start.name, rows, scored, of_start, of_start), "trained": trained}
-
-
-def _figures(
-    name: str,
-    start: str,
-    rows: Sequence[ResponseRow],
-    scored: Sequence[ScoredPrompt],
-    weights: Sequence[Weight],
-    by_start: Sequence[Weight],
-) -> dict[str, float]:
-    """Return all figures of a policy's answers, which have these weights under itself and under the start model."""
-    ties = figures.ties(scored, name, start)
-    return {
-        "win_rate": 0.5 if name == start else figures.win_rate(scored, name, start),
-        **({} if math.isnan(ties) else {"ties": ties}),  # one answer has no tie with another
-        **figures.figures(rows, scored, name),
-        "sample_entropy": sample_entropy(weights),
-        "kl_policy_start": kl(weights, by_start),
-    }
+        made["trained"]["win_rate/previous"] = figures.win_rate(scored, ours.name, contestants[1].name)
+    return made
 
 
 def answer(
@@ -253,10 +229,9 @@ def weights(
         for some in plan_micro_batches(lengths, layout, FORWARD_ONLY * budget):
             batch = collate([fed[i] for i in some], layout, int(tokenizer.pad_token_id)).to(rank.device)
             sums = response_statistics(policy, batch, ("entropy",))
-            rows = iter(zip(*(sums[name].tolist() for name in ("logp", "entropy", "length")), strict=True))
-            for i in some:
-                of_group = islice(rows, len(groups[i]))
-                found[i] = [Weight(logp=logp, entropy=entropy, length=int(n)) for logp, entropy, n in of_group]
+            rows = zip(*(sums[name].tolist() for name in ("logp", "entropy", "length")), strict=True)
+            made = (Weight(logp=logp, entropy=entropy, length=int(length)) for logp, entropy, length in rows)
+            found |= {i: list(islice(made, len(groups[i]))) for i in some}
     return [weight for i in range(len(groups)) for weight in found[i]]
 
 

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from align.evaluation.base import Evaluation, Outcome
+from align.evaluation.base import Evaluation, package
 from align.evaluation.settings import LmEvalConfig
 from align.files import build_once, file_fingerprint, fingerprint, write_json, writing
 from align.launch.rank import Rank, free
@@ -47,26 +47,24 @@ def work(evaluation: Evaluation[LmEvalConfig], rank: Rank) -> None:
     tasks = _tasks(evaluation.suite)
     metrics = _evaluate(evaluation, evaluation.policy, tasks, rank)
     if evaluation.suite.start:
-        start = evaluation.run.start(evaluation.cache)
-        build_once(
-            _folder_of_start(evaluation, start),
-            lambda into: write_json(into / "results.json", _evaluate(evaluation, start, tasks, rank)),
-        )
+        start = evaluation.run.start()
+        folder = _folder_of_start(evaluation, start)
+        build_once(folder, lambda into: write_json(into / "results.json", _evaluate(evaluation, start, tasks, rank)))
     with writing(f"cannot write {evaluation.folder}", ""):
         write_json(evaluation.folder / _ALL, metrics)
 
 
-def measure(evaluation: Evaluation[LmEvalConfig]) -> Outcome:
+def measure(evaluation: Evaluation[LmEvalConfig]) -> tuple[dict[str, float], str]:
     """Return the tasks' first metrics."""
     suite = evaluation.suite
     results = figures(json.loads((evaluation.folder / _ALL).read_text()), suite.tasks)
     if suite.start:
-        folder = _folder_of_start(evaluation, evaluation.run.start(evaluation.cache))
+        folder = _folder_of_start(evaluation, evaluation.run.start())
         start = figures(json.loads((folder / "results.json").read_text()), suite.tasks)
         results |= {f"start/{name}": value for name, value in start.items() if not name.endswith("/standard_error")}
     note = f"lm-evaluation-harness {_harness().__version__}, {', '.join(suite.tasks)}"
     note += f", the first {suite.limit} examples of each" if suite.limit else ""
-    return Outcome(results=results, note=note)
+    return results, note
 
 
 def figures(metrics: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]) -> dict[str, float]:
@@ -90,10 +88,7 @@ def figures(metrics: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]) -> d
 
 
 def _harness() -> Any:
-    try:
-        import lm_eval
-    except ImportError as error:
-        raise UserError(f"suite=lm_eval needs a package: pip install 'lm-eval>=0.4.9,<1' ({error})") from error
+    lm_eval = package("lm_eval", "suite=lm_eval needs a package: pip install 'lm-eval>=0.4.9,<1'")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it advises on words that are not the user's
     return lm_eval
 
@@ -153,7 +148,7 @@ def _folder_of_start(evaluation: Evaluation[LmEvalConfig], start: Policy) -> Pat
     suite = evaluation.suite
     asked = {**asdict(suite), "name": None, "batch_size": None, "task_folder": _code(suite)}
     key = fingerprint(start.fingerprint, _harness().__version__, evaluation.cluster.bf16, evaluation.cfg.seed, asked)
-    return evaluation.cache / "lm_eval" / key
+    return evaluation.run.cache / "lm_eval" / key
 
 
 def _evaluate(
@@ -180,5 +175,4 @@ def _evaluate(
     del model
     free()
     assert measured is not None  # None is for ranks other than the first
-    metrics = {**measured["results"], **measured.get("groups", {})}
-    return json.loads(json.dumps(metrics, default=str))
+    return {**measured["results"], **measured.get("groups", {})}

@@ -18,7 +18,7 @@ from align import engine
 from align.config import DatasetConfig
 from align.data.pairs import Pairs, as_group, pair_lengths, prepare_pairs, token_counts
 from align.engine.batching import CPU_TOKENS
-from align.evaluation.base import Evaluation, Outcome, check_place, in_words_of
+from align.evaluation.base import Evaluation, check_place, in_words_of
 from align.evaluation.settings import PairsConfig
 from align.files import whole, writing
 from align.launch.rank import Rank, free
@@ -38,7 +38,7 @@ def inputs(evaluation: Evaluation[PairsConfig]) -> dict[str, Any]:
 def work(evaluation: Evaluation[PairsConfig], rank: Rank) -> None:
     """Write log-probabilities under the policy and the start model; each process takes some shards."""
     pairs = _pairs(evaluation)
-    sides = {"policy": evaluation.policy, "start": evaluation.run.start(evaluation.cache)}
+    sides = {"policy": evaluation.policy, "start": evaluation.run.start()}
     columns = {name: _logps(policy, pairs, evaluation, rank) for name, policy in sides.items()}
     if rank.is_first:
         file = evaluation.folder / _COLUMNS
@@ -46,7 +46,7 @@ def work(evaluation: Evaluation[PairsConfig], rank: Rank) -> None:
             save_file(columns, str(unfinished))
 
 
-def measure(evaluation: Evaluation[PairsConfig]) -> Outcome:
+def measure(evaluation: Evaluation[PairsConfig]) -> tuple[dict[str, float], str]:
     """Return both accuracies with their parts, overall and by group, and those of the start model."""
     pairs = _pairs(evaluation).held_out
     logps = load_file(str(evaluation.folder / _COLUMNS))
@@ -56,7 +56,7 @@ def measure(evaluation: Evaluation[PairsConfig]) -> Outcome:
     start = figures(logps["start"], None, lengths, groups)
     results |= {f"start/{name}": value for name, value in start.items() if not name.startswith("length/")}
     source = evaluation.suite.path or "the run's held-out pairs"
-    return Outcome(results={**results, "pairs": len(pairs)}, note=f"accuracies on {len(pairs):,} pairs of {source}")
+    return {**results, "pairs": len(pairs)}, f"accuracies on {len(pairs):,} pairs of {source}"
 
 
 def figures(logp: Tensor, ref_logp: Tensor | None, length: Tensor, groups: list[str]) -> dict[str, float]:
@@ -88,12 +88,12 @@ def _pairs(evaluation: Evaluation[PairsConfig]) -> Pairs:
         shape: dict[str, Any] = {**source, "columns": suite.columns, "wrap_plain": suite.wrap_plain}
         dataset, limit = DatasetConfig(name=suite.name, limit=1, **shape), None
     elif run.iterations:
-        train, held_out = (str(run.saved.parent / "pairs" / f"{split}.jsonl") for split in ("train", "held_out"))
+        train, held_out = (str(run.last / "pairs" / f"{split}.jsonl") for split in ("train", "held_out"))
         dataset, limit = DatasetConfig(name=suite.name, limit=1, path=train, eval_path=held_out), None
     dataset = replace(dataset, eval_limit=suite.limit or limit, group_by=suite.group_by)
-    start = run.start(evaluation.cache).start  # whom the built-in task's pairs come from
+    start = run.start().start  # whom the built-in task's pairs come from
     with in_words_of("suite.path"):
-        return prepare_pairs(dataset, cfg.train, cfg.model.system_message, start, evaluation.cache)
+        return prepare_pairs(dataset, cfg.train, cfg.model.system_message, start, evaluation.run.cache)
 
 
 def _logps(policy: Policy, pairs: Pairs, evaluation: Evaluation[PairsConfig], rank: Rank) -> Tensor:
@@ -116,7 +116,7 @@ def _logps(policy: Policy, pairs: Pairs, evaluation: Evaluation[PairsConfig], ra
         layout=layout,
         budget=budget if isinstance(budget, int) else CPU_TOKENS,
         pad_token_id=int(policy.start.tokenizer.pad_token_id),
-        cache=evaluation.cache,
+        cache=evaluation.run.cache,
         name="held_out",
     )
     del model

@@ -94,7 +94,7 @@ SUITES: dict[str, type[SuiteConfig]] = {
 }
 
 
-def typed(key: str, shape: Any, words: dict[str, Any]) -> Any:
+def typed(key: str, shape: Any, words: Any) -> Any:
     """Return an instance of a dataclass with these words, or a copy of an instance; an error names the key."""
     node = OmegaConf.merge(OmegaConf.create({key: OmegaConf.structured(shape)}), {key: words})
     merged: Any = OmegaConf.to_object(node)
