@@ -39,10 +39,6 @@ class Variant(NamedTuple):
 Backend = Callable[[Tensor, Tensor, Tensor, Segments, Variant], Tensor]
 
 
-class UnsupportedError(Exception):
-    """A model needs something from attention that packed rows do not offer."""
-
-
 def backends(device: torch.device, wanted: str | None) -> list[str]:
     """List the attention implementations to try, the fastest first. `wanted` is `model.attn_implementation`."""
     if device.type != "cuda" or wanted == "sdpa":
@@ -52,6 +48,8 @@ def backends(device: torch.device, wanted: str | None) -> list[str]:
 
 
 def _registered(backend: Backend) -> Callable[..., tuple[Tensor, None]]:
+    """Adapt a backend to transformers' registry. Raises `ValueError` where a model needs more from attention."""
+
     def attention(
         module: nn.Module,
         query: Tensor,
@@ -66,12 +64,11 @@ def _registered(backend: Backend) -> Callable[..., tuple[Tensor, None]]:
         **options: Any,
     ) -> tuple[Tensor, None]:
         if segments is None:
-            raise UnsupportedError("its attention is not told how the batch's row is made up")
-        unknown = [n for n in ("s_aux", "sinks", "position_bias", "head_mask") if options.get(n) is not None]
-        if attention_mask is not None:
-            raise UnsupportedError("it brings an attention mask of its own")
-        if unknown:
-            raise UnsupportedError(f"its attention uses {unknown[0]}")
+            raise ValueError("its attention is not told how the batch's row is made up")
+        options["attention_mask"] = attention_mask
+        for name in ("attention_mask", "s_aux", "sinks", "position_bias", "head_mask"):
+            if options.get(name) is not None:
+                raise ValueError(f"its attention uses {name}")
         segments.windows[getattr(module, "layer_idx", len(segments.windows))] = sliding_window
         variant = Variant(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
         if torch.is_autocast_enabled(query.device.type):  # rotary embeddings return float32
@@ -118,26 +115,18 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments, variant
 
 
 def _mask(segments: Segments, queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:
-    """Return the mask `[queries, keys]` to add to the logits of the last `queries` of `keys` tokens.
-
-    It is a corner of one mask that all segments share.
-    """
+    """Return `[queries, keys]` to add to the logits of the last of the keys: a corner of a mask that segments share."""
     longest = max(prompt + max(responses) for prompt, responses in segments.groups)
     name = ("mask", window, like.dtype, like.device)
     if name not in segments.cached:
         unseen = _unseen(min(_BLOCK, longest), longest, 0, window, like.device)
         segments.cached[name] = torch.zeros_like(unseen, dtype=like.dtype).masked_fill_(unseen, -torch.inf)
-    mask = segments.cached[name]
-    assert isinstance(mask, Tensor)
-    corner = mask[-queries:, -keys:]
+    corner: Tensor = segments.cached[name][-queries:, -keys:]
     return corner.contiguous() if like.is_cuda else corner  # CUDA's kernels need it aligned
 
 
 def _unseen(queries: int, keys: int, first_key: int, window: int | None, device: torch.device) -> Tensor:
-    """Return `[queries, keys - first_key]`, True where a key comes after its query or before its window.
-
-    The queries are the last of the keys.
-    """
+    """Return `[queries, keys - first_key]`, True for a key after its query, one of the last keys, or before its window."""
     query = torch.arange(keys - queries, keys, device=device)
     distance = query[:, None] - torch.arange(first_key, keys, device=device)
     return (distance < 0) if window is None else (distance < 0) | (distance >= window)
@@ -147,7 +136,8 @@ class _CappedAttention(torch.autograd.Function):
     """softmax(cap * tanh(q k^T * scale / cap)) v of the last Tq of Tk tokens, causal, in blocks of queries.
 
     A block reads only the keys that it sees. Its capped logits are kept for the backward: half of one attention map,
-    where autograd would keep four whole ones. q [1, H, Tq, D], k and v [1, K, Tk, D] -> [1, H, Tq, D]
+    where autograd would keep four whole ones. q [1, K * G, Tq, D], k and v [1, K, Tk, D] -> [1, K * G, Tq, D]; in a
+    block the queries that share a key head are together, [K, G * n, D].
     """
 
     @staticmethod
@@ -155,12 +145,13 @@ class _CappedAttention(torch.autograd.Function):
         out = torch.empty(1, q.shape[2], q.shape[1], q.shape[3], dtype=q.dtype, device=q.device).transpose(1, 2)
         kept = []
         for rows, columns in _blocks(q.shape[2], k.shape[2], window):
-            logits = _by_key_head(q[:, :, rows] * (scale / cap), k.shape[1]) @ k[0, :, columns].transpose(1, 2)
+            block = (q[:, :, rows] * (scale / cap)).reshape(k.shape[1], -1, k.shape[3])
+            logits = block @ k[0, :, columns].transpose(1, 2)
             _hide(logits.tanh_().mul_(cap), rows.stop - rows.start, window, _HIDDEN)
             peak = logits.amax(-1, keepdim=True)
             weights = (logits - peak).exp_()  # [K, G * n, m], not divided by their sum yet
             total = weights.sum(-1, keepdim=True)
-            out[:, :, rows] = _by_head((weights @ v[0, :, columns]).div_(total), q.shape[1])
+            out[:, :, rows] = (weights @ v[0, :, columns]).div_(total).view(1, q.shape[1], -1, q.shape[3])
             kept += [logits, peak + total.log()]
         ctx.save_for_backward(q, k, v, *kept)
         ctx.options = (scale, cap, window)
@@ -168,25 +159,21 @@ class _CappedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, by_out: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(by_out.device.type, enabled=False):  # the caller's backward may be under it
-            return _CappedAttention._backward(ctx, by_out)
-
-    @staticmethod
-    def _backward(ctx: Any, by_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
         by_q, by_k, by_v = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         scale, cap, window = ctx.options
         blocks = _blocks(q.shape[2], k.shape[2], window)
-        for (rows, columns), logits, normaliser in zip(blocks, kept[::2], kept[1::2], strict=True):
-            weights = (logits - normaliser).exp_()
-            by_block = _by_key_head(by_out[:, :, rows], k.shape[1])  # [K, G * n, D]
-            by_v[0, :, columns].baddbmm_(weights.transpose(1, 2), by_block)
-            by_logits = by_block @ v[0, :, columns].transpose(1, 2)
-            by_logits.sub_(torch.linalg.vecdot(by_logits, weights)[..., None]).mul_(weights)
-            by_logits.addcmul_(by_logits, (logits / cap).square_(), value=-1)  # 1 - tanh^2
-            by_q[:, :, rows] = _by_head(by_logits @ k[0, :, columns], q.shape[1])
-            by_k[0, :, columns].baddbmm_(by_logits.transpose(1, 2), _by_key_head(q[:, :, rows], k.shape[1]))
-        return by_q.mul_(scale), by_k.mul_(scale), by_v, None, None, None
+        with torch.autocast(by_out.device.type, enabled=False):  # the caller's backward may be under it
+            for (rows, columns), logits, normaliser in zip(blocks, kept[::2], kept[1::2], strict=True):
+                weights = (logits - normaliser).exp_()
+                block, by_block = (x[:, :, rows].reshape(k.shape[1], -1, k.shape[3]) for x in (q, by_out))
+                by_v[0, :, columns].baddbmm_(weights.transpose(1, 2), by_block)
+                by_logits = by_block @ v[0, :, columns].transpose(1, 2)
+                by_logits.sub_(torch.linalg.vecdot(by_logits, weights)[..., None]).mul_(weights)
+                by_logits.addcmul_(by_logits, (logits / cap).square_(), value=-1)  # 1 - tanh^2
+                by_q[:, :, rows] = (by_logits @ k[0, :, columns]).view(1, q.shape[1], -1, q.shape[3])
+                by_k[0, :, columns].baddbmm_(by_logits.transpose(1, 2), block)
+            return by_q.mul_(scale), by_k.mul_(scale), by_v, None, None, None
 
 
 def _blocks(queries: int, keys: int, window: int | None) -> list[tuple[slice, slice]]:
@@ -209,24 +196,13 @@ def _hide(block: Tensor, queries: int, window: int | None, value: float) -> None
     block.view(block.shape[0], -1, queries, keys)[..., first:].masked_fill_(unseen, value)
 
 
-def _by_key_head(x: Tensor, heads: int) -> Tensor:
-    """Reshape `[1, K * G, n, D]` to `[K, G * n, D]`: queries that share a key head, together."""
-    return x.reshape(heads, -1, x.shape[-1])
-
-
-def _by_head(x: Tensor, heads: int) -> Tensor:
-    """Reshape `[K, G * n, D]` to `[1, K * G, n, D]`."""
-    return x.view(1, heads, -1, x.shape[-1])
-
-
 # flash -------------------------------------------------------------------------------------------------------------
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, segments: Segments, variant: Variant) -> Tensor:
-    """Call flash-attn once for the row.
+    """Call flash-attn once. A prompt and its first response are one sequence, every further response is another.
 
-    A prompt and its first response are one sequence. Every further response is a sequence of its own, whose keys are
-    the prompt's and its own: FlashAttention aligns its causal mask to the last key.
+    The keys of the latter are the prompt's and its own: FlashAttention aligns its causal mask to the last key.
     """
     from flash_attn import flash_attn_varlen_func
 
@@ -254,23 +230,16 @@ def _varlen(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor, T
         index: list[int] = []
         queries, keys, at = [], [], 0
         for prompt, (first, *others) in segments.groups:
-            start, at = at, at + prompt + first
-            index += range(start, at)
-            queries.append(prompt + first)
-            keys.append(prompt + first)
-            for response in filter(None, others):
-                index += [*range(start, start + prompt), *range(at, at + response)]
-                queries.append(response)
-                keys.append(prompt + response)
-                at += response
-        ends = [functional.pad(torch.tensor(sizes).cumsum(0), (1, 0)).int() for sizes in (queries, keys)]
-        segments.cached["varlen"] = (
-            to_device(torch.tensor(index), device),
-            *(to_device(e, device) for e in ends),
-            max(queries),
-            max(keys),
-        )
-    return segments.cached["varlen"]  # type: ignore[return-value]
+            start = at
+            for repeated, fed in [(0, prompt + first), *((prompt, size) for size in others if size)]:
+                index += [*range(start, start + repeated), *range(at, at + fed)]
+                queries.append(fed)
+                keys.append(repeated + fed)
+                at += fed
+        ends = (functional.pad(torch.tensor(sizes).cumsum(0), (1, 0)).int() for sizes in (queries, keys))
+        on_device = (to_device(tensor, device) for tensor in (torch.tensor(index), *ends))
+        segments.cached["varlen"] = (*on_device, max(queries), max(keys))
+    return segments.cached["varlen"]
 
 
 # flex --------------------------------------------------------------------------------------------------------------
@@ -281,8 +250,7 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, segments: Segments, variant
     attend, make_mask = _flex_functions(query.device.type)
     name = ("flex", variant.window)
     if name not in segments.cached:
-        sees = _sees(segments, variant.window, query.device)
-        tokens = query.shape[2]
+        sees, tokens = _sees(segments, variant.window, query.device), query.shape[2]
         segments.cached[name] = make_mask(sees, None, None, tokens, tokens, device=query.device)
     out = attend(
         query,
@@ -342,7 +310,7 @@ def _places(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor, T
                 for values, more in zip(places, ([i] * size, [number] * size, range(start, start + size)), strict=True):
                     values += more
         segments.cached["places"] = tuple(to_device(torch.tensor(values), device) for values in places)
-    return segments.cached["places"]  # type: ignore[return-value]
+    return segments.cached["places"]
 
 
 for _name, _backend in {"sdpa": _sdpa, "flash": _flash, "flex": _flex}.items():

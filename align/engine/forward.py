@@ -39,14 +39,14 @@ def attach(model: nn.Module, layout: Layout, attention: str | None = None) -> No
         UserError: the output head is not linear.
     """
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    config = inner.config.get_text_config()
     try:
         attach_head(inner.get_output_embeddings())
     except ValueError as error:
         raise UserError(f"{type(inner).__name__}: {error}, which align cannot score") from error
     if not isinstance(inner, _Scoring):
         inner.__class__ = _scoring_class(type(inner))
-        inner._own_attention = inner.config.get_text_config()._attn_implementation
-    config = inner.config.get_text_config()
+        inner._own_attention = config._attn_implementation
     ours = attention or backends(inner.device, None)[0]
     config._attn_implementation = inner._own_attention if layout is Layout.padded else ours
 
@@ -76,8 +76,7 @@ def settle(
             exact = backends(device, "sdpa")[0]
             attach(model, candidate, exact)
             fault = _fault(model, groups, candidate)
-        names = backends(device, attention) if fault is None else []
-        for name in names:
+        for name in backends(device, attention) if fault is None else []:
             attach(model, candidate, name)
             if (fault := _fault(model, groups, candidate)) is None:
                 why = why and f"engine.layout={candidate.name}, not {layout.name}, for {type(model).__name__}: {why}"
@@ -118,9 +117,13 @@ class _Scoring:
 
     def forward(self, *args: Any, batch: Batch | None = None, statistics: Sequence[str] = (), **inputs: Any) -> Any:
         assert isinstance(self, PreTrainedModel)
-        if batch is None:
-            with self._plain_attention():
+        config = self.config.get_text_config()
+        if batch is None:  # generation and plain logits, by the model's own attention
+            ours, config._attn_implementation = config._attn_implementation, self._own_attention
+            try:
                 return super().forward(*args, **inputs)  # type: ignore[misc]
+            finally:
+                config._attn_implementation = ours
         row = {} if batch.segments is None else {"segments": batch.segments}
         trunk = self.model if self.base_model is self else self.base_model  # Llama-4 has another prefix
         hidden = trunk(
@@ -132,29 +135,15 @@ class _Scoring:
         ).last_hidden_state
         hidden = hidden.flatten(0, 1)[batch.predicted_at]  # [N, H]
         names = ("logp", *statistics)
-        transform = Transform.of(self.config.get_text_config())
-        per_token = self.get_output_embeddings()(hidden, target=batch.target, names=names, transform=transform)
+        head, transform = self.get_output_embeddings(), Transform.of(config)
+        per_token = head(hidden, target=batch.target, names=names, transform=transform)
         sums = {}
-        for name, values in zip(names, per_token, strict=True):
-            table = values.new_zeros(
-                len(batch.length), batch.longest
-            )  # summed by row, as index_add is not deterministic
+        for name, values in zip(names, per_token, strict=True):  # summed by row, as index_add is not deterministic
+            table = values.new_zeros(len(batch.length), batch.longest)
             sums[name] = table.index_put((batch.response, batch.index), values).sum(1)
         return sums
 
-    @contextlib.contextmanager
-    def _plain_attention(self) -> Iterator[None]:
-        """Switch to the model's own attention, for generation and plain logits."""
-        config = self.config.get_text_config()  # type: ignore[attr-defined]
-        ours = config._attn_implementation
-        config._attn_implementation = self._own_attention
-        try:
-            yield
-        finally:
-            config._attn_implementation = ours
 
-
-@torch.no_grad()
 def _fault(model: nn.Module, groups: Sequence[Group], layout: Layout) -> str | None:
     """Explain why an attached model cannot run in this layout; None if its numbers equal the model's own."""
     device = next(model.parameters()).device
@@ -184,9 +173,8 @@ def _wrong_windows(seen: dict[int, int | None], config: Any) -> str | None:
     """Explain which layer asked for a wrong sliding window; a few tokens do not reach the end of one, so none shows."""
     if not seen:
         return "its attention does not take part in transformers' registry"
-    window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
-    known = {"full_attention": None, "sliding_attention": window}
+    known = {"full_attention": None, "sliding_attention": getattr(config, "sliding_window", None)}
     for layer, asked in seen.items():
         kind = kinds[layer] if kinds else "sliding_attention"
         if kind not in known:

@@ -33,9 +33,8 @@ class Transform:
     @classmethod
     def of(cls, config: Any) -> "Transform":
         """Read it from a text model's configuration. `engine.settle` detects models for which this is wrong."""
-        scale = getattr(config, "logit_scale", None)  # Cohere
-        if divisor := getattr(config, "logits_scaling", None):  # Granite
-            scale = 1 / divisor
+        divisor = getattr(config, "logits_scaling", None)  # Granite
+        scale = 1 / divisor if divisor else getattr(config, "logit_scale", None)  # Cohere
         return cls(1.0 if scale is None else scale, getattr(config, "final_logit_softcapping", None))  # Gemma-2
 
     def apply(self, z: Tensor) -> Tensor:

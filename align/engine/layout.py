@@ -30,7 +30,7 @@ class Segments:
 
     groups: tuple[tuple[int, tuple[int, ...]], ...]
     windows: dict[int, int | None] = field(default_factory=dict, compare=False)
-    cached: dict[object, object] = field(default_factory=dict, compare=False)
+    cached: dict[object, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,9 +51,8 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Copy to a device, without the masks and indices that were cached on another."""
-        moved: dict[str, Any] = {
-            name: to_device(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: to_device(tensor, device) for name, tensor in tensors.items()}
         return replace(self, **moved, segments=self.segments and Segments(self.segments.groups))
 
 
@@ -62,53 +61,45 @@ def collate(groups: Sequence[Group], layout: Layout, pad_token_id: int) -> Batch
     assert all(prompt and responses and all(responses) for prompt, responses in groups)
     if layout is not Layout.shared:
         groups = [(prompt, [response]) for prompt, responses in groups for response in responses]
+    segments = tuple((len(prompt), tuple(len(one) - 1 for one in responses)) for prompt, responses in groups)
+    sizes = [prompt + sum(responses) for prompt, responses in segments]
+    width = max(sizes) if layout is Layout.padded else 0
+    offsets = accumulate([0, *(width or size for size in sizes[:-1])])  # of a group's first token
     rows: list[list[int]] = []  # fed tokens of a group
     positions: list[list[int]] = []
-    starts: list[list[int]] = []  # of a group: for each response the index in its row of the first fed token
-    for prompt, responses in groups:
-        row, position, start = list(prompt), list(range(len(prompt))), []
-        for response in responses:
-            start.append(len(row))
-            row += response[:-1]
-            position += range(len(prompt), len(prompt) + len(response) - 1)
-        rows.append(row)
-        positions.append(position)
-        starts.append(start)
-    width = max(map(len, rows)) if layout is Layout.padded else 0
-    offsets = accumulate([0, *(width or len(row) for row in rows[:-1])])
-
     predicted_at: list[int] = []
     target: list[int] = []
     lengths: list[int] = []
-    for (prompt, responses), start, offset in zip(groups, starts, offsets, strict=True):
-        for response, first in zip(responses, start, strict=True):
-            predicted_at.append(offset + len(prompt) - 1)
-            predicted_at += range(offset + first, offset + first + len(response) - 1)
+    for (prompt, responses), offset in zip(groups, offsets, strict=True):
+        row, position = list(prompt), list(range(len(prompt)))
+        for response in responses:
+            first, fed = offset + len(row), len(response) - 1
+            predicted_at += [offset + len(prompt) - 1, *range(first, first + fed)]
             target += response
             lengths.append(len(response))
+            row += response[:-1]
+            position += range(len(prompt), len(prompt) + fed)
+        rows.append(row)
+        positions.append(position)
     length = torch.tensor(lengths)
     return Batch(
         input_ids=_rows(rows, width, pad_token_id),
         position_ids=_rows(positions, width, 0),
         attention_mask=_rows([[1] * len(row) for row in rows], width, 0) if width else None,
-        segments=None
-        if width
-        else Segments(tuple((len(p), tuple(len(response) - 1 for response in rs)) for p, rs in groups)),
+        segments=None if width else Segments(segments),
         predicted_at=torch.tensor(predicted_at),
         target=torch.tensor(target),
         response=torch.arange(len(lengths)).repeat_interleave(length),
         index=torch.cat([torch.arange(n) for n in lengths]),
         length=length,
         longest=max(lengths),
-        fed_tokens=sum(map(len, rows)),
+        fed_tokens=sum(sizes),
     )
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor to a device, without waiting for a GPU's running work."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _rows(rows: list[list[int]], width: int, pad: int) -> Tensor:
