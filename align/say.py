@@ -50,6 +50,11 @@ def resolve(reference: str, key: str) -> Callable[..., Any]:
     return function
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message that says anything, or else the name of its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def say(text: str) -> None:
     """Print on rank 0 only."""
     if is_first():

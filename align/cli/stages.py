@@ -11,7 +11,7 @@ from align.launch import slurm
 from align.launch.cluster import cluster_of
 from align.launch.local import each, logs_of
 from align.launch.rank import Cluster, alone
-from align.model.policy import Policy
+from align.model.load import Policy
 from align.onpolicy.pairs import describe_counts, write_pairs
 from align.onpolicy.sample import read_samples, sample_from
 from align.onpolicy.score import score_responses

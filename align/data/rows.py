@@ -24,7 +24,7 @@ from tqdm import tqdm
 from align.config import DatasetConfig, SourceConfig
 from align.files import file_fingerprint, fingerprint
 from align.model.load import Start, is_local
-from align.say import UserError, resolve
+from align.say import UserError, first_line, resolve
 
 _OURS = ("prompt", "chosen", "rejected", "chosen_win_prob", "rejected_win_prob", "chosen_score", "rejected_score", "id")
 _HINT = "expected chosen and rejected, and prompt where they do not hold it; dataset.columns={ours: yours} renames"
@@ -148,10 +148,8 @@ def _read_hub(key: str, path: str, split: str, source: SourceConfig) -> Rows:
     try:
         stored = datasets.load_dataset(path, name=source.config, split=split, revision=source.revision)
     except Exception as error:  # the hub's errors have no base class: offline, no such set, split or configuration
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(
-            f"{key}={path} is nothing local, and its split {split!r} cannot be had from the hub: {reason}"
-        ) from error
+        missing = f"{key}={path} is nothing local, and its split {split!r} cannot be had from the hub"
+        raise UserError(f"{missing}: {first_line(error)}") from error
     return Rows(rows=stored, fingerprint=fingerprint(stored._fingerprint), where=f"{path}, {split}")
 
 

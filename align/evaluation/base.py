@@ -29,8 +29,7 @@ from align.evaluation.judging import Contestant, answer
 from align.evaluation.settings import SuiteConfig, typed
 from align.files import as_json, fingerprint
 from align.launch.rank import Cluster, Rank
-from align.model.load import start_model
-from align.model.policy import Policy, trained_from
+from align.model.load import Policy, start_model, trained_from
 from align.onpolicy.sample import ResponseRow, read_samples
 from align.onpolicy.scorers import registry
 from align.say import UserError

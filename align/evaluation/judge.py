@@ -32,7 +32,7 @@ from align.evaluation.judging import Contestant
 from align.evaluation.settings import JudgeConfig
 from align.files import MANIFEST, fingerprint
 from align.launch.rank import Rank
-from align.model.policy import Policy
+from align.model.load import Policy
 from align.onpolicy import figures
 from align.onpolicy.sample import ResponseRow, read_samples
 from align.onpolicy.score import score_responses

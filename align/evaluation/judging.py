@@ -30,7 +30,7 @@ from align.engine.batching import CPU_TOKENS, FORWARD_ONLY, plan_micro_batches
 from align.files import Shards, fingerprint, write_text, writing
 from align.launch.rank import Rank, free
 from align.model.chat import prompt_ids
-from align.model.policy import Policy
+from align.model.load import Policy
 from align.onpolicy import figures
 from align.onpolicy.pairs import scored_prompts
 from align.onpolicy.sample import ResponseRow, read_samples, sample_from

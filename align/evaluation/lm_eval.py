@@ -21,7 +21,7 @@ from align.evaluation.base import Evaluation, package
 from align.evaluation.settings import LmEvalConfig
 from align.files import build_once, file_fingerprint, fingerprint, write_json, writing
 from align.launch.rank import Rank, free
-from align.model.policy import Policy
+from align.model.load import Policy
 from align.say import UserError, closest, say
 
 _ALL = "lm_eval.json"  # all metrics of the policy, as the harness has them

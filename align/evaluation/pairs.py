@@ -22,8 +22,7 @@ from align.evaluation.base import Evaluation, check_place, in_words_of
 from align.evaluation.settings import PairsConfig
 from align.files import whole, writing
 from align.launch.rank import Rank, free
-from align.model.load import load_policy
-from align.model.policy import Policy
+from align.model.load import Policy, load_policy
 from align.train import reference
 
 _SIDES = ("chosen", "rejected")

@@ -1,4 +1,4 @@
-"""Policies and tokenizers: load, initialise, add an adapter; and the fingerprints that are keys of caches.
+"""Policies and tokenizers: load, initialise, add or merge an adapter; and the fingerprints that are keys of caches.
 
 The start model is always a folder or a hub name: a random or fitted one is written to a folder first, so that all code
 after this file handles one kind of model. Weights are safetensors, float32, without dropout: the papers train without
@@ -21,8 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from align.config import ModelConfig, RunConfig
 from align.files import build_once, file_fingerprint, fingerprint
+from align.launch.rank import Rank
 from align.model.chat import read_template, stop_token_ids, tokenizer_fingerprint
-from align.say import UserError, resolve, say
+from align.say import UserError, first_line, resolve, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,10 @@ def prepare_start(cfg: ModelConfig, cache: Path) -> Start:
     """
     if cfg.path is not None:
         tokenizer = _load_tokenizer(cfg, cfg.tokenizer or cfg.path, cfg.revision if cfg.tokenizer is None else None)
-        return Start(path=cfg.path, fingerprint=_start_fingerprint(cfg, tokenizer), tokenizer=tokenizer)
+        key = fingerprint(cfg.path, cfg.revision, tokenizer.init_kwargs.get("_commit_hash"))
+        if (folder := Path(cfg.path).expanduser()).is_dir():
+            key = content_fingerprint(folder, ("*.safetensors", "config.json"))
+        return Start(path=cfg.path, fingerprint=key, tokenizer=tokenizer)
     if cfg.tokenizer is None:
         raise UserError("model.init needs model.tokenizer: a folder, a hub name, or module:function")
     if ":" in cfg.tokenizer and not Path(cfg.tokenizer).exists():
@@ -69,13 +73,6 @@ def prepare_start(cfg: ModelConfig, cache: Path) -> Start:
         tokenizer.save_pretrained(into)
 
     return Start(path=str(build_once(folder, build, what="start model")), fingerprint=key, tokenizer=tokenizer)
-
-
-def _start_fingerprint(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    folder = Path(str(cfg.path)).expanduser()
-    if not folder.is_dir():
-        return fingerprint(cfg.path, cfg.revision, tokenizer.init_kwargs.get("_commit_hash"))
-    return content_fingerprint(folder, ("*.safetensors", "config.json"))
 
 
 def content_fingerprint(folder: Path, patterns: Sequence[str]) -> str:
@@ -133,12 +130,10 @@ def load_policy(cfg: ModelConfig, start: Start, seed: int, dtype: torch.dtype = 
         if cfg.attn_implementation is not None and "attn_implementation" in str(error):
             reason = " ".join(str(error).split())
             raise UserError(f"model.attn_implementation={cfg.attn_implementation}: {reason}") from error
-        raise UserError(cannot_load("model.path", start.path, error)) from error
-    if loading["missing_keys"]:
-        some = ", ".join(sorted(loading["missing_keys"])[:3])
-        raise UserError(
-            f"model.path={start.path} lacks {len(loading['missing_keys'])} weights ({some} ...): they would be random"
-        )
+        raise cannot_load("model.path", start.path, error) from error
+    if missing := sorted(loading["missing_keys"]):
+        some = f"{len(missing)} weights ({', '.join(missing[:3])} ...)"
+        raise UserError(f"model.path={start.path} lacks {some}: they would be random")
     if len(start.tokenizer) > (embeddings := model.get_input_embeddings().num_embeddings):
         raise UserError(
             f"the tokenizer has {len(start.tokenizer)} tokens and model {start.path} embeds only {embeddings}: "
@@ -147,27 +142,12 @@ def load_policy(cfg: ModelConfig, start: Start, seed: int, dtype: torch.dtype = 
     model.config.use_cache = False
     if cfg.lora:
         model = _with_adapter(model, cfg.lora, seed)
-    _without_dropout(model)
-    return model
-
-
-def load_trained(cfg: ModelConfig, start: Start, folder: Path) -> PreTrainedModel:
-    """Load a trained policy, whole or as an adapter of the start model, from a run's folder; float32, on the CPU."""
-    if not cfg.lora:
-        return load_policy(cfg, replace(start, path=str(folder)), seed=0)
-    import peft
-
-    model = peft.PeftModel.from_pretrained(load_policy(replace(cfg, lora={}), start, seed=0), folder)
-    _without_dropout(model)
-    return model
-
-
-def _without_dropout(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):  # in some models it is an nn.Dropout
             module.attention_dropout = 0.0
+    return model
 
 
 def _with_adapter(model: PreTrainedModel, fields: dict[str, Any], seed: int) -> PreTrainedModel:
@@ -179,8 +159,7 @@ def _with_adapter(model: PreTrainedModel, fields: dict[str, Any], seed: int) -> 
         raise UserError("model.lora.lora_dropout must be 0: with dropout the log-ratio to the start model is noise")
     transformers.set_seed(seed)
     try:
-        adapter = peft.LoraConfig(task_type="CAUSAL_LM", **fields)
-        return peft.get_peft_model(model, adapter)
+        return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **fields))
     except (TypeError, ValueError) as error:
         raise UserError(
             f"model.lora: {str(error).removeprefix('LoraConfig.__init__() ')}; fields are peft.LoraConfig's"
@@ -191,8 +170,7 @@ def _load_tokenizer(cfg: ModelConfig, path: str, revision: str | None) -> PreTra
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=cfg.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        kind = UserError if is_local(path) else NotHereError
-        raise kind(cannot_load("model.tokenizer" if cfg.tokenizer else "model.path", path, error)) from error
+        raise cannot_load("model.tokenizer" if cfg.tokenizer else "model.path", path, error) from error
     if not tokenizer.is_fast:
         raise UserError(f"tokenizer {path} has no tokenizer.json: align needs a fast tokenizer")
     if tokenizer.eos_token_id is None:
@@ -209,17 +187,18 @@ def is_local(path: str) -> bool:
     return path.startswith(("/", ".", "~")) or Path(path).is_dir()
 
 
-def cannot_load(key: str, path: str, error: Exception) -> str:
-    """Return one line: which knob, what was tried, and why it failed."""
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    folder = Path(path).expanduser()
-    if is_local(path) and not folder.is_dir():
-        return f"{key}={path} does not exist; it is taken from the working folder {Path.cwd()}"
-    if folder.is_dir() and not (folder / "tokenizer.json").is_file():
+def cannot_load(key: str, path: str, error: Exception) -> UserError:
+    """Return the error to raise: which knob, what was tried, and why it failed; `NotHereError` for a name of the hub."""
+    reason, folder = first_line(error), Path(path).expanduser()
+    if not is_local(path):
+        asked = f"{key}={path} is no folder here and cannot be had from the hub"
+        return NotHereError(f"{asked} (network, name, access token HF_TOKEN?): {reason}")
+    if not folder.is_dir():
+        return UserError(f"{key}={path} does not exist; it is taken from the working folder {Path.cwd()}")
+    if not (folder / "tokenizer.json").is_file():
         reason = "it has no tokenizer.json"
-    if folder.is_dir():
-        return f"{key}={path} cannot be loaded as a folder with config.json, safetensors and a tokenizer: {reason}"
-    return f"{key}={path} is no folder here and cannot be had from the hub (network, name, access token HF_TOKEN?): {reason}"
+    needed = "a folder with config.json, safetensors and a tokenizer"
+    return UserError(f"{key}={path} cannot be loaded as {needed}: {reason}")
 
 
 def policy_fingerprint(cfg: ModelConfig, start: Start, seed: int) -> str:
@@ -238,3 +217,45 @@ def start_model(cfg: RunConfig, cache: Path) -> Start:
         say(f"align: {error}; the plan counts tokens by the built-in tokenizer: more of them, the same steps")
         tokenizer = resolve("align.playground.tokenizer:build_tokenizer", "model.tokenizer")()
         return Start(path=str(cfg.model.path), fingerprint="stand-in", tokenizer=tokenizer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """The start model, or the result of an iteration."""
+
+    iteration: int  # that trained it; 0: the start model
+    cfg: ModelConfig
+    start: Start
+
+    def load(self, rank: Rank) -> PreTrainedModel:
+        """Load the weights for sampling. An untrained LoRA adapter is skipped: it is the identity."""
+        dtype = torch.bfloat16 if rank.bf16 else torch.float32
+        policy: Any = load_policy(replace(self.cfg, lora={}), self.start, seed=0, dtype=dtype)
+        loaded: PreTrainedModel = policy.to(rank.device)
+        return loaded
+
+    @property
+    def name(self) -> str:
+        """Name for people: "start", "iteration 1", ..."""
+        return f"iteration {self.iteration}" if self.iteration else "start"
+
+    @property
+    def fingerprint(self) -> str:
+        """Key that changes with its weights."""
+        return policy_fingerprint(replace(self.cfg, lora={}), self.start, seed=0)
+
+
+def trained_from(before: Policy, folder: Path, cache: Path) -> Policy:
+    """Return the policy that a training of `before` left in `folder`; an adapter is merged, into `merged` beside it."""
+
+    def merge(into: Path) -> None:
+        import peft
+
+        whole = load_policy(replace(before.cfg, lora={}), before.start, seed=0)
+        adapted: Any = peft.PeftModel.from_pretrained(whole, folder)
+        adapted.merge_and_unload().save_pretrained(into)
+        before.start.tokenizer.save_pretrained(into)
+
+    plain = build_once(folder.with_name("merged"), merge, "give another run_dir=") if before.cfg.lora else folder
+    cfg = replace(before.cfg, path=str(plain), revision=None, tokenizer=None, chat_template=None, init={}, fit=None)
+    return Policy(iteration=before.iteration + 1, cfg=cfg, start=prepare_start(cfg, cache))

@@ -23,7 +23,7 @@ from align.files import Shards, fingerprint
 from align.launch.cluster import cluster_of
 from align.launch.rank import Cluster, Rank, free
 from align.model.chat import prompt_ids, stop_token_ids, tokenizer_fingerprint
-from align.model.policy import Policy
+from align.model.load import Policy
 from align.onpolicy.samplers import Prompt, Sample, Sampler, hf_sampler, openai_sampler, seeds, vllm_sampler
 from align.say import UserError
 

@@ -22,7 +22,7 @@ from align.data.prompts import PromptRow, Prompts, prompts_of
 from align.evaluation import card, judging
 from align.files import write_json, write_text
 from align.launch.rank import Rank, free
-from align.model.policy import Policy, trained_from
+from align.model.load import Policy, trained_from
 from align.onpolicy import figures
 from align.onpolicy.pairs import SPLITS, describe_counts, write_pairs
 from align.onpolicy.sample import read_samples, sample_from

@@ -14,8 +14,7 @@ from align.config import RunConfig
 from align.data.pairs import Pairs
 from align.data.prompts import Prompts
 from align.launch.rank import Cluster
-from align.model.load import Start
-from align.model.policy import Policy
+from align.model.load import Policy, Start
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,7 @@ import torch
 
 from align.config import ModelConfig, RunConfig
 from align.launch.rank import Rank
-from align.model.load import Start
-from align.model.policy import Policy
+from align.model.load import Policy, Start
 from align.onpolicy import sample
 
 RANK = Rank(device=torch.device("cpu"), bf16=False, number=0, world=1)

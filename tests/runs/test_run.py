@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from align.__main__ import main
 from align.engine.batching import CPU_TOKENS
-from align.model.policy import Policy
+from align.model.load import Policy
 from align.runs import folder as run_folder
 from align.runs.prepare import prepare
 from align.say import UserError

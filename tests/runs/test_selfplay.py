@@ -505,7 +505,7 @@ def thirteen(tmp_path) -> list[str]:
 def test_a_plan_counts_prompts_responses_and_tokens_and_starts_nothing(
     align, monkeypatch, words, thirteen, tiny_llama, tmp_path
 ):
-    monkeypatch.setattr("align.model.policy.load_policy", None)
+    monkeypatch.setattr("align.model.load.load_policy", None)
     epoch = ["iterations=2", "optimizer.max_steps=-1", "plan=true"]
     result = align(*words(tmp_path / "run", *thirteen, *epoch))
     assert result.status == 0, result.err

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from align.config import ScorerConfig
 from align.launch.rank import Rank
 from align.model.chat import merge_system_message, read_template
-from align.model.load import NotHereError, cannot_load, content_fingerprint, is_local
+from align.model.load import cannot_load, content_fingerprint
 from align.onpolicy.batches import batches, pad
 from align.onpolicy.scorers.base import Identity, Item, Kind, Scores, as_messages
 from align.say import UserError
@@ -43,8 +43,7 @@ class ModelScorer:
             self._config: PretrainedConfig = AutoConfig.from_pretrained(self._path, **where)
             self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self._path, **where)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            kind = UserError if is_local(cfg.path) else NotHereError
-            raise kind(cannot_load("scorer.path", cfg.path, error)) from error
+            raise cannot_load("scorer.path", cfg.path, error) from error
         if cfg.template is not None:
             self._tokenizer.chat_template = read_template("scorer.template", cfg.template)
 
@@ -70,7 +69,7 @@ class ModelScorer:
                 output_loading_info=True,
             )
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-            raise UserError(cannot_load("scorer.path", self._path, error)) from error
+            raise cannot_load("scorer.path", self._path, error) from error
         problems = {
             "lacks": loading["missing_keys"],
             "has weights that this model does not read:": loading["unexpected_keys"],
