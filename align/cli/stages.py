@@ -8,9 +8,8 @@ from align.choices import Launcher
 from align.config import RunConfig
 from align.data.prompts import PromptRow, prompts_of
 from align.launch import slurm
-from align.launch.cluster import cluster_of
 from align.launch.local import each, logs_of
-from align.launch.rank import Cluster, alone
+from align.launch.rank import Cluster, alone, cluster_of
 from align.model.load import Policy
 from align.onpolicy.pairs import describe_counts, write_pairs
 from align.onpolicy.sample import read_samples, sample_from

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -67,7 +67,15 @@ def each(cluster: Cluster, logs: Path, function: Callable[..., Any], *args: Any)
         )
         for rank in range(cluster.world)
     ]
-    with _passing_on_signals(processes) as asked:
+    asked: list[float] = []  # times at which Ctrl-C or SIGTERM came, each passed on as SIGTERM
+
+    def pass_on(number: int, frame: Any) -> None:
+        asked.append(time.monotonic())
+        for process in processes:
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, signal.SIGTERM)
+
+    with handling(pass_on, signal.SIGINT, signal.SIGTERM):
         try:
             for process in processes:
                 process.start()
@@ -97,21 +105,6 @@ def _watch(processes: list[BaseProcess], asked: list[float]) -> dict[int, int]:
     return ended()
 
 
-@contextlib.contextmanager
-def _passing_on_signals(processes: list[BaseProcess]) -> Iterator[list[float]]:
-    """Turn Ctrl-C and SIGTERM into SIGTERM for every process. Yields the times at which they came."""
-    asked: list[float] = []
-
-    def pass_on(number: int, frame: Any) -> None:
-        asked.append(time.monotonic())
-        for process in processes:
-            if process.pid is not None and process.is_alive():
-                os.kill(process.pid, signal.SIGTERM)
-
-    with handling(pass_on, signal.SIGINT, signal.SIGTERM):
-        yield asked
-
-
 def _verdict(world: int, ended: dict[int, int], logs: Path, asked: list[float]) -> Any:
     """Return the result of rank 0, or raise the failure that came first."""
     said: dict[int, dict[str, Any]] = {}
@@ -134,9 +127,9 @@ def _verdict(world: int, ended: dict[int, int], logs: Path, asked: list[float]) 
             raise UserError(f"process {rank} of {world} was ended by {signal.Signals(-status).name}{hint}")
     if texts["failed"]:
         raise UserError(texts["failed"][0])
+    if len(asked) > 1:
+        raise Stopped("at once, without a checkpoint")
     if asked:
-        if len(asked) > 1:
-            raise Stopped("at once, without a checkpoint")
         long = f"killed, as no checkpoint came in {_TO_CHECKPOINT:.0f} s"
         raise Stopped("at once, as no training was under way" if ended else long)
     silent = min(rank for rank in range(world) if rank not in said)

@@ -76,35 +76,31 @@ def submit() -> None:
         with contextlib.redirect_stderr(said):
             jobs = executor.map_array(work, names, runs)
     except (submitit.core.utils.FailedJobError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).replace("\nsbatch: error: ", "; ").replace("sbatch: error: ", "").split())
-        raise UserError(
-            f"SLURM refuses the job: {reason[:400]}; what it is asked for is under cluster.slurm"
-        ) from error
+        said_by = str(error).replace("\nsbatch: error: ", "; ").replace("sbatch: error: ", "")
+        reason = f"{' '.join(said_by.split())[:400]}; what it is asked for is under cluster.slurm"
+        raise UserError(f"SLURM refuses the job: {reason}") from error
     for cfg, job in zip(runs, jobs, strict=True):
         print(f"job {job.job_id}  {cfg.run_dir}\n  log  {job.paths.stdout}")
     print("squeue shows them, scancel <job> stops one; the same command again goes on where it stopped")
 
 
 def _parameters(cluster: ClusterConfig, per_node: int, on_gpu: bool) -> dict[str, Any]:
-    """Return the parameters of submitit's SlurmExecutor."""
+    """Return the parameters of submitit's SlurmExecutor, which leaves out those that are None."""
     slurm = cluster.slurm
-    optional = {
-        "partition": slurm.partition,
-        "account": slurm.account,
-        "cpus_per_task": slurm.cpus_per_process,
-        "gpus_per_node": per_node if on_gpu else None,
-    }
     return {
         "job_name": "align",
         "nodes": cluster.nodes,
         "ntasks_per_node": per_node,
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "cpus_per_task": slurm.cpus_per_process,
+        "gpus_per_node": per_node if on_gpu else None,
         "time": slurm.minutes,
         "array_parallelism": slurm.at_once,
         "setup": list(slurm.setup),
         "srun_args": ["--kill-on-bad-exit=1"],  # else the others wait in a collective for the one that failed
         "signal_delay_s": min(_TO_CHECKPOINT, 20 * slurm.minutes),  # the last third of a short job
         "additional_parameters": {"requeue": True, **slurm.options},
-        **{name: value for name, value in optional.items() if value is not None},
     }
 
 
@@ -128,8 +124,8 @@ def take_place() -> None:
 
 def work(run: str, cfg: RunConfig) -> None:
     """Run one task of a job. Exits with a status other than 0 if the run is not complete."""
-    signal.signal(signal.SIGTERM, _to_leave)  # submitit ignores it
-    signal.signal(signal.SIGUSR2, _time_is_up)
+    signal.signal(signal.SIGTERM, _stop)  # submitit ignores it
+    signal.signal(signal.SIGUSR2, _stop)
     try:
         function = resolve(run, "a job")  # imports torch, which takes seconds, with the signals handled already
         here = replace(cfg.cluster, launcher=Launcher.local)  # else a single task would submit itself
@@ -158,9 +154,8 @@ def _has_grace() -> bool:
     return "JobState=RUNNING" in shown and re.search(r"PreemptTime=\d", shown) is not None
 
 
-def _time_is_up(number: int, frame: object) -> None:
-    raise Stopped("at once, as the time is up and no training was under way", time_is_up=True)
-
-
-def _to_leave(number: int, frame: object) -> None:
-    raise Stopped("at once, as no training was under way")
+def _stop(number: int, frame: object) -> None:
+    """Handle SIGTERM, and SLURM's warning that the time is up, outside of a training."""
+    time_is_up = number == signal.SIGUSR2
+    why = "the time is up and no training" if time_is_up else "no training"
+    raise Stopped(f"at once, as {why} was under way", time_is_up)

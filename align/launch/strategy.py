@@ -32,25 +32,30 @@ _ZERO = {Strategy.zero2: 2, Strategy.zero3: 3}
 def check(cluster: Cluster) -> None:
     """Raise `UserError` for a strategy that cannot work here."""
     if cluster.strategy in _ZERO and importlib.util.find_spec("deepspeed") is None:
-        raise UserError(
-            f"cluster.strategy={cluster.strategy.value} needs deepspeed: pip install deepspeed, or use cluster.strategy=fsdp"
-        )
+        remedy = "pip install deepspeed, or use cluster.strategy=fsdp"
+        raise UserError(f"cluster.strategy={cluster.strategy.value} needs deepspeed: {remedy}")
 
 
 def build_accelerator(rank: Rank, clip: float) -> Accelerator:
     """Make the accelerator of a training. Under ZeRO-3, models that are loaded afterwards are divided as they load.
 
-    Precision is `Rank.autocast`'s, or the plugins': the accelerator itself has none.
-
-    Args:
-        clip: the largest gradient norm; 0 does not clip.
+    Precision is `Rank.autocast`'s, or the plugins': the accelerator itself has none. `clip` is the largest norm of a
+    gradient; 0 does not clip.
     """
     AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier training in this process
     on_cpu = rank.device.type == "cpu"
     if on_cpu and rank.strategy not in (Strategy.single, Strategy.ddp):
         _shard_on_cpu(rank.strategy)
     if rank.strategy is Strategy.fsdp:
-        accelerator = Accelerator(fsdp_plugin=_fsdp(rank))
+        fsdp = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="TRANSFORMER_BASED_WRAP",
+            reshard_after_forward=True,
+            cpu_offload=rank.offload,
+            cpu_ram_efficient_loading=False,
+            mixed_precision_policy=precision_of_fsdp(rank),
+        )
+        accelerator = Accelerator(fsdp_plugin=fsdp)
     elif rank.strategy in _ZERO:
         from deepspeed.utils import logger
 
@@ -81,17 +86,6 @@ def precision_of_fsdp(rank: Rank) -> MixedPrecisionPolicy:
     Outputs stay as they are: accelerate's own policy would round every sum of log-probabilities to bf16.
     """
     return MixedPrecisionPolicy(param_dtype=torch.bfloat16 if rank.bf16 else None, reduce_dtype=torch.float32)
-
-
-def _fsdp(rank: Rank) -> FullyShardedDataParallelPlugin:
-    return FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="TRANSFORMER_BASED_WRAP",
-        reshard_after_forward=True,
-        cpu_offload=rank.offload,
-        cpu_ram_efficient_loading=False,
-        mixed_precision_policy=precision_of_fsdp(rank),
-    )
 
 
 def deepspeed_config(rank: Rank, clip: float) -> dict[str, Any]:

@@ -20,8 +20,7 @@ from align.choices import Backend
 from align.config import RunConfig, SamplingConfig, check_node
 from align.data.prompts import POLICY, Conversation, PromptRow
 from align.files import Shards, fingerprint
-from align.launch.cluster import cluster_of
-from align.launch.rank import Cluster, Rank, free
+from align.launch.rank import Cluster, Rank, cluster_of, free
 from align.model.chat import prompt_ids, stop_token_ids, tokenizer_fingerprint
 from align.model.load import Policy
 from align.onpolicy.samplers import Prompt, Sample, Sampler, hf_sampler, openai_sampler, seeds, vllm_sampler

@@ -15,8 +15,7 @@ from align.data.prompts import Prompts, load_prompts, prompts_of
 from align.evaluation import judging
 from align.files import fingerprint
 from align.launch import slurm, strategy
-from align.launch.cluster import cluster_of
-from align.launch.rank import Cluster, Rank, inside
+from align.launch.rank import Cluster, Rank, cluster_of, inside
 from align.model.load import NotHereError, Start, start_model
 from align.onpolicy.sample import answering_cluster
 from align.onpolicy.scorers import registry

@@ -21,9 +21,8 @@ from conftest import ROOT, quick
 
 from align.choices import Device, Precision, Strategy
 from align.config import ClusterConfig
-from align.launch.cluster import cluster_of
 from align.launch.local import each
-from align.launch.rank import Cluster, Rank, alone, join, leave
+from align.launch.rank import Cluster, Rank, alone, cluster_of, join, leave
 from align.model.load import load_policy
 from align.runs.iteration import training
 from align.say import Stopped, UserError
