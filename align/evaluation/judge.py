@@ -115,7 +115,7 @@ def compared(
 def _games(scored: Sequence[ScoredPrompt], ours: str, theirs: str) -> list[tuple[float, int, int]]:
     """Return of every pair of answers to a prompt the chance that ours wins, and the characters of both."""
     games = []
-    for prompt in figures.usable(scored):
+    for prompt in scored:
         lengths = {name: [len(c.text) for c in prompt.candidates if c.origin == name] for name in (ours, theirs)}
         for mine, row in zip(lengths[ours], figures.chances(prompt, ours, theirs), strict=True):
             games += [(chance, mine, other) for other, chance in zip(lengths[theirs], row, strict=True)]

@@ -144,14 +144,14 @@ def judge(
     for side, name, own in (("start", start.name, by_start[start.name]), ("trained", ours.name, weights)):
         ties = figures.ties(scored, name, start.name)
         made[side] = {
-            "win_rate": 0.5 if name == start.name else figures.win_rate(scored, name, start.name),
+            "win_rate": 0.5 if name == start.name else fmean(figures.win_rates(scored, name, start.name)),
             **({} if math.isnan(ties) else {"ties": ties}),  # one answer has no tie with another
             **figures.figures(rows, scored, name),
             "sample_entropy": sample_entropy(own),
             "kl_policy_start": kl(own, by_start[name]),
         }
     if iteration:
-        made["trained"]["win_rate/previous"] = figures.win_rate(scored, ours.name, contestants[1].name)
+        made["trained"]["win_rate/previous"] = fmean(figures.win_rates(scored, ours.name, contestants[1].name))
     return made
 
 

@@ -1,7 +1,8 @@
 """Figures of answers: who wins, how good, long and varied they are. Pure: no files, no models.
 
 All policies answer the same held-out prompts, each with random numbers of its own, since answers that share them are no
-independent samples; and one scorer sees all answers to a prompt together, so a pairwise scorer can say who wins.
+independent samples; and one scorer sees all answers to a prompt together, so a pairwise scorer can say who wins. Only
+`usable` prompts enter; there is one at least.
 Left out: what a training says of itself (accuracies, its results.json).
 """
 
@@ -29,7 +30,7 @@ def side_by_side(answers: Mapping[str, Sequence[ResponseRow]], iteration: int) -
 
 
 def figures(rows: Sequence[ResponseRow], scored: Sequence[ScoredPrompt], name: str) -> dict[str, float]:
-    """Return the figures of a policy's own answers, means over answers or over prompts that have scores.
+    """Return the figures of a policy's own answers, means over answers or over prompts.
 
     `sample_length` in tokens; `distinct`, the share of different answers to a prompt; `unfinished`, the share that was
     cut at max_new_tokens; `repetition` within an answer; and where the scorer gives numbers `judge_score`, their mean,
@@ -45,9 +46,8 @@ def figures(rows: Sequence[ResponseRow], scored: Sequence[ScoredPrompt], name: s
         "unfinished": fmean(not row.finished for row in own),
         "repetition": fmean(repetition(row.response_ids) for row in own),
     }
-    candidates = [prompt.candidates for prompt in usable(scored)]
-    scores = [[c.score for c in some if c.origin == name and c.score is not None] for some in candidates]
-    if all(scores) and scores:
+    scores = [[c.score for c in prompt.candidates if c.origin == name and c.score is not None] for prompt in scored]
+    if all(scores):
         made["judge_score"] = fmean(score for of_prompt in scores for score in of_prompt)
         made["score_spread"] = fmean(max(of_prompt) - min(of_prompt) for of_prompt in scores)
     return made
@@ -62,27 +62,21 @@ def repetition(token_ids: Sequence[int]) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def win_rate(scored: Sequence[ScoredPrompt], ours: str, theirs: str) -> float:
-    """Return the mean of `win_rates`; NaN where nothing is scored."""
-    rates = win_rates(scored, ours, theirs)
-    return fmean(rates) if rates else math.nan
-
-
 def win_rates(scored: Sequence[ScoredPrompt], ours: str, theirs: str) -> list[float]:
-    """Return of each usable prompt P(an answer of `ours` beats one of `theirs`), over all pairs of its answers.
+    """Return of each prompt P(an answer of `ours` beats one of `theirs`), over all pairs of its answers.
 
     Of two scores the higher one wins surely, and equal ones are half a win each.
     """
-    return [fmean(p for row in chances(prompt, ours, theirs) for p in row) for prompt in usable(scored)]
+    return [fmean(p for row in chances(prompt, ours, theirs) for p in row) for prompt in scored]
 
 
 def ties(scored: Sequence[ScoredPrompt], ours: str, theirs: str) -> float:
     """Return the share of pairs of answers to a prompt that are equally good, then over prompts.
 
-    An answer is no pair with itself. NaN where there is no pair, or nothing is scored.
+    An answer is no pair with itself. NaN where there is no pair.
     """
     shares = []
-    for prompt in usable(scored):
+    for prompt in scored:
         of_prompt = chances(prompt, ours, theirs)
         even = [p == 0.5 for i, row in enumerate(of_prompt) for j, p in enumerate(row) if ours != theirs or i != j]
         shares += [fmean(even)] if even else []

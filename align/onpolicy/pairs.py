@@ -18,7 +18,7 @@ from align.config import SelectionConfig
 from align.files import MANIFEST, as_json, build_once, check_manifest, fingerprint, write_json
 from align.onpolicy.sample import ResponseRow, read_samples
 from align.onpolicy.score import read_scores
-from align.onpolicy.select import Candidate, ScoredPrompt, Selection, select
+from align.onpolicy.select import Candidate, ScoredPrompt, select
 from align.say import UserError
 
 _VERSION = 1  # of what is written: raise it when the same inputs would give others
@@ -69,7 +69,10 @@ def choose(
         of_split = [row for row in responses if row.split == split]
         prompts = {row.prompt_id: row for row in of_split}
         pairs, dropped = select(scored_prompts(of_split, scores), settings, seed)
-        rows[split] = [_row(prompts[name], pair) for name, pair in pairs.items()]
+        rows[split] = [
+            {"id": name, "iteration": prompts[name].iteration, "prompt": prompts[name].prompt, **asdict(pair)}
+            for name, pair in pairs.items()
+        ]
         counts[split] = {"prompts": len(prompts), "pairs": len(pairs), "dropped": dropped}
     return rows, counts
 
@@ -93,12 +96,6 @@ def scored_prompts(responses: Sequence[ResponseRow], scores: Sequence[Mapping[st
             ],
             preferences=[score["wins"] for score in scored] if "wins" in scored[0] else None,
         )
-
-
-def _row(prompt: ResponseRow, pair: Selection) -> dict[str, Any]:
-    """Return a pair as data/rows.py reads it."""
-    chosen = {key: value for key, value in asdict(pair).items() if not key.endswith("_index")}
-    return {"id": prompt.prompt_id, "iteration": prompt.iteration, "prompt": prompt.prompt, **chosen}
 
 
 def describe_counts(counts: dict[str, dict[str, Any]]) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from align.choices import Backend
-from align.config import RunConfig, SamplingConfig, check_node
+from align.config import RunConfig, SamplingConfig
 from align.data.prompts import POLICY, Conversation, PromptRow
 from align.files import Shards, fingerprint
 from align.launch.rank import Cluster, Rank, cluster_of, free
@@ -61,13 +61,13 @@ def sample_from(
         cfg: of the run, for its seed.
         what: is sampled, for the progress bar.
     """
-    check_sampling(settings)
-    tokenizer = policy.start.tokenizer
-    ids = _token_ids(prompts, tokenizer)
-    size, samples = settings.prompts_per_shard, settings.samples
+    tokenizer, size, samples = policy.start.tokenizer, settings.prompts_per_shard, settings.samples
     chunks = [prompts[at : at + size] for at in range(0, len(prompts), size)]
-    count = samples * len(prompts) + sum(len(prompt.candidates) for prompt in prompts)
-    shards = Shards(folder=folder, what="responses", count=len(chunks), rows=count)
+    distribution: dict[str, Any] = {
+        name: getattr(settings, name) for name in ("temperature", "top_p", "max_new_tokens")
+    }
+    rows = samples * len(prompts) + sum(len(prompt.candidates) for prompt in prompts)
+    shards = Shards(folder=folder, what="responses", count=len(chunks), rows=rows)
     shards.begin(
         {
             "iteration": iteration,
@@ -76,7 +76,8 @@ def sample_from(
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "prompts": fingerprint([asdict(prompt) for prompt in prompts]),
             "backend": settings.backend,
-            **{name: getattr(settings, name) for name in ("samples", "temperature", "top_p", "max_new_tokens")},
+            "samples": samples,
+            **distribution,
             "prompts_per_shard": size,
             "version": _VERSION,
         }
@@ -85,15 +86,14 @@ def sample_from(
         return
     with rank.autocast(), open_sampler(policy, settings, rank) as sampler:
         for number in shards.claim(what if rank.is_first else ""):
-            drawn = sampler(
-                [Prompt(token_ids=ids[p.id], seeds=seeds(cfg.seed, iteration, p.id, samples)) for p in chunks[number]],
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                max_new_tokens=settings.max_new_tokens,
+            asked = [
+                Prompt(token_ids=prompt_ids(p.text, tokenizer), seeds=seeds(cfg.seed, iteration, p.id, samples))
+                for p in chunks[number]
+            ]
+            made = zip(chunks[number], sampler(asked, **distribution), strict=True)
+            shards.write(
+                number, [asdict(row) for prompt, own in made for row in _rows(prompt, own, iteration, tokenizer)]
             )
-            made = zip(chunks[number], drawn, strict=True)
-            rows = [row for prompt, own in made for row in _rows(prompt, own, iteration, tokenizer)]
-            shards.write(number, map(asdict, rows))
     del sampler  # it holds the policy
     free()
 
@@ -122,18 +122,6 @@ def _rows(
     return [replace(row, k=k) for k, row in enumerate(rows)]
 
 
-def _token_ids(prompts: Sequence[PromptRow], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """Return the token ids of each prompt, by its id."""
-    ids: dict[str, list[int]] = {}
-    for prompt in prompts:
-        if prompt.id in ids:
-            raise UserError(f"prompt {prompt.id!r} comes twice: every prompt needs an id of its own")
-        ids[prompt.id] = prompt_ids(prompt.text, tokenizer)
-        if not ids[prompt.id]:
-            raise UserError(f"prompt {prompt.id!r} is empty")
-    return ids
-
-
 @contextlib.contextmanager
 def open_sampler(policy: Policy, settings: SamplingConfig, rank: Rank) -> Iterator[Sampler]:
     """Yield the sampler of a policy that the settings name. Nothing is loaded before the block, or kept after it."""
@@ -148,24 +136,18 @@ def open_sampler(policy: Policy, settings: SamplingConfig, rank: Rank) -> Iterat
         yield hf_sampler(policy.load(rank), start.tokenizer, settings.tokens_per_batch)
 
 
-def check_sampling(settings: SamplingConfig) -> None:
-    """Raise UserError for values that cannot be."""
-    check_node(settings, "sampling.")
-    if settings.backend is Backend.vllm and importlib.util.find_spec("vllm") is None:
+def answering_cluster(cfg: RunConfig) -> Cluster:
+    """Return the processes, checked for the backend that samples answers."""
+    backend, served = cfg.sampling.backend, "sampling.backend=openai 'sampling.urls=[http://localhost:8000]'"
+    if backend is Backend.vllm and importlib.util.find_spec("vllm") is None:
         raise UserError(
             "sampling.backend=vllm needs vllm in this environment; or start `vllm serve` in one of its own, and use "
-            "sampling.backend=openai 'sampling.urls=[http://localhost:8000]'"
+            f"{served}"
         )
-    if (settings.backend is Backend.openai) != bool(settings.urls):
-        example = "sampling.backend=openai 'sampling.urls=[http://localhost:8000]'"
-        raise UserError(f"sampling.urls goes with sampling.backend=openai: e.g. {example}")
-
-
-def answering_cluster(cfg: RunConfig) -> Cluster:
-    """Return the processes, checked for how answers are sampled."""
-    check_sampling(cfg.sampling)
+    if (backend is Backend.openai) != bool(cfg.sampling.urls):
+        raise UserError(f"sampling.urls goes with sampling.backend=openai: e.g. {served}")
     cluster = cluster_of(cfg.cluster, cfg.plan)
-    if cfg.sampling.backend is Backend.vllm and cluster.world > 1:
+    if backend is Backend.vllm and cluster.world > 1:
         raise UserError(
             f"sampling.backend=vllm is one engine in one process, and there are {cluster.world}: start a vLLM server for each "
             "GPU and give sampling.backend=openai 'sampling.urls=[...]', or sampling.backend=hf"

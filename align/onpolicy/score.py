@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,10 @@ def annotate(responses: Sequence[ResponseRow], scorer: Scorer, folder: Path, *, 
     shards.begin({**inputs, "prompts": len(groups)})
     for number in shards.claim("" if silent else f"scores by {scorer.identity.name}"):
         shards.write(number, _score(chunks[number], scorer))
-    return counts(read_scores(folder))
+    counts: Counter[str] = Counter()
+    for row in read_scores(folder):
+        counts.update({name: value for name, value in row.items() if name not in _COLUMNS})
+    return counts
 
 
 def read_scores(folder: Path) -> list[dict[str, Any]]:
@@ -73,17 +76,7 @@ def _parse(row: dict[str, Any]) -> dict[str, Any]:
     def number(value: float | None) -> float:
         return math.nan if value is None else value
 
-    if "score" in row:
-        return {**row, "score": number(row["score"])}
-    return {**row, "wins": [number(p) for p in row["wins"]]}
-
-
-def counts(rows: Sequence[Mapping[str, Any]]) -> Counter[str]:
-    """Return what the scorer counts, summed over rows of `read_scores`."""
-    total: Counter[str] = Counter()
-    for row in rows:
-        total.update({name: value for name, value in row.items() if name not in _COLUMNS})
-    return total
+    return row | ({"score": number(row["score"])} if "score" in row else {"wins": [number(p) for p in row["wins"]]})
 
 
 def _by_prompt(responses: Sequence[ResponseRow]) -> list[list[ResponseRow]]:

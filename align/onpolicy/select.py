@@ -62,8 +62,6 @@ class Selection:
     rejected_score: float
     chosen_win_prob: float  # in [0, 1]
     rejected_win_prob: float  # in [0, 1]
-    chosen_index: int  # among the candidates
-    rejected_index: int
     chosen_origin: str
     rejected_origin: str
 
@@ -109,8 +107,7 @@ def select_pair(
 ) -> Selection | Dropped:
     """Choose the pair of one prompt, or say why it has none. What ties leave open goes to the first candidate."""
     given = [candidate.score for candidate in candidates if candidate.score is not None]
-    if given and len(given) < len(candidates):
-        raise UserError(f"{len(given)} of {len(candidates)} candidates have scores: score all of them, or none")
+    assert len(given) in (0, len(candidates))
     check_preferences(preferences, len(candidates))
     if len(candidates) < 2:
         return Dropped.too_few
@@ -142,8 +139,6 @@ def select_pair(
         rejected_score=scores[rejected],
         chosen_win_prob=win_w,
         rejected_win_prob=win_l,
-        chosen_index=chosen,
-        rejected_index=rejected,
         chosen_origin=candidates[chosen].origin,
         rejected_origin=candidates[rejected].origin,
     )
@@ -158,11 +153,7 @@ def select(
     """
     pairs: dict[str, Selection] = {}
     dropped: Counter[Dropped] = Counter()
-    seen: set[str] = set()
     for prompt in prompts:
-        if prompt.id in seen:
-            raise UserError(f"prompt {prompt.id!r} comes twice")
-        seen.add(prompt.id)
         try:
             matrix = matrix_of(prompt, config.temperature)
             made = select_pair(prompt.candidates, matrix, config, Random(f"{seed} {prompt.id}"))
@@ -180,8 +171,7 @@ def matrix_of(prompt: ScoredPrompt, temperature: float) -> Matrix:
     if prompt.preferences is not None:
         return prompt.preferences
     scores = [candidate.score for candidate in prompt.candidates if candidate.score is not None]
-    if len(scores) < len(prompt.candidates):
-        raise UserError("it has neither a score for every candidate nor preferences")
+    assert len(scores) == len(prompt.candidates)
     return preferences(scores, temperature)
 
 

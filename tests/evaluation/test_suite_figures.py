@@ -7,6 +7,7 @@ import torch
 
 from align.evaluation import alpaca_eval, arena_hard, judge, lm_eval, pairs
 from align.evaluation.evaluate import table, with_evaluations
+from align.onpolicy.figures import usable
 from align.onpolicy.sample import ResponseRow
 from align.onpolicy.select import Candidate, ScoredPrompt
 from align.say import UserError
@@ -79,7 +80,7 @@ def test_of_scores_the_higher_one_wins_and_prompts_without_a_finite_one_are_left
         scored("b", ["x"], ["z"], scores=[0.4, 0.1]),
         scored("c", ["x"], ["z"], scores=[math.nan, 0.1]),
     ]
-    found = judge.compared(answered(prompts), prompts)
+    found = judge.compared(answered(prompts), usable(prompts))
     assert found["win_rate"] == pytest.approx((0.5 + 1) / 2) and found["prompts"] == 2
     assert found["score"] == pytest.approx((0.1 + 0.3 + 0.4) / 3) and found["opponent/score"] == pytest.approx(0.15)
 

@@ -1,10 +1,11 @@
 """An iteration in figures, each worked by hand."""
 
 import math
+from statistics import fmean
 
 import pytest
 
-from align.onpolicy.figures import chances, figures, line, repetition, side_by_side, ties, win_rate
+from align.onpolicy.figures import chances, figures, line, repetition, side_by_side, ties, usable, win_rates
 from align.onpolicy.sample import ResponseRow
 from align.onpolicy.select import Candidate, ScoredPrompt
 
@@ -20,6 +21,10 @@ def scored(ours, theirs, name="p"):
     both = [("new", score) for score in ours] + [("start", score) for score in theirs]
     candidates = [Candidate(text=f"{i}", length=1, score=s, origin=o) for i, (o, s) in enumerate(both)]
     return ScoredPrompt(id=name, candidates=candidates)
+
+
+def win_rate(prompts, ours, theirs):
+    return fmean(win_rates(prompts, ours, theirs))
 
 
 def compared(matrix, origins):
@@ -82,11 +87,10 @@ def test_a_policy_is_as_good_as_itself():
 
 def test_prompts_with_an_answer_that_has_no_score_are_left_out():
     good = scored([1], [0])
-    assert win_rate([good, scored([0], [math.nan]), scored([-math.inf], [1])], "new", "start") == 1
+    assert usable([good, scored([0], [math.nan]), scored([-math.inf], [1])]) == [good]
     unclear = compared([[0.5, math.nan], [math.nan, 0.5]], ["new", "start"])
     clear = compared([[0.5, 0.3], [0.7, 0.5]], ["new", "start"])
-    assert win_rate([unclear, clear], "new", "start") == 0.3
-    assert math.isnan(win_rate([unclear], "new", "start")) and math.isnan(win_rate([], "new", "start"))
+    assert usable([unclear, clear]) == [clear] and usable([unclear]) == []
 
 
 def test_ties_are_the_share_of_answers_that_are_equally_good():
@@ -95,7 +99,6 @@ def test_ties_are_the_share_of_answers_that_are_equally_good():
     assert ties([scored([2, 1], [1, 0, 2]), scored([0], [0])], "new", "start") == pytest.approx((2 / 6 + 1) / 2)
     matrix = [[0.5, 0.1, 0.5, 0.6], [0.9, 0.5, 0.3, 0.9], [0.5, 0.7, 0.5, 0.5], [0.4, 0.1, 0.5, 0.5]]
     assert ties([compared(matrix, ["new", "new", "start", "start"])], "new", "start") == 1 / 4
-    assert math.isnan(ties([scored([math.nan], [1])], "new", "start"))
 
 
 def test_an_answer_is_no_tie_with_itself():
@@ -152,11 +155,10 @@ def test_figures_are_of_a_policys_own_answers():
 
 
 def test_scores_are_told_of_prompts_that_have_them_and_not_where_none_is_known():
-    made = figures(ROWS, [scored([1, 4], [math.nan], "a"), scored([2, 2.5], [9], "b")], "new")
+    made = figures(ROWS, [scored([2, 2.5], [9], "b")], "new")
     assert (made["judge_score"], made["score_spread"], made["sample_length"]) == (2.25, 0.5, 3)
     pairwise = compared([[0.5, 0.3], [0.7, 0.5]], ["new", "start"])
-    for nothing in ([], [pairwise], [scored([math.nan], [1])]):
-        assert set(figures(ROWS, nothing, "new")) == {"sample_length", "distinct", "unfinished", "repetition"}
+    assert set(figures(ROWS, [pairwise], "new")) == {"sample_length", "distinct", "unfinished", "repetition"}
 
 
 def test_the_line_says_what_is_known():

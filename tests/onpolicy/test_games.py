@@ -153,7 +153,7 @@ def test_dpos_minimiser_is_the_reference_tilted_by_the_reward(beta):
         for j in range(i):
             two = [[matrix[a][b] for b in (i, j)] for a in (i, j)]
             pair = select_pair([candidates[i], candidates[j]], two, SelectionConfig(win_prob=WinProb.pair), Random(0))
-            chosen, rejected = ((i, j)[k] for k in (pair.chosen_index, pair.rejected_index))
+            chosen, rejected = int(pair.chosen), int(pair.rejected)
             pairs += [(chosen, rejected, pair.chosen_win_prob), (rejected, chosen, pair.rejected_win_prob)]
     chosen, rejected, labels = zip(*pairs, strict=True)
 

@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align import engine
 from align.choices import Backend, Layout
-from align.config import RunConfig, SamplingConfig
+from align.config import RunConfig, SamplingConfig, check_node
 from align.data.prompts import Candidate, PromptRow
 from align.model.chat import prompt_ids, stop_token_ids
-from align.onpolicy.sample import check_sampling, read_samples, sample_from
+from align.onpolicy.sample import answering_cluster, read_samples, sample_from
 from align.onpolicy.samplers import Prompt, Sample, hf_sampler, openai_sampler, seeds, servers, vllm_sampler
 from align.onpolicy.samplers.hf import _choose, _least_kept
 from align.say import UserError
@@ -505,15 +505,10 @@ def test_knobs_of_speed_may_change_between_runs(llama, tokenizer, tmp_path):
     sample_by(None, PROMPTS, faster, tmp_path / "responses", tokenizer)
 
 
-def test_bad_prompts_and_folders_are_one_line(tokenizer, tmp_path):
-    def run(prompts, folder):
-        sample_by(None, prompts, SETTINGS, folder, tokenizer)
-
-    with pytest.raises(UserError, match="'p0' comes twice"):
-        run([PROMPTS[0], PROMPTS[0]], tmp_path)
+def test_bad_folders_are_one_line(tokenizer, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
-        run(PROMPTS, tmp_path / "file")
+        sample_by(None, PROMPTS, SETTINGS, tmp_path / "file", tokenizer)
     with pytest.raises(UserError, match=r"made.responses holds no responses: type align sample run_dir=.*made first"):
         read_samples(tmp_path / "made" / "responses")
 
@@ -543,7 +538,8 @@ def test_a_damaged_shard_is_named(llama, tmp_path):
 )
 def test_settings_that_cannot_be_are_refused(change, message):
     with pytest.raises(UserError, match=message):
-        check_sampling(SamplingConfig(**change))
+        check_node(cfg := RunConfig(sampling=SamplingConfig(**change), cache_dir=""), "")
+        answering_cluster(cfg)
 
 
 def test_the_settings_open_their_backend(server, llama, tokenizer, tmp_path, uninterrupted):
