@@ -24,6 +24,7 @@ import common
 import torch
 from transformers import PreTrainedModel
 
+from align.config import SamplingConfig
 from align.onpolicy.samplers import Prompt, hf_sampler, seeds
 
 _DEVIATION = 4.0  # of logits over the temperature: random weights give flat distributions, a policy is about that sure
@@ -47,8 +48,8 @@ def legs(
     rest |= {"attention_mask": torch.ones_like(ids), "pad_token_id": common.PAD, "max_new_tokens": new_tokens}
     with torch.inference_mode():
         temperature = model(ids[:1]).logits[:, -1].std().item() / _DEVIATION
-    options = {"temperature": temperature, "top_p": top_p}
-    rest |= options
+    rest |= {"temperature": temperature, "top_p": top_p}
+    settings = SamplingConfig(temperature=temperature, top_p=top_p, max_new_tokens=new_tokens)
 
     def drawn(out: torch.Tensor) -> int:
         return out[:, ids.shape[1] :].numel()
@@ -63,7 +64,7 @@ def legs(
 
     def align() -> int:
         asked = [Prompt(token_ids=p, seeds=seeds(0, 0, str(i), samples)) for i, p in enumerate(prompts)]
-        made = hf_sampler(model, _Tokenizer(), 10**9)(asked, max_new_tokens=new_tokens, **options)  # type: ignore[arg-type]
+        made = hf_sampler(model, _Tokenizer(), 10**9)(asked, settings)  # type: ignore[arg-type]
         return sum(len(sample.response_ids) for own in made for sample in own)
 
     return {"align": align, "K calls": calls, "one call": one_call}

@@ -63,11 +63,8 @@ def sample_from(
     """
     tokenizer, size, samples = policy.start.tokenizer, settings.prompts_per_shard, settings.samples
     chunks = [prompts[at : at + size] for at in range(0, len(prompts), size)]
-    distribution: dict[str, Any] = {
-        name: getattr(settings, name) for name in ("temperature", "top_p", "max_new_tokens")
-    }
-    rows = samples * len(prompts) + sum(len(prompt.candidates) for prompt in prompts)
-    shards = Shards(folder=folder, what="responses", count=len(chunks), rows=rows)
+    count = samples * len(prompts) + sum(len(prompt.candidates) for prompt in prompts)
+    shards = Shards(folder=folder, what="responses", count=len(chunks), rows=count)
     shards.begin(
         {
             "iteration": iteration,
@@ -76,8 +73,7 @@ def sample_from(
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "prompts": fingerprint([asdict(prompt) for prompt in prompts]),
             "backend": settings.backend,
-            "samples": samples,
-            **distribution,
+            **{name: getattr(settings, name) for name in ("samples", "temperature", "top_p", "max_new_tokens")},
             "prompts_per_shard": size,
             "version": _VERSION,
         }
@@ -90,10 +86,9 @@ def sample_from(
                 Prompt(token_ids=prompt_ids(p.text, tokenizer), seeds=seeds(cfg.seed, iteration, p.id, samples))
                 for p in chunks[number]
             ]
-            made = zip(chunks[number], sampler(asked, **distribution), strict=True)
-            shards.write(
-                number, [asdict(row) for prompt, own in made for row in _rows(prompt, own, iteration, tokenizer)]
-            )
+            made = zip(chunks[number], sampler(asked, settings), strict=True)
+            rows = [row for prompt, own in made for row in _rows(prompt, own, iteration, tokenizer)]
+            shards.write(number, map(asdict, rows))
     del sampler  # it holds the policy
     free()
 

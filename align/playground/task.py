@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from align.config import SamplingConfig
 from align.files import build_once, file_fingerprint, fingerprint
 from align.say import UserError
 
@@ -145,12 +146,8 @@ def _answers(asked: list[str], start: "Start") -> list[list[str]]:
         ) from error
     sample = hf_sampler(policy.to("cuda" if torch.cuda.is_available() else "cpu"), start.tokenizer)
     ids = [prompt_ids([{"role": "user", "content": prompt}], start.tokenizer) for prompt in asked]
-    drawn = sample(
-        [Prompt(token_ids=i, seeds=seeds(0, 0, p, SAMPLES)) for i, p in zip(ids, asked, strict=True)],
-        temperature=1.0,
-        top_p=1.0,
-        max_new_tokens=64,
-    )
+    seeded = [Prompt(token_ids=i, seeds=seeds(0, 0, p, SAMPLES)) for i, p in zip(ids, asked, strict=True)]
+    drawn = sample(seeded, SamplingConfig(temperature=1.0, top_p=1.0, max_new_tokens=64))
     return [[sample.text for sample in samples] for samples in drawn]
 
 

@@ -83,12 +83,7 @@ def sentinel_of(job: Job, policy: PreTrainedModel, start_mean_logp: float, rank:
     def sample() -> list[list[int]]:
         devices = [rank.device] if rank.device.type == "cuda" else []
         with torch.random.fork_rng(devices), rank.autocast():  # training goes on as if nobody had looked
-            drawn = hf_sampler(policy, tokenizer, cfg.sampling.tokens_per_batch)(
-                prompts,
-                temperature=cfg.evaluation.temperature,
-                top_p=cfg.evaluation.top_p,
-                max_new_tokens=cfg.evaluation.max_new_tokens,
-            )
+            drawn = hf_sampler(policy, tokenizer, cfg.sampling.tokens_per_batch)(prompts, cfg.evaluation)
         return [answer.response_ids for of_prompt in drawn for answer in of_prompt]
 
     return Sentinel(cfg=cfg.sentinel, rank=rank, start_mean_logp=start_mean_logp, sample=sample)

@@ -25,6 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from align.config import SamplingConfig
 from align.onpolicy.samplers import Prompt, hf_sampler
 
 LOCK = threading.Lock()  # one forward at a time: a tiny model is not worth two threads
@@ -83,9 +84,11 @@ class Handler(BaseHTTPRequestHandler):
         with LOCK, torch.inference_mode():
             drawn = type(self).sample(
                 [Prompt(token_ids=body["prompt"], seeds=[body["seed"]])],
-                temperature=1e-6 if State.mode == "greedy" else body["temperature"],
-                top_p=body["top_p"],
-                max_new_tokens=body["max_tokens"],
+                SamplingConfig(
+                    temperature=1e-6 if State.mode == "greedy" else body["temperature"],
+                    top_p=body["top_p"],
+                    max_new_tokens=body["max_tokens"],
+                ),
             )[0][0]
             State.completions += 1
         choice = {"index": 0, "text": drawn.text, "finish_reason": "stop" if drawn.finished else "length"}

@@ -47,7 +47,7 @@ def sampled(folder, tokenizer, said=SAID, candidates=None, samples=3):
     prompts = [prompt_row(name, *(candidates or {}).get(name, ())) for name in said]
     told = iter(said.values())
 
-    def sampler(asked, **_):
+    def sampler(asked, _):
         return [
             [Sample(text=text, response_ids=[7] * tokens, finished=True) for text, tokens, _ in next(told)[:samples]]
             for _ in asked

@@ -32,7 +32,7 @@ from align.onpolicy.samplers.hf import _choose, _least_kept
 from align.say import UserError
 
 SERVER = Path(__file__).with_name("openai_server.py")
-OPTIONS = {"temperature": 1.0, "top_p": 0.95, "max_new_tokens": 16}
+OPTIONS = SamplingConfig(temperature=1.0, top_p=0.95, max_new_tokens=16)
 TEXTS = ["name a cat", "żółw, 猫 and 🐈", "b" * 60, "please list 3 tools, numbered", "x"]
 
 
@@ -142,7 +142,7 @@ def backend(request, llama, tokenizer):
 def test_every_sampler_keeps_the_contract(backend, tokenizer):
     sampler, exact = backend
     stops = stop_token_ids(tokenizer)
-    first = sampler(asked(tokenizer), **OPTIONS)
+    first = sampler(asked(tokenizer), OPTIONS)
 
     assert [len(own) for own in first] == [4] * len(TEXTS)
     assert all(len({sample.text for sample in own}) > 1 for own in first), "temperature > 0 gives different texts"
@@ -156,20 +156,20 @@ def test_every_sampler_keeps_the_contract(backend, tokenizer):
             assert sample.text == tokenizer.decode(sample.response_ids, skip_special_tokens=True)
     assert {sample.finished for sample in flat(first)} == {True, False}
 
-    assert sampler(asked(tokenizer), **OPTIONS) == first, "the same seeds give the same samples"
-    others = sampler(asked(tokenizer, seed=1), **OPTIONS)
+    assert sampler(asked(tokenizer), OPTIONS) == first, "the same seeds give the same samples"
+    others = sampler(asked(tokenizer, seed=1), OPTIONS)
     assert not {s.text for s in flat(first)} & {s.text for s in flat(others) if len(s.response_ids) > 3}
 
-    alone = [sampler([prompt], **OPTIONS)[0] for prompt in asked(tokenizer, samples=2)]
+    alone = [sampler([prompt], OPTIONS)[0] for prompt in asked(tokenizer, samples=2)]
     assert alone == [own[:2] for own in first], "a sample depends on neither its batch nor K"
-    short = flat(sampler(asked(tokenizer), **{**OPTIONS, "max_new_tokens": 1}))
+    short = flat(sampler(asked(tokenizer), replace(OPTIONS, max_new_tokens=1)))
     assert all(len(sample.response_ids) == 1 for sample in short) or not exact  # bytes of half a letter, encoded again
-    assert sampler([], **OPTIONS) == []
+    assert sampler([], OPTIONS) == []
 
 
 def test_a_server_and_the_model_in_process_draw_the_same(server, llama, tokenizer):
-    ours = hf_sampler(load(llama), tokenizer)(asked(tokenizer), **OPTIONS)
-    assert openai_sampler(tokenizer, [server.url])(asked(tokenizer), **OPTIONS) == ours
+    ours = hf_sampler(load(llama), tokenizer)(asked(tokenizer), OPTIONS)
+    assert openai_sampler(tokenizer, [server.url])(asked(tokenizer), OPTIONS) == ours
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")
@@ -191,12 +191,12 @@ def test_seeds_differ_in_each_part_of_their_key_and_not_with_k():
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_samples_depend_on_neither_batch_nor_attachment(kind, tokenizer, request):
     model = load(request.getfixturevalue(kind))
-    together = hf_sampler(model, tokenizer)(asked(tokenizer), **OPTIONS)
-    assert hf_sampler(model, tokenizer, tokens_per_batch=1)(asked(tokenizer), **OPTIONS) == together
+    together = hf_sampler(model, tokenizer)(asked(tokenizer), OPTIONS)
+    assert hf_sampler(model, tokenizer, tokens_per_batch=1)(asked(tokenizer), OPTIONS) == together
     engine.attach(model, Layout.shared)
     model.config.use_cache = False  # as policies are loaded
     model.train()
-    assert hf_sampler(model, tokenizer)(asked(tokenizer)[::-1], **OPTIONS)[::-1] == together
+    assert hf_sampler(model, tokenizer)(asked(tokenizer)[::-1], OPTIONS)[::-1] == together
     assert model.training
 
 
@@ -205,7 +205,7 @@ def test_tokens_are_drawn_from_the_models_own_distribution(kind, tokenizer, requ
     """At top_p near 0 each token is the most probable one by a forward over the whole sequence, without a cache."""
     model = load(request.getfixturevalue(kind))
     prompts = asked(tokenizer, samples=2)
-    drawn = hf_sampler(model, tokenizer)(prompts, temperature=1.0, top_p=1e-6, max_new_tokens=24)
+    drawn = hf_sampler(model, tokenizer)(prompts, SamplingConfig(temperature=1.0, top_p=1e-6, max_new_tokens=24))
     for prompt, own in zip(prompts, drawn, strict=True):
         assert own[0] == own[1]
         ids = torch.tensor([[*prompt.token_ids, *own[0].response_ids]])
@@ -245,7 +245,7 @@ def test_frequencies_are_the_probabilities(temperature, top_p):
     draws = 20000
     sampler = hf_sampler(model, Tokenizer(), tokens_per_batch=10**6)
     some = Prompt(token_ids=prompt, seeds=seeds(0, 0, "x", draws))
-    drawn = sampler([some], temperature=temperature, top_p=top_p, max_new_tokens=2)[0]
+    drawn = sampler([some], SamplingConfig(temperature=temperature, top_p=top_p, max_new_tokens=2))[0]
     counts = Counter(tuple(sample.response_ids) for sample in drawn)
     first = nucleus(prompt)
     expected = {
@@ -289,7 +289,7 @@ def test_a_policy_that_diverged_is_refused(llama, tokenizer):
     with torch.no_grad():
         model.lm_head.weight[3] = torch.nan
     with pytest.raises(UserError, match="not finite"):
-        hf_sampler(model, tokenizer)(asked(tokenizer), **OPTIONS)
+        hf_sampler(model, tokenizer)(asked(tokenizer), OPTIONS)
 
 
 def test_out_of_memory_names_the_knob(llama, tokenizer, monkeypatch):
@@ -299,7 +299,7 @@ def test_out_of_memory_names_the_knob(llama, tokenizer, monkeypatch):
     model = load(llama)
     monkeypatch.setattr(model, "forward", fail)
     with pytest.raises(UserError, match="tokens_per_batch=500"):
-        hf_sampler(model, tokenizer, tokens_per_batch=1000)(asked(tokenizer), **OPTIONS)
+        hf_sampler(model, tokenizer, tokens_per_batch=1000)(asked(tokenizer), OPTIONS)
 
 
 def test_a_prompt_is_computed_once_for_all_its_responses(llama, tokenizer):
@@ -307,7 +307,7 @@ def test_a_prompt_is_computed_once_for_all_its_responses(llama, tokenizer):
     fed = []
     model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: fed.append(tuple(inputs[0].shape)))
     prompt = asked(tokenizer, texts=["b" * 60], samples=5)
-    hf_sampler(model, tokenizer)(prompt, **OPTIONS)
+    hf_sampler(model, tokenizer)(prompt, OPTIONS)
     assert fed[0] == (1, len(prompt[0].token_ids))
     assert all(rows <= 5 and tokens == 1 for rows, tokens in fed[1:])
 
@@ -320,20 +320,20 @@ def test_a_prompt_is_computed_once_for_all_its_responses(llama, tokenizer):
 def test_errors_and_silence_are_tried_again(mode, timeout, server, llama, tokenizer, monkeypatch):
     monkeypatch.setattr(servers, "TIMEOUT", timeout)
     some = asked(tokenizer, TEXTS[:2], samples=3)
-    expected = hf_sampler(load(llama), tokenizer)(some, **OPTIONS)
+    expected = hf_sampler(load(llama), tokenizer)(some, OPTIONS)
     server.behave(mode=mode)
     sampler = openai_sampler(tokenizer, [server.url], requests_at_once=4)
-    assert sampler(some, **OPTIONS) == expected
+    assert sampler(some, OPTIONS) == expected
 
 
 @pytest.mark.slow
 def test_a_server_that_is_killed_and_started_again_loses_nothing(llama, tokenizer):
     server = Server(llama)
     many = asked(tokenizer, samples=40)
-    expected = hf_sampler(load(llama), tokenizer)(many, **OPTIONS)
+    expected = hf_sampler(load(llama), tokenizer)(many, OPTIONS)
     drawn = []
     sampler = openai_sampler(tokenizer, [server.url], requests_at_once=4)
-    thread = threading.Thread(target=lambda: drawn.append(sampler(many, **OPTIONS)), daemon=True)
+    thread = threading.Thread(target=lambda: drawn.append(sampler(many, OPTIONS)), daemon=True)
     try:
         thread.start()
         while server.behave() < 30 and thread.is_alive():
@@ -352,29 +352,29 @@ def test_servers_that_do_not_answer_are_left_alone(server, tokenizer, monkeypatc
     dead = "http://127.0.0.1:9"
     sampler = openai_sampler(tokenizer, [dead, server.url], requests_at_once=4)
     started = time.monotonic()
-    assert len(flat(sampler(asked(tokenizer), **OPTIONS))) == 20
+    assert len(flat(sampler(asked(tokenizer), OPTIONS))) == 20
     assert time.monotonic() - started < 20
     monkeypatch.setattr(servers, "PATIENCE", 0.1)
     with pytest.raises(UserError, match=r"no answer from sampling.urls in 5 tries.*refused.*type the command again"):
-        openai_sampler(tokenizer, [dead])(asked(tokenizer), **OPTIONS)
+        openai_sampler(tokenizer, [dead])(asked(tokenizer), OPTIONS)
 
 
 def test_a_server_that_decodes_greedily_is_refused(server, tokenizer):
     server.behave(mode="greedy")
     with pytest.raises(UserError, match="equal answers at temperature 2: it decodes greedily"):
-        openai_sampler(tokenizer, [server.url])(asked(tokenizer), **OPTIONS)
+        openai_sampler(tokenizer, [server.url])(asked(tokenizer), OPTIONS)
 
 
 def test_the_key_is_sent_and_never_shown(server, tokenizer, monkeypatch, capsys):
     server.behave(mode="wants_key")
     with pytest.raises(UserError, match="set OPENAI_API_KEY"):
-        openai_sampler(tokenizer, [server.url])(asked(tokenizer), **OPTIONS)
+        openai_sampler(tokenizer, [server.url])(asked(tokenizer), OPTIONS)
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    assert openai_sampler(tokenizer, [server.url])(asked(tokenizer), **OPTIONS)
+    assert openai_sampler(tokenizer, [server.url])(asked(tokenizer), OPTIONS)
     for mode in ("refuses", "redirects"):
         server.behave(mode=mode, elsewhere=f"{server.url}/v1/completions")
         with pytest.raises(UserError, match=r"status (400|307)") as refused:
-            openai_sampler(tokenizer, [server.url])(asked(tokenizer), **OPTIONS)
+            openai_sampler(tokenizer, [server.url])(asked(tokenizer), OPTIONS)
         assert "secret" not in str(refused.value) + "".join(capsys.readouterr())
     with pytest.raises(UserError, match="OPENAI_API_KEY") as refused:
         openai_sampler(tokenizer, ["http://me:secret@host"])
@@ -393,11 +393,11 @@ def job(model: Path, folder: Path, seconds: float) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     draw = hf_sampler(load(model), tokenizer)
 
-    def slowly(prompts, **options):
+    def slowly(prompts, settings):
         with (folder.parent / "begun").open("a") as file:
             file.write(f"{os.getpid()}\n")
         time.sleep(seconds)
-        return draw(prompts, **options)
+        return draw(prompts, settings)
 
     sample_by(slowly, PROMPTS, SETTINGS, folder, tokenizer)
 
@@ -422,9 +422,8 @@ def test_rows_are_complete_readable_and_in_order(uninterrupted, llama, tokenizer
     ]
     assert {row.origin for row in uninterrupted} == {"policy"}
     drawn = hf_sampler(load(llama), tokenizer)(
-        [Prompt(token_ids=prompt_ids(PROMPTS[5].text, tokenizer), seeds=seeds(7, 2, "p5", 3))],
-        temperature=0.9, top_p=1.0, max_new_tokens=8,
-    )  # fmt: skip
+        [Prompt(token_ids=prompt_ids(PROMPTS[5].text, tokenizer), seeds=seeds(7, 2, "p5", 3))], SETTINGS
+    )
     assert [row.response for row in uninterrupted[15:18]] == [sample.text for sample in drawn[0]]
     folder = tmp_path / "responses"
     job(llama, folder, 0.0)
@@ -559,7 +558,7 @@ def two_prompts(origin="gpt4"):
     return [replace(PROMPTS[0], candidates=others), replace(PROMPTS[1], split="held_out")]
 
 
-def said(prompts, **options):
+def said(prompts, settings):
     """A sampler that says the same to all."""
     return [[Sample(text="owl", response_ids=[9, 1], finished=True) for _ in prompt.seeds] for prompt in prompts]
 
@@ -615,7 +614,7 @@ def test_other_candidates_or_splits_are_not_mixed_with_old_shards(other, tokeniz
 def test_a_server_that_holds_another_policy_is_refused(server, llama, tokenizer):
     def draw(path="runs/x/iter_1/policy", **knobs):
         sampler = openai_sampler(tokenizer, [server.url], path=path, **knobs)
-        return sampler(asked(tokenizer, TEXTS[:1], samples=1), **OPTIONS)
+        return sampler(asked(tokenizer, TEXTS[:1], samples=1), OPTIONS)
 
     before = server.behave()
     with pytest.raises(UserError) as refused:
@@ -644,6 +643,6 @@ def test_where_a_server_keeps_the_policy_is_its_own_affair(name, tokenizer, monk
 
     monkeypatch.setattr("align.onpolicy.samplers.openai.Servers", Answers)
     sampler = openai_sampler(tokenizer, ["http://a"], path="runs/x/iter_1/policy")
-    assert sampler(asked(tokenizer, TEXTS[:1], samples=1), **OPTIONS)[0][0].response_ids == [9, 1]
+    assert sampler(asked(tokenizer, TEXTS[:1], samples=1), OPTIONS)[0][0].response_ids == [9, 1]
     with pytest.raises(UserError, match="the server holds"):
-        openai_sampler(tokenizer, ["http://a"], path="runs/x/iter_11/policy")(asked(tokenizer, TEXTS[:1]), **OPTIONS)
+        openai_sampler(tokenizer, ["http://a"], path="runs/x/iter_11/policy")(asked(tokenizer, TEXTS[:1]), OPTIONS)

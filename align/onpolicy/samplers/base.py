@@ -7,11 +7,13 @@ penalties) is left out, since samples would not be on-policy.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+
+from align.config import EvaluationConfig, SamplingConfig
 
 _SEEDS = 2**31  # what every server takes
 
@@ -33,19 +35,12 @@ class Sample:
     finished: bool  # it ends with a stop token; else it was cut at max_new_tokens
 
 
-class Sampler(Protocol):
-    """Draws responses of a policy."""
+#: A sampler reads `temperature`, by which logits are divided; `top_p`: only the most probable tokens that together reach
+#: it are drawn from; and `max_new_tokens` of a response, the stop token included.
+Settings = SamplingConfig | EvaluationConfig
 
-    def __call__(
-        self, prompts: Sequence[Prompt], *, temperature: float, top_p: float, max_new_tokens: int
-    ) -> list[list[Sample]]:
-        """Return for each prompt a response for each of its seeds.
-
-        Args:
-            temperature: above 0; logits are divided by it.
-            top_p: in (0, 1]; only the most probable tokens that together reach it are drawn from.
-            max_new_tokens: of a response, the stop token included.
-        """
+#: Returns for each prompt a response for each of its seeds.
+Sampler = Callable[[Sequence[Prompt], Settings], list[list[Sample]]]
 
 
 def seeds(seed: int, iteration: int, prompt_id: str, samples: int) -> list[int]:

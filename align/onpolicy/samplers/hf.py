@@ -22,7 +22,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from align.engine import evaluating
 from align.model.chat import stop_token_ids
 from align.onpolicy.batches import batches, pad
-from align.onpolicy.samplers.base import Prompt, Sample, Sampler, as_sample
+from align.onpolicy.samplers.base import Prompt, Sample, Sampler, Settings, as_sample
 from align.say import UserError
 
 
@@ -34,16 +34,13 @@ def hf_sampler(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, toke
     """
     stops = stop_token_ids(tokenizer)
 
-    def sample(
-        prompts: Sequence[Prompt], *, temperature: float, top_p: float, max_new_tokens: int
-    ) -> list[list[Sample]]:
+    def sample(prompts: Sequence[Prompt], settings: Settings) -> list[list[Sample]]:
         made: list[list[Sample]] = [[] for _ in prompts]
         with evaluating(policy):
-            lengths = [len(prompt.token_ids) + max_new_tokens for prompt in prompts]
+            lengths = [len(prompt.token_ids) + settings.max_new_tokens for prompt in prompts]
             for batch in batches(lengths, tokens_per_batch, [len(prompt.seeds) for prompt in prompts]):
-                some = [prompts[i] for i in batch]
                 try:
-                    drawn = iter(_draw(policy, some, stops, temperature, top_p, max_new_tokens))
+                    drawn = iter(_draw(policy, [prompts[i] for i in batch], stops, settings))
                 except torch.OutOfMemoryError as error:
                     remedy = f"set sampling.tokens_per_batch={tokens_per_batch // 2}"
                     raise UserError(f"out of memory with {tokens_per_batch} tokens in a batch: {remedy}") from error
@@ -55,15 +52,10 @@ def hf_sampler(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, toke
 
 
 def _draw(
-    policy: PreTrainedModel,
-    prompts: Sequence[Prompt],
-    stops: Sequence[int],
-    temperature: float,
-    top_p: float,
-    max_new_tokens: int,
+    policy: PreTrainedModel, prompts: Sequence[Prompt], stops: Sequence[int], settings: Settings
 ) -> list[list[int]]:
     """Return the token ids of every response, those of the first prompt first; behind a stop token they mean nothing."""
-    device = policy.device
+    device, max_new_tokens = policy.device, settings.max_new_tokens
     stop = torch.tensor(stops, device=device)
     ids, mask = pad([prompt.token_ids for prompt in prompts], stops[0], device, side="left")  # [B, width]
     # Python's generator, since it promises the same numbers for all versions
@@ -80,7 +72,7 @@ def _draw(
     row = torch.arange(len(rolls), device=device)  # of `drawn`, for each row of the cache
     going = torch.ones_like(row, dtype=torch.bool)
     for step in range(max_new_tokens):
-        token = _choose(logits, rolls[row, step], temperature, top_p)
+        token = _choose(logits, rolls[row, step], settings.temperature, settings.top_p)
         drawn[row, step] = token
         going &= ~torch.isin(token, stop)
         still = int(going.sum())

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from align.model.chat import stop_token_ids
-from align.onpolicy.samplers.base import Prompt, Sample, Sampler, as_sample
+from align.onpolicy.samplers.base import Prompt, Sample, Sampler, Settings, as_sample
 from align.onpolicy.samplers.servers import Send, Servers, in_threads
 from align.say import UserError
 
@@ -57,12 +57,10 @@ def openai_sampler(
 
     servers = Servers(urls, setting="sampling.urls", check=check)
 
-    def sample(
-        prompts: Sequence[Prompt], *, temperature: float, top_p: float, max_new_tokens: int
-    ) -> list[list[Sample]]:
+    def sample(prompts: Sequence[Prompt], settings: Settings) -> list[list[Sample]]:
         rest: Body = {"n": 1, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "return_token_ids": True}
-        rest |= {"temperature": temperature, "top_p": top_p, "max_tokens": max_new_tokens, "stop_token_ids": stops}
-        rest["model"] = served_model or _first_model(servers)
+        rest |= {"temperature": settings.temperature, "top_p": settings.top_p, "max_tokens": settings.max_new_tokens}
+        rest |= {"stop_token_ids": stops, "model": served_model or _first_model(servers)}
         if path is not None and not rest["model"].rstrip("/").endswith("/".join(Path(path).parts[-2:])):
             raise UserError(
                 f"sampling.urls: the server holds {rest['model']}, and these are to be answers of {path}: serve it under "

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from align.model.chat import stop_token_ids
-from align.onpolicy.samplers.base import Prompt, Sample, Sampler, as_sample
+from align.onpolicy.samplers.base import Prompt, Sample, Sampler, Settings, as_sample
 from align.say import UserError
 
 
@@ -41,11 +41,9 @@ def vllm_sampler(
         generation_config="vllm",
     )
 
-    def sample(
-        prompts: Sequence[Prompt], *, temperature: float, top_p: float, max_new_tokens: int
-    ) -> list[list[Sample]]:
-        options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "max_tokens": max_new_tokens}
-        options |= {"stop_token_ids": stops, "detokenize": False}
+    def sample(prompts: Sequence[Prompt], settings: Settings) -> list[list[Sample]]:
+        options: dict[str, Any] = {"stop_token_ids": stops, "detokenize": False, "max_tokens": settings.max_new_tokens}
+        options |= {"temperature": settings.temperature, "top_p": settings.top_p}
         asked = [({"prompt_token_ids": list(p.token_ids)}, seed) for p in prompts for seed in p.seeds]
         answers = engine.generate(
             [prompt for prompt, _ in asked],
