@@ -10,12 +10,12 @@ import http.client
 import itertools
 import json
 import os
-import queue
 import sys
 import threading
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, as_completed
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
@@ -39,9 +39,12 @@ class _Silent(Exception):  # noqa: N818 - read in `except _Silent`
     """Raised when a server did not answer; the text says how."""
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
-        """Refuse: the key would go along."""
+class _AnyStatus(urllib.request.HTTPErrorProcessor):
+    def http_response(self, request: Any, response: Any) -> Any:
+        """Return the answer whatever its status. A redirect is not followed: the key would go along."""
+        return response
+
+    https_response = http_response
 
 
 class Servers:
@@ -72,7 +75,7 @@ class Servers:
         self._rests_until = dict.fromkeys(self._urls, 0.0)
         self._checked: set[str] = set()
         self._checking = {url: threading.Lock() for url in self._urls}
-        self._opener = urllib.request.build_opener(_NoRedirect())
+        self._opener = urllib.request.build_opener(_AnyStatus())
 
     def ask(self, path: str, body: dict[str, Any] | None = None, over: threading.Event | None = None) -> Any:
         """Return the parsed answer of one of the servers to a POST of `body`, or to a GET where there is none.
@@ -135,20 +138,20 @@ class Servers:
         request = urllib.request.Request(url + path, data, headers)
         try:
             with self._opener.open(request, timeout=TIMEOUT) as answer:
-                return json.loads(answer.read())
-        except urllib.error.HTTPError as error:
-            text = _said(error).replace(key or "\0", "***")
-            if error.code >= 500 or error.code in _TRY_LATER:
-                raise _Silent(f"status {error.code} {text}") from error
-            if error.code in (401, 403):
-                asked = "set OPENAI_API_KEY to one of it"
-                raise UserError(f"{url} refuses the key (status {error.code}): {asked}") from None
-            raise UserError(f"{url}{path} answers with status {error.code}: {text or error.reason}") from None
+                content, status, reason = answer.read(), answer.status, answer.reason
+            if status < 300:
+                return json.loads(content)
         except (OSError, http.client.HTTPException, ValueError) as error:  # refused, reset, timed out, cut, no JSON
             reason = getattr(error, "reason", error)
             if isinstance(reason, ConnectionRefusedError):
                 self._checked.discard(url)  # it is gone, and may come back as another
             raise _Silent(str(reason) or type(reason).__name__) from error
+        said = " ".join(content[:2000].decode(errors="replace").split())[:300].replace(key or "\0", "***")
+        if status >= 500 or status in _TRY_LATER:
+            raise _Silent(f"status {status} {said}")
+        if status in (401, 403):
+            raise UserError(f"{url} refuses the key (status {status}): set OPENAI_API_KEY to one of it")
+        raise UserError(f"{url}{path} answers with status {status}: {said or reason}")
 
 
 def in_threads(ask: Callable[[Any, threading.Event], Any], jobs: Sequence[Any], threads: int) -> list[Any]:
@@ -158,39 +161,28 @@ def in_threads(ask: Callable[[Any, threading.Event], Any], jobs: Sequence[Any], 
     standard library would, for as long as a server is silent.
     """
     over, lock = threading.Event(), threading.Lock()
-    todo = iter(list(enumerate(jobs)))
-    done: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
+    answers: list[Future[Any]] = [Future() for _ in jobs]
+    todo = zip(answers, jobs, strict=True)
 
     def work() -> None:
         while not over.is_set():
             with lock:
-                number, job = next(todo, (-1, None))
-            if number < 0:
+                answer, job = next(todo, (None, None))
+            if answer is None:
                 return
             try:
-                done.put((number, ask(job, over), None))
+                answer.set_result(ask(job, over))
             except BaseException as error:
-                done.put((number, None, error))
+                answer.set_exception(error)
 
     for _ in range(min(threads, len(jobs))):
         threading.Thread(target=work, daemon=True).start()
-    results: dict[int, Any] = {}
     try:
-        while len(results) < len(jobs):
-            number, results[number], error = done.get()
-            if error is not None:
-                raise error
+        for answer in as_completed(answers):
+            answer.result()
     finally:
         over.set()
-    return [results[number] for number in range(len(jobs))]
-
-
-def _said(error: urllib.error.HTTPError) -> str:
-    """Return the start of what a server wrote beside a status."""
-    try:
-        return " ".join(error.read(2000).decode(errors="replace").split())[:300]
-    except (OSError, http.client.HTTPException):
-        return ""
+    return [answer.result() for answer in answers]
 
 
 def _base(url: str, setting: str) -> str:
