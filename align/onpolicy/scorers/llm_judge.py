@@ -15,7 +15,6 @@ import math
 import re
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from align.config import ScorerConfig
@@ -42,13 +41,8 @@ Answer with one letter and nothing else: m if the output of model m is better, M
 _ASK = {"temperature": 0.0, "max_tokens": 8, "logprobs": True, "top_logprobs": 5}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """One answer of the judge."""
-
-    first_wins: float | None  # probability; None: the text could not be read
-    prompt_tokens: int
-    completion_tokens: int
+Verdict = tuple[float, dict[str, int]]  # P(first), and the counts of `_TIE`
+_TIE: Verdict = (0.5, {"prompt_tokens": 0, "completion_tokens": 0, "unreadable_verdicts": 0})
 
 
 class JudgeScorer:
@@ -82,7 +76,10 @@ class JudgeScorer:
         }
         answers = in_threads(self._ask, list(asked.values()), self._cfg.requests_at_once)
         verdicts: dict[tuple[int, int, int], Verdict] = dict(zip(asked, answers, strict=True))
-        return [_scores(number, len(item.responses), verdicts) for number, item in enumerate(items)]
+        return [
+            _scores([[verdicts.get((number, i, j), _TIE) for j in range(count)] for i in range(count)])
+            for number, count in enumerate(len(item.responses) for item in items)
+        ]
 
     def _ask(self, text: str, over: threading.Event) -> Verdict:
         """Return the verdict on one filled template."""
@@ -110,12 +107,11 @@ def read_answer(answer: Any) -> Verdict:
     try:
         choice, usage = answer["choices"][0], answer.get("usage") or {}
         text = choice["message"]["content"] or ""
-        by_logprobs = _by_logprobs((choice.get("logprobs") or {}).get("content") or [])
-        return Verdict(
-            first_wins=_by_text(text) if by_logprobs is None else by_logprobs,
-            prompt_tokens=int(usage.get("prompt_tokens", 0)),
-            completion_tokens=int(usage.get("completion_tokens", 0)),
-        )
+        first_wins = _by_logprobs((choice.get("logprobs") or {}).get("content") or [])
+        if first_wins is None:
+            first_wins = _by_text(text)
+        spent = {name: int(usage.get(name, 0)) for name in ("prompt_tokens", "completion_tokens")}
+        return 0.5 if first_wins is None else first_wins, {**spent, "unreadable_verdicts": int(first_wins is None)}
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"the judge answers with no chat completion: {str(answer)[:200]!r}; is scorer.judge.urls the address of an "
@@ -142,20 +138,11 @@ def _by_text(text: str) -> float | None:
     return float(letters == {FIRST}) if len(letters) == 1 else None
 
 
-def _scores(number: int, count: int, verdicts: dict[tuple[int, int, int], Verdict]) -> Scores:
-    """Return the K x K matrix of one item; pairs that were not asked about are equal."""
-    tie = Verdict(first_wins=0.5, prompt_tokens=0, completion_tokens=0)
-    rows = [[verdicts.get((number, i, j), tie) for j in range(count)] for i in range(count)]
-    p = [[0.5 if verdict.first_wins is None else verdict.first_wins for verdict in row] for row in rows]
-    wins = [[(p[i][j] + 1 - p[j][i]) / 2 for j in range(count)] for i in range(count)]
-    spent = [
-        {
-            "prompt_tokens": sum(verdict.prompt_tokens for verdict in row),
-            "completion_tokens": sum(verdict.completion_tokens for verdict in row),
-            "unreadable_verdicts": sum(verdict.first_wins is None for verdict in row),
-        }
-        for row in rows
-    ]
+def _scores(verdicts: list[list[Verdict]]) -> Scores:
+    """Return the K x K matrix of one item; `verdicts[i][j]` is that on responses i, j in this order."""
+    p = [[first_wins for first_wins, _ in row] for row in verdicts]
+    wins = [[(p[i][j] + 1 - p[j][i]) / 2 for j in range(len(p))] for i in range(len(p))]
+    spent = [{name: sum(counts[name] for _, counts in row) for name in _TIE[1]} for row in verdicts]
     return Scores(values=wins, counts=spent)
 
 

@@ -45,6 +45,8 @@ from align.say import UserError
 MARKERS = ("<|source|>", "<|candidate1|>", "<|candidate2|>")
 MAX_SOURCE, MAX_TOKENS = 1224, 2048  # of the prompt, and of all three parts; special ones included
 
+Comparison = tuple[int, str, str]  # the number of the item, and two different texts in their order
+
 
 class PairRM(DebertaV2PreTrainedModel):
     """A DeBERTa-v2 (v3 is its shape too) with PairRM's head."""
@@ -94,10 +96,10 @@ class PairRMScorer(ModelScorer):
     @torch.inference_mode()
     def __call__(self, items: Sequence[Item]) -> list[Scores]:
         """Return [K][K] P(i beats j) for each item; `cut_tokens` of response i: lost in the comparisons in which it stood first."""
-        rows, markers, compared = [], [], []  # `compared`: of each row the number of the item, and the two texts
-        cuts: list[dict[tuple[str, str], int]] = [{} for _ in items]
+        rows, markers = [], []
+        lost: dict[Comparison, int] = {}  # tokens, of each row
         for number, item in enumerate(items):
-            source, lost = self._encode(0, as_text(item.prompt), MAX_SOURCE)
+            source, cut = self._encode(0, as_text(item.prompt), MAX_SOURCE)
             room = (MAX_TOKENS - len(source)) // 2
             texts = dict.fromkeys(item.responses)  # each once: equal texts draw, whatever the model prefers of an order
             first, second = ({text: self._encode(side, text, room) for text in texts} for side in (1, 2))
@@ -106,18 +108,11 @@ class PairRMScorer(ModelScorer):
                 starts = (0, len(parts[0]), len(parts[0]) + len(parts[1]))
                 rows.append([token for part in parts for token in part])
                 markers.append(
-                    [at + part.index(ids) for at, part, ids in zip(starts, parts, self._marker_ids, strict=True)]
+                    [at + part.index(i) for at, part, i in zip(starts, parts, self._marker_ids, strict=True)]
                 )
-                compared.append((number, a, b))
-                cuts[number][a, b] = lost + first[a][1] + second[b][1]
-        logits: list[dict[tuple[str, str], float]] = [{} for _ in items]
-        pad = self._config.pad_token_id or 0
-        for (number, a, b), logit in zip(compared, self._forward(rows, pad, markers=markers), strict=True):
-            logits[number][a, b] = logit
-        return [
-            Scores(values=_wins(item.responses, of), counts=_counts(item.responses, cut))
-            for item, of, cut in zip(items, logits, cuts, strict=True)
-        ]
+                lost[number, a, b] = cut + first[a][1] + second[b][1]
+        logits = dict(zip(lost, self._forward(rows, self._config.pad_token_id or 0, markers=markers), strict=True))
+        return [_scores(number, item.responses, logits, lost) for number, item in enumerate(items)]
 
     def _encode(self, part: int, text: str, limit: int) -> tuple[list[int], int]:
         """Return the token ids of one of the three parts, within its limit, and how many tokens were cut off."""
@@ -129,12 +124,11 @@ class PairRMScorer(ModelScorer):
         return [*ids[: limit - len(end)], *end], len(ids) - limit
 
 
-def _wins(responses: Sequence[str], logits: Mapping[tuple[str, str], float]) -> list[list[float]]:
-    """Return [K][K] P(i beats j) from the logits of all ordered pairs of different texts."""
-    leads = [[0.0 if a == b else logits[a, b] - logits[b, a] for b in responses] for a in responses]
-    return preferences([sum(row) / len(row) for row in leads], temperature=1.0)
-
-
-def _counts(responses: Sequence[str], cuts: Mapping[tuple[str, str], int]) -> list[dict[str, int]]:
-    """Return [K] tokens lost in the comparisons of response i with each other text, i first."""
-    return [{"cut_tokens": sum(cuts.get((a, b), 0) for b in responses)} for a in responses]
+def _scores(
+    number: int, responses: Sequence[str], logits: Mapping[Comparison, float], lost: Mapping[Comparison, int]
+) -> Scores:
+    """Return the scores of one item from all its comparisons; equal texts have none, and draw."""
+    compared = [[((number, a, b), (number, b, a)) for b in responses] for a in responses]
+    leads = [[logits.get(ab, 0.0) - logits.get(ba, 0.0) for ab, ba in row] for row in compared]
+    wins = preferences([sum(row) / len(row) for row in leads], temperature=1.0)
+    return Scores(values=wins, counts=[{"cut_tokens": sum(lost.get(ab, 0) for ab, _ in row)} for row in compared])
