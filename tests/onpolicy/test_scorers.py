@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from align.choices import SystemMessage
-from align.config import JudgeConfig, ScorerConfig
+from align.config import JudgeConfig, ScorerConfig, check_node
 from align.files import file_fingerprint
 from align.launch.rank import Rank
 from align.onpolicy.samplers import servers
@@ -217,7 +217,8 @@ def test_a_function_of_ones_own_makes_a_scorer():
 )  # fmt: skip
 def test_what_cannot_be_is_said_in_one_line(fields, message):
     with pytest.raises(UserError, match=message) as caught:
-        registry.build(ScorerConfig(**fields), RANK)
+        check_node(cfg := ScorerConfig(**fields), "scorer.")
+        registry.build(cfg, RANK)
     assert "\n" not in str(caught.value)
 
 

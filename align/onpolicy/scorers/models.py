@@ -1,9 +1,9 @@
-"""The shared part of scorers that are models: loading without guesses, batches by tokens, and padding that changes nothing.
+"""Scorers that are models: loading without guesses, batches by tokens, padding that changes nothing; and reward models.
 
 Weights are safetensors and no remote code runs. A model whose checkpoint lacks a weight, or has one that nothing
 reads, is refused: transformers would fill the head with random numbers and only log it, and scores of a random head
 look like scores. The head computes in float32: a bfloat16 number around 10 comes in steps of 1/16, which makes ties.
-Left out: models that do not fit one device, quantisation.
+Left out: models that do not fit one device, quantisation, and heads that are not transformers' own (see armorm.py).
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from align.config import ScorerConfig
 from align.launch.rank import Rank
@@ -128,6 +135,35 @@ class PointwiseModel(ModelScorer):
     def _numbers(self, rows: Sequence[tuple[list[int], int]]) -> list[float]:
         """Return a number for each text, of (its token ids, how many were cut)."""
         raise NotImplementedError
+
+
+class RewardModelScorer(PointwiseModel):
+    """Any sequence-classification reward model: the raw logit of its single label, no sigmoid, which would squeeze good answers together.
+
+    The model's own forward chooses the token that is read: for a decoder the last one that is not padding, and where pad
+    and end-of-text are one token, that before a final end-of-text, in training as here. Without a pad token it would
+    read the last column, padding or not: then only texts of one length go together.
+    """
+
+    kind = AutoModelForSequenceClassification
+
+    def __init__(self, cfg: ScorerConfig, rank: Rank) -> None:
+        super().__init__(cfg, rank)
+        if self._config.num_labels != 1:
+            raise UserError(
+                f"scorer.path={cfg.path} has {self._config.num_labels} labels, and a reward model has one: "
+                "it is a classifier, or its config.json says nothing of a head"
+            )
+        if self._tokenizer.chat_template is None:
+            raise UserError(
+                f"the tokenizer of {cfg.path} has no chat template: give scorer.template, a Jinja template or its file, "
+                "that writes the texts as they were in its training"
+            )
+
+    def _numbers(self, rows: Sequence[tuple[list[int], int]]) -> list[float]:
+        pad_token = self._config.get_text_config().pad_token_id
+        can_pad = pad_token is not None and pad_token >= 0
+        return self._forward([ids for ids, _ in rows], pad_token if can_pad else 0, equal=not can_pad)
 
 
 def render(item: Item, tokenizer: PreTrainedTokenizerBase, cfg: ScorerConfig) -> list[list[int]]:

@@ -2,16 +2,15 @@
 
 A package registers through the entry-point group `align.scorers`; the entry point names a function of
 (`ScorerConfig`, `Rank`) that returns a `Scorer`, the same that "module:function" names. A setting that the chosen
-scorer would not read is refused, as whoever wrote it believes that it does something.
-Left out: torch, until a scorer is made.
+scorer would not read is refused, as whoever wrote it believes that it does something. Torch waits until a scorer is made.
 """
 
 import importlib.metadata
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from align.config import RunConfig, ScorerConfig, check_node
+from align.config import RunConfig, ScorerConfig
 from align.onpolicy.scorers.base import Identity, Kind, Scorer
 from align.say import UserError, closest, resolve
 
@@ -24,7 +23,7 @@ _MODEL = ("path", "revision", "max_length", "tokens_per_batch", "system_message"
 #: name -> (class, keys of `ScorerConfig` that it reads; of a nested node the first word)
 _BUILT_IN: dict[str, tuple[str, tuple[str, ...]]] = {
     "program": ("program:ProgramScorer", ("path",)),
-    "reward_model": ("reward_model:RewardModelScorer", (*_MODEL, "template")),
+    "reward_model": ("models:RewardModelScorer", (*_MODEL, "template")),
     "armorm": ("armorm:ArmoRMScorer", _MODEL),
     "pairrm": ("pairrm:PairRMScorer", ("path", "revision", "tokens_per_batch")),
     "llm_judge": ("llm_judge:JudgeScorer", ("revision", "template", "judge")),
@@ -52,16 +51,13 @@ def scorer_of(cfg: RunConfig) -> ScorerConfig:
 
 def build(cfg: ScorerConfig, rank: "Rank") -> Scorer:
     """Build the scorer that the configuration describes, or raise `UserError`; models run on `rank.device`."""
-    check_node(cfg, "scorer.")
     assert cfg.name is not None, "scorer_of"
-    make: Callable[..., Any]
     if ":" in cfg.name:
-        make = resolve(cfg.name, "scorer.name")
+        make: Callable[..., Any] = resolve(cfg.name, "scorer.name")
     elif cfg.name in _BUILT_IN:
         name, reads = _BUILT_IN[cfg.name]
-        default = asdict(ScorerConfig())
-        for key, value in asdict(cfg).items():
-            if value != default[key] and key not in ("name", *reads):
+        for key, default in vars(ScorerConfig()).items():
+            if getattr(cfg, key) != default and key not in ("name", *reads):
                 known = ", ".join(reads)
                 raise UserError(f"scorer.{key} does nothing with scorer.name={cfg.name}, which reads {known}")
         make = resolve(f"{_HERE}.{name}", "scorer.name")
