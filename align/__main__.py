@@ -16,7 +16,7 @@ HELP = """align: train a policy on preference pairs, judge it, compare runs.
 
 #: Verb -> its purpose, and the function that takes its words, whose module says what they are.
 TOOLS = {
-    "report": ("compare finished runs on one page", "align.report.command:report"),
+    "report": ("compare finished runs on one page", "align.report.page:report"),
     "dashboard": ("lay out a wandb project for comparing runs", "align.tracking.dashboard:dashboard"),
 }
 

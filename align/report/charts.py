@@ -8,9 +8,8 @@ from statistics import fmean
 from align.metrics import Metric, row, shown
 from align.report import figures
 from align.report.figures import Point
-from align.report.methods import Method
-from align.report.naming import short_name
-from align.report.study import Study, Sweep
+from align.report.methods import Method, Sweep, short_name
+from align.report.study import Study
 from align.stats.intervals import Estimate, Over
 
 MOST = figures.SERIES  # methods in a chart
@@ -29,9 +28,11 @@ class Chart:
 def at_a_glance(study: Study) -> list[Chart]:
     """Draw the first methods: the main quantity, what each differs from the highest by, and length or entropy."""
     methods = study.methods[:MOST]
-    main = _of_methods(study, methods, study.main.name)
-    beside = _of_methods(study, methods, "sample_length" if study.judged else "entropy")
-    return [*main, *_from_the_highest(study, methods), *beside]
+    return [
+        *_of_methods(study, methods, study.main.name),
+        *_from_the_highest(study, methods),
+        *_of_methods(study, methods, "sample_length" if study.judged else "entropy"),
+    ]
 
 
 def hollow(study: Study) -> set[int]:
@@ -41,7 +42,7 @@ def hollow(study: Study) -> set[int]:
 
 
 def _of_methods(study: Study, methods: Sequence[Method], name: str) -> list[Chart]:
-    rows = [(method.number, method.label, value) for method in methods if (value := method.figure(name))]
+    rows = [(method.number, method.label, value) for method in methods if (value := method.figures.get(name))]
     metric = row(name)
     if not rows or metric is None:
         return []
@@ -52,13 +53,10 @@ def _of_methods(study: Study, methods: Sequence[Method], name: str) -> list[Char
 
 def _from_the_highest(study: Study, methods: Sequence[Method]) -> list[Chart]:
     best, *others = methods
-    nothing = Estimate(mean=0.0, low=0.0, high=0.0, seeds=len(best.runs), over="nothing")
-    rows = [(best.number, best.label, nothing)]
+    rows = [(best.number, best.label, Estimate(mean=0.0, low=0.0, high=0.0, over="nothing"))]
     for method in others:
         if one := study.main.between(method, best):
-            of = one.result
-            value = Estimate(mean=of.difference, low=of.low, high=of.high, seeds=min(of.seeds), over=of.over)
-            rows.append((method.number, method.label, value))
+            rows.append((method.number, method.label, one.result))
     if len(rows) == 1:
         return []
     title = f"{study.main.quantity} minus that of {best.label}"
@@ -88,7 +86,7 @@ def of_sweep(study: Study, sweep: Sweep) -> list[Chart]:
 def _map(study: Study, sweep: Sweep, metric: Metric) -> str:
     assert sweep.y is not None
     at = {(method.settings[sweep.x], method.settings[sweep.y]): method for method in sweep.methods}
-    cells = {cell: value.mean for cell, method in at.items() if (value := method.figure(metric.name))}
+    cells = {cell: value.mean for cell, method in at.items() if (value := method.figures.get(metric.name))}
     if not cells:
         return ""
     best = max(cells, key=lambda cell: cells[cell]) if metric.goal == "maximize" else None
@@ -101,9 +99,9 @@ def _map(study: Study, sweep: Sweep, metric: Metric) -> str:
 
 
 def _line(study: Study, sweep: Sweep, metric: Metric) -> str:
-    points = [(m.settings[sweep.x], value) for m in sweep.methods if (value := m.figure(metric.name))]
+    points = [(m.settings[sweep.x], value) for m in sweep.methods if (value := m.figures.get(metric.name))]
     lines = [method for one in study.sweeps if not one.y for method in one.methods]  # on one scale, to be compared
-    values = [value for method in lines if (value := method.figure(metric.name))]
+    values = [value for method in lines if (value := method.figures.get(metric.name))]
     if not points:
         return ""
     low, high = min(value.low for value in values), max(value.high for value in values)
@@ -115,19 +113,14 @@ def curves(study: Study) -> list[Chart]:
     drawn = []
     methods = study.methods[:MOST]
     for metric in shown("curve"):
-        split = _split(methods, metric.name)
-        words = "held-out pairs" if split == "eval" else "training pairs"
+        held_out = [run.curves.get(f"eval/{metric.name}", ()) for method in methods for run in method.runs]
+        often = all(len(points) > 2 for points in held_out)  # between start and end, too
+        split, words = ("eval", "held-out pairs") if often else ("train", "training pairs")
         lines = {method.number: _line_of(_by_step(method, f"{split}/{metric.name}")) for method in methods}
         if any(lines.values()):
             svg = figures.curves(f"{metric.title}, {words}", lines, "step")
             drawn.append(Chart(title=metric.title, svg=svg, note=words))
     return drawn
-
-
-def _split(methods: Sequence[Method], name: str) -> str:
-    """Choose held-out pairs where the metric was measured between start and end, else training pairs."""
-    often = all(len(run.curves.get(f"eval/{name}", ())) > 2 for method in methods for run in method.runs)
-    return "eval" if often else "train"
 
 
 def _by_step(method: Method, name: str) -> dict[int, list[float]]:

@@ -1,18 +1,22 @@
-"""Methods: runs that differ by their seeds only. Figures over seeds, and what a fair comparison keeps the same."""
+"""Methods: runs that differ by their seeds only. Figures over seeds, what a comparison keeps the same, and names."""
 
+import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean
 from typing import Any
 
-from align.report.naming import value_text
-from align.report.run import Run
+from align.report.read import Run, Values
 from align.stats import intervals
 
 Item = tuple[Any, ...]  # a prompt or a held-out pair, that which two runs have in common
+
+_PROMINENT = ("objective.", "model.name", "dataset.name", "optimizer.learning_rate", "optimizer.", "train.")
+_FINGERPRINTS = ("start", "pairs", "device", "bf16")
+_EVERYWHERE = ("model.name", "dataset.name")  # named in every label where they differ, also where the objective does
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,24 +28,35 @@ class Method:
     runs: list[Run]  # complete ones, a seed each
     settings: Mapping[str, Any]  # "objective.beta": 2.0, ...: all that decides a result, but the seed
 
-    def figure(self, name: str) -> intervals.Estimate | None:
-        """Return the mean over seeds; None where a run lacks it."""
-        return self._figures.get(name)
-
     @cached_property
-    def _figures(self) -> dict[str, intervals.Estimate]:
-        return {name: value for name in self.runs[0].trained if (value := self._estimate(name))}
+    def figures(self) -> dict[str, intervals.Estimate]:
+        """The mean over seeds of each result that all of them have."""
+        values = {name: self.of_suite(name) for name in self.runs[0].trained}
+        return {name: self._estimate(name, own) for name, own in values.items() if len(own) == len(self.runs)}
 
-    def _estimate(self, name: str) -> intervals.Estimate | None:
-        values = [run.trained.get(name, math.nan) for run in self.runs]
-        if not all(map(math.isfinite, values)):
-            return None
+    def _estimate(self, name: str, values: Sequence[float]) -> intervals.Estimate:
         over_seeds = intervals.mean_over_seeds(values)
         if len(items := self.by_item(name)) < 2:
             return over_seeds
-        margin = intervals.estimate(by_seed(items, list(items))).margin
-        over: intervals.Over = "seeds and prompts" if len(self.runs) > 1 else "prompts"
-        return replace(over_seeds, low=over_seeds.mean - margin, high=over_seeds.mean + margin, over=over)
+        within, mean = intervals.estimate(by_seed(items, list(items))), over_seeds.mean
+        return replace(over_seeds, low=mean - within.margin, high=mean + within.margin, over=within.over)
+
+    @cached_property
+    def terms(self) -> dict[str, str]:
+        """What a fair comparison keeps the same, or tells, in words."""
+        its, config = self.settings, self.runs[0].config
+        evaluation = [f"{key[11:]}={value_text(value)}" for key, value in its.items() if key.startswith("evaluation.")]
+        scorer = [config.get(f"scorer.{key}") for key in ("name", "path", "judge.served_model")]
+        return {
+            "start model": value_text(its.get("start")),
+            "training pairs": value_text(its.get("pairs")),
+            "steps": ", ".join(dict.fromkeys(value_text(run.steps) for run in self.runs)),
+            "learning rate": value_text(its.get("optimizer.learning_rate")),
+            "evaluation": ", ".join(evaluation),
+            "judge": ", ".join(map(str, filter(None, scorer))) or value_text(config.get("dataset.judge")),
+            "seeds": ", ".join(value_text(run.seed) for run in self.runs),
+            "precision": f"{its.get('device')}, {'bf16' if its.get('bf16') else 'fp32'}",
+        }
 
     def of_suite(self, name: str) -> list[float]:
         """List the values of the seeds that have one: a suite may have been run on some of them."""
@@ -54,6 +69,16 @@ class Method:
             for item, value in _outcomes(run, name):
                 values.setdefault(item, []).append(value)
         return {item: of_seeds for item, of_seeds in values.items() if len(of_seeds) == len(self.runs)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Methods of one objective over one or two numbers, all else the same."""
+
+    title: str
+    x: str  # "objective.beta"
+    y: str | None  # "objective.gamma_beta_ratio"; None: one number only
+    methods: list[Method]
 
 
 def shares(runs: Sequence[Run]) -> tuple[float, float, float] | None:
@@ -80,56 +105,109 @@ def _outcomes(run: Run, name: str) -> Iterable[tuple[Item, float]]:
         yield (run.identity.get("pairs"), pair), outcome  # a pair's name may be its place in the data only
 
 
-# Fairness -------------------------------------------------------------------------------------------------------------
-
-
-def _judge(method: Method) -> str:
-    config = method.runs[0].config
-    named = [config.get(f"scorer.{key}") for key in ("name", "path", "judge.served_model")]
-    return ", ".join(map(str, filter(None, named))) or value_text(config.get("dataset.judge"))
-
-
-def _evaluation(method: Method) -> str:
-    its = {k[11:]: value_text(v) for k, v in method.settings.items() if k.startswith("evaluation.")}
-    return ", ".join(f"{name}={value}" for name, value in its.items())
-
-
-def _precision(method: Method) -> str:
-    return f"{method.settings.get('device')}, {'bf16' if method.settings.get('bf16') else 'fp32'}"
-
-
-#: What a fair comparison keeps the same, or tells -> its value in words.
-_FAIRNESS: dict[str, Callable[[Method], str]] = {
-    "start model": lambda method: value_text(method.settings.get("start")),
-    "training pairs": lambda method: value_text(method.settings.get("pairs")),
-    "steps": lambda method: ", ".join(dict.fromkeys(value_text(run.steps) for run in method.runs)),
-    "learning rate": lambda method: value_text(method.settings.get("optimizer.learning_rate")),
-    "evaluation": _evaluation,
-    "judge": _judge,
-    "seeds": lambda method: ", ".join(value_text(run.seed) for run in method.runs),
-    "precision": _precision,
-}
-
-
 def shared(methods: Sequence[Method]) -> dict[str, dict[str, list[str]]]:
-    """Return, for all in `_FAIRNESS`, its values and which methods have them.
+    """Return, for all `Method.terms`, the values and which methods have them.
 
     Learning rates that every objective was swept over are left out: the methods' names tell them.
     """
     found: dict[str, dict[str, list[str]]] = {}
-    for words, value in _FAIRNESS.items():
-        of_objective: dict[str, set[str]] = {}
-        values: dict[str, list[str]] = {}
-        for method in methods:
-            values.setdefault(value(method), []).append(method.label)
-            of_objective.setdefault(method.runs[0].objective, set()).add(value(method))
-        swept = words == "learning rate" and len({*map(frozenset, of_objective.values())}) == 1
-        if len(values) == 1 or not swept:
-            found[words] = values
+    rates: dict[str, set[str]] = {}  # of each objective
+    for method in methods:
+        rates.setdefault(method.runs[0].objective, set()).add(method.terms["learning rate"])
+        for words, value in method.terms.items():
+            found.setdefault(words, {}).setdefault(value, []).append(method.label)
+    if len(found.get("learning rate", ())) > 1 and len({*map(frozenset, rates.values())}) == 1:
+        del found["learning rate"]
     return found
 
 
-def measured_alike(a: Method, b: Method, name: str) -> bool:
-    """True where two methods' figures are one quantity: win rates by one judge, against one start model, drawn alike."""
-    same = (_FAIRNESS["start model"], _FAIRNESS["judge"], _FAIRNESS["evaluation"])
-    return name != "win_rate" or all(value(a) == value(b) for value in same)
+def sweeps(methods: Sequence[Method]) -> list[Sweep]:
+    """Find methods of an objective that differ by numbers: of two the first are the axes, the rest makes several maps."""
+    found = []
+    for of_kind in dict.fromkeys(kind(method.runs[0]) for method in methods):
+        own = [method for method in methods if kind(method.runs[0]) == of_kind]
+        differ = [key for key in varied([method.settings for method in own]) if not _is_fingerprint(key)]
+        axes = [key for key in differ if all(type(method.settings.get(key)) in (int, float) for method in own)][:2]
+        if not axes:
+            continue
+        maps: dict[str, list[Method]] = {}
+        for method in own:
+            rest = [f"{short_name(key)}={value_text(method.settings.get(key))}" for key in differ if key not in axes]
+            maps.setdefault(" ".join([of_kind, *rest]), []).append(method)
+        for title, members in maps.items():
+            if len(members) >= 3 and all(len({m.settings[axis] for m in members}) > 1 for axis in axes):
+                found.append(Sweep(title=title, x=axes[0], y=axes[1] if len(axes) > 1 else None, methods=members))
+    return found
+
+
+# Names ----------------------------------------------------------------------------------------------------------------
+
+
+def settings_of(run: Run) -> dict[str, Any]:
+    """Return what decides a run's result, but the seed."""
+    known = run.identity or run.config
+    whole = {key: int(value) for key, value in known.items() if isinstance(value, float) and value.is_integer()}
+    settings = {key: value for key, value in {**known, **whole}.items() if key != "seed"}  # 2 and 2.0 are one setting
+    if _is_selfplay(run):
+        settings["iterations"] = len(run.iterations) or run.config.get("iterations")
+    return settings
+
+
+def kind(run: Run) -> str:
+    """Return "dpo", or "dpo self-play"."""
+    return f"{run.objective} self-play" if _is_selfplay(run) else run.objective
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+    """Name the method of each run: its kind, its hyperparameters that vary, and what else tells it from the others."""
+    methods = [(kind(run), settings_of(run)) for run in runs]
+    everywhere = [key for key in _EVERYWHERE if key in varied([settings for _, settings in methods])]
+    found = []
+    for name, settings in methods:
+        group = [other for its, other in methods if its == name]
+        named = list(everywhere)
+        for key in varied(group):
+            tells_more = len(_classes(group, [*named, key])) > len(_classes(group, named))
+            if key not in named and (key.startswith("objective.") or tells_more):
+                named.append(key)
+        short = [short_name(key) for key in named]
+        words = [word if short.count(word) == 1 else key for word, key in zip(short, named, strict=True)]
+        pairs = [f"{word}={value_text(settings.get(key))}" for word, key in zip(words, named, strict=True)]
+        found.append(" ".join([name, *pairs]))
+    return found
+
+
+def varied(settings: Sequence[Values]) -> list[str]:
+    """List the keys whose values differ: what people tell runs apart by comes first, fingerprints last."""
+    keys = {key for one in settings for key in one}
+    return sorted((key for key in keys if len(_classes(settings, [key])) > 1), key=_prominence)
+
+
+def _prominence(key: str) -> tuple[int, str]:
+    at = next((number for number, start in enumerate(_PROMINENT) if key.startswith(start)), len(_PROMINENT))
+    return (at + _is_fingerprint(key), key)
+
+
+def _is_fingerprint(key: str) -> bool:
+    """True for a key that says what something is, and is no setting."""
+    return key in _FINGERPRINTS or key.startswith("objective_code")
+
+
+def short_name(key: str) -> str:
+    """Return beta of objective.beta, model of model.name."""
+    return key.removesuffix(".name").rpartition(".")[2]
+
+
+def value_text(value: Any) -> str:
+    """Return a setting as it is typed."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _is_selfplay(run: Run) -> bool:
+    return bool(run.iterations) or run.config.get("source.name") == "selfplay"
+
+
+def _classes(group: Sequence[Values], keys: Sequence[str]) -> set[str]:
+    return {json.dumps([settings.get(key) for key in keys], default=str) for settings in group}

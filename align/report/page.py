@@ -1,24 +1,59 @@
-"""report.html, one file that asks nobody for anything: page.html.j2, its style page.css, its choices page.js; report.md.
+"""`python -m align report [folder ...] [out=folder]`: compare the runs in some folders; without a folder, those in runs/.
 
-Text of runs, which may be anything, reaches the page escaped, or as JSON that the script sets as text.
+A folder of links to runs, as a sweep leaves one in runs/groups/, is a report on these. Writes report.html, report.md and
+results.csv into `out`; without it, into the folder, or into what several have in common. The page is one file that asks
+nobody for anything. Text of runs, which may be anything, reaches it escaped, or as JSON that its script sets as text.
 """
 
 import itertools
+import os
 import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+import align
 from align.report import charts, figures, text
-from align.report.naming import value_text
-from align.report.run import Answers
-from align.report.study import Study, p_value, signed
-from align.report.tables import tables
+from align.report.methods import value_text
+from align.report.read import Answers, read_runs
+from align.report.study import Study, p_value, signed, study
+from align.say import UserError
 
 _HERE = Path(__file__).parent
 _SHOWN_ANSWERS = 1_000_000  # characters of answers on the page, at most
 _MATRIX = 8  # methods, at most, of which every two are in a table
+
+
+def report(words: Sequence[str]) -> Path:
+    """Read the folders that the words name and write the three files. Returns the page.
+
+    Raises:
+        UserError: anything the user can put right.
+    """
+    options = dict(word.split("=", 1) for word in words if "=" in word and not Path(word).exists())
+    if unknown := options.keys() - {"out"}:
+        raise UserError(
+            f"unknown option {', '.join(sorted(unknown))}: python -m align report [folder ...] [out=folder]"
+        )
+    folders = [Path(word).expanduser() for word in words if "=" not in word or Path(word).exists()] or [Path("runs")]
+    made = study(read_runs(folders))
+    common = Path(os.path.commonpath([folder.resolve() for folder in folders]))
+    out = Path(options["out"]).expanduser() if "out" in options else common
+    when = f"Made by align {align.__version__} on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC."
+    files = {"report.html": page(made, when), "report.md": markdown(made, when), "results.csv": text.results_csv(made)}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (out / name).write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {out} ({error.strerror}): give another out=") from error
+    print(text.size(made))
+    for name in files:
+        print(out / name)
+    return out / "report.html"
 
 
 def page(study: Study, made_by: str) -> str:
@@ -63,7 +98,7 @@ def _written(template: str, study: Study, made_by: str, **more: Any) -> str:
     environment.filters["line"] = _line
     environment.filters["cell"] = lambda words: words.replace("|", "\\|").replace("\n", " ")
     return environment.get_template(template).render(
-        study=study, made_by=made_by, tables=tables(study), text=text, **more
+        study=study, made_by=made_by, tables=text.tables(study), text=text, **more
     )
 
 

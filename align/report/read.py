@@ -1,4 +1,4 @@
-"""Run folders -> typed rows. Reads only what a run has written of itself, and trusts none of it to be whole.
+"""A run as the report knows it, and how its folder is read: only what a run has written of itself, and trusts none of it to be whole.
 
 A folder counts as a run where it holds identity.json, config.yaml beside plan.txt, or a traceback; a link to one counts
 as that run. The iterations of a self-play run belong to it and are no runs. A run without results.json is read as far as
@@ -10,25 +10,95 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar
+from statistics import fmean
+from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
 
 from align.files import flat
-from align.report.run import Answers, Run, State, Values
 from align.say import UserError
 from align.stats.length_control import length_controlled_win_rate
 
-Parsed = TypeVar("Parsed", dict[str, Any], list[Any])
+Values = Mapping[str, Any]
 
 _NOT_RUNS = ("checkpoints", "model", "policy", "wandb", "logs", "tensorboard")
 _OF_SUITES = "evaluation/*/results.json"
 _CALL = re.compile(r"^python -m align (--config-dir=\S+ )*")  # before the words of a command
 _PLANNED = re.compile(r"^steps\s+([\d,]+) of ", re.MULTILINE)  # in plan.txt
 _VERSIONS = re.compile(r"^- Made with (.*)$", re.MULTILINE)  # in a model card
+
+
+class State(Enum):
+    """Progress of a run."""
+
+    complete = "complete"
+    failed = "failed"  # it left a traceback
+    collapsed = "collapsed"  # ended early, as it had nothing to hope for
+    running = "running"  # a process holds its folder
+    incomplete = "incomplete"  # stopped or killed: the same command goes on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """K answers of start model and policy to one prompt, with the judge's word on them."""
+
+    prompt: str
+    start: list[str]
+    policy: list[str]
+    start_scores: list[float]  # empty where the scorer only compares
+    policy_scores: list[float]
+    chances: list[list[float]]  # [K][K] P(the policy's i-th answer beats the start model's j-th); a tie is one half
+
+    @property
+    def win_rate(self) -> float:
+        """The mean chance of the policy; a tie is half a win."""
+        return fmean(chance for row in self.chances for chance in row)
+
+    @property
+    def ties(self) -> float:
+        """The share of pairs of answers that are equally good."""
+        return fmean(chance == 0.5 for row in self.chances for chance in row)
+
+    @property
+    def wins(self) -> float:
+        """The share of pairs in which the policy's answer is the better one."""
+        return self.win_rate - self.ties / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run folder."""
+
+    dir: Path
+    name: str  # what the report calls it: its folder, without what all folders have in common
+    state: State
+    note: str = ""  # why it is not complete, in a line
+    objective: str = "unknown"
+    seed: int | None = None  # of data order, new weights and sampling
+    config: Values = field(default_factory=dict)  # "objective.beta": 2.0, ... all of config.yaml
+    identity: Values = field(default_factory=dict)  # likewise, of identity.json: what decides the result
+    start: Mapping[str, float] = field(default_factory=dict)  # results of the start model
+    trained: Mapping[str, float] = field(default_factory=dict)  # of the policy; "cost/..." and what suites say, too
+    held_out: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # accuracy: pair: 0, 0.5 or 1
+    suites: Mapping[str, str] = field(default_factory=dict)  # what `align evaluate` has measured, a line each
+    curves: Mapping[str, list[tuple[int, float]]] = field(default_factory=dict)  # metric: (step, value), in order
+    answers: list[Answers] = field(default_factory=list)
+    iterations: Sequence[Mapping[str, float]] = field(default_factory=list)  # of self-play
+    last_step: int = 0  # in metrics.jsonl
+    steps: int | None = None  # planned; of self-play those of all iterations that are done
+    made_with: str = ""  # versions
+    command: str = ""
+
+    @property
+    def has_settings(self) -> bool:
+        """True where its settings are known; a run that failed early has left none."""
+        return bool(self.config or self.identity) or self.state is State.complete
 
 
 def read_runs(folders: Iterable[Path]) -> list[Run]:
@@ -41,10 +111,12 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"no folder {folder}: give folders of runs, e.g. python -m align report runs")
-    found = sorted({path.resolve() for folder in folders for path in find_runs(folder)})
+    walked = [step for folder in folders for step in _walk(folder)]
+    found = sorted({path.resolve() for path, is_run in walked if is_run})
     above = Path(os.path.commonpath([path.parent for path in found])) if found else Path()
-    runs = [read_run(path, str(path.relative_to(above))) for path in found]
-    runs += _failed_jobs(folders, {_CALL.sub("", run.command) for run in runs})
+    runs = [_read_run(path, str(path.relative_to(above))) for path in found]
+    others = [path for path, is_run in walked if not is_run]
+    runs += _failed_jobs(others, {_CALL.sub("", run.command) for run in runs})
     if not runs:
         raise UserError(
             f"no runs in {', '.join(map(str, folders))}: train first, e.g. python -m align -m objective=dpo,simpo"
@@ -52,13 +124,8 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
     return runs
 
 
-def find_runs(folder: Path) -> Iterator[Path]:
-    """Find run folders in and below a folder, links included."""
-    return (path for path, is_run in _walk(folder) if is_run)
-
-
 def _walk(folder: Path) -> Iterator[tuple[Path, bool]]:
-    """Yield each folder with True where it is a run's; what is below a run's is left out."""
+    """Yield a folder and those below it, links followed, with True for a run's; what is in a run's is left out."""
     seen: set[Path] = set()  # links may lead in a circle
     for path, inner, files in os.walk(folder, followlinks=True):
         own = Path(path)
@@ -67,37 +134,36 @@ def _walk(folder: Path) -> Iterator[tuple[Path, bool]]:
             continue
         seen.add(own.resolve())
         is_run = "identity.json" in files or {"config.yaml", "plan.txt"} <= set(files) or bool(_tracebacks(own))
-        kept = [] if is_run else sorted(name for name in inner if name not in _NOT_RUNS and not name.startswith("."))
-        inner[:] = kept
+        below = [] if is_run else inner
+        inner[:] = sorted(name for name in below if name not in _NOT_RUNS and not name.startswith("."))
         yield own, is_run
 
 
-def _failed_jobs(folders: Iterable[Path], ran: Set[str]) -> list[Run]:
+def _failed_jobs(folders: Iterable[Path], ran: Set[str]) -> Iterator[Run]:
     """Read failed.json in the folders of sweeps; jobs whose words are a run after all, in `ran`, are left out."""
-    jobs: dict[str, Run] = {}
-    for own in (path for folder in folders for path, is_run in _walk(folder) if not is_run):
-        for job in _parsed(own / "failed.json", json.loads, list):
-            if not isinstance(job, dict):
-                continue
-            words, why = (" ".join(str(job.get(key, "")).split()) for key in ("job", "why"))
-            if words and words not in ran:
-                file = own.resolve() / "failed.json"
-                jobs.setdefault(words, Run(dir=file / words, name=words, state=State.failed, note=why or "no message"))
-    return [*jobs.values()]
+    known = {*ran}
+    for file in (folder / "failed.json" for folder in folders):
+        for job in _parsed(file, list):
+            told = job if isinstance(job, dict) else {}
+            words, why = (" ".join(str(told.get(key, "")).split()) for key in ("job", "why"))
+            if words and words not in known:
+                known.add(words)
+                yield Run(dir=file.resolve() / words, name=words, state=State.failed, note=why or "no message")
 
 
-def read_run(folder: Path, name: str) -> Run:
+def _read_run(folder: Path, name: str) -> Run:
     """Read one run folder, whatever of it is there."""
-    results = _json(folder / "results.json")
-    config = _parsed(folder / "config.yaml", yaml.safe_load, dict)
+    results = _parsed(folder / "results.json")
+    config = flat(_parsed(folder / "config.yaml", parse=yaml.safe_load))
+    command = str(config.pop("command", ""))
     curves = _curves(folder)
     rows = results.get("iterations")
     iterations = [_numbers(row) for row in rows] if isinstance(rows, list) else []
-    planned = _PLANNED.search(_text(folder / "plan.txt"))
-    steps = int(planned[1].replace(",", "")) if planned else None
-    if iterations:
-        steps = int(sum(row.get("steps", 0) for row in iterations))
-    state, note = _state(folder, bool(results), curves, steps)
+    steps = int(sum(row.get("steps", 0) for row in iterations)) or None
+    if not steps and (planned := _PLANNED.search(_text(folder / "plan.txt"))):
+        steps = int(planned[1].replace(",", ""))
+    last_step = max((points[-1][0] for points in curves.values()), default=0)
+    state, note = (State.complete, "") if results else _state(folder, last_step, steps)
     answers, problem = _answers(folder)
     start, trained = _results(folder, results)
     if answers and "win_rate" in trained:
@@ -111,36 +177,37 @@ def read_run(folder: Path, name: str) -> Run:
         name=name,
         state=state,
         note="; ".join(filter(None, (note, problem))),
-        config={key: value for key, value in flat(config).items() if key != "command"},
-        identity=flat(_json(folder / "identity.json")),
+        objective=str(config.get("objective.name", "unknown")),
+        seed=config.get("seed"),
+        config=config,
+        identity=flat(_parsed(folder / "identity.json")),
         start=start,
         trained=trained,
         held_out=_held_out(folder),
         suites={
-            file.parent.name: str(_json(file.with_name("settings.json")).get("note", ""))
+            file.parent.name: str(_parsed(file.with_name("settings.json")).get("note", ""))
             for file in sorted(folder.glob(_OF_SUITES))
         },
         curves=curves,
         answers=answers,
         iterations=iterations,
+        last_step=last_step,
         steps=steps,
         made_with=made_with[1] if made_with else "",
-        command=str(config.get("command", "")),
+        command=command,
     )
 
 
 # Parts of a run -------------------------------------------------------------------------------------------------------
 
 
-def _state(folder: Path, done: bool, curves: Mapping[str, Any], steps: int | None) -> tuple[State, str]:
-    if done:
-        return State.complete, ""
-    last = max((points[-1][0] for points in curves.values()), default=0)
-    reached = f"at step {last}" + (f" of {steps}" if steps else "") if last else "before the first step"
+def _state(folder: Path, last_step: int, steps: int | None) -> tuple[State, str]:
+    """Tell why a run has no results, and how far it got."""
+    reached = f"at step {last_step}" + (f" of {steps}" if steps else "") if last_step else "before the first step"
     if _is_held(folder / ".lock"):
         return State.running, reached
     for own in (folder, *_iterations(folder)):
-        if collapsed := _json(own / "collapsed.json"):
+        if collapsed := _parsed(own / "collapsed.json"):
             return State.collapsed, f"at step {collapsed.get('step')}: {' '.join(str(collapsed.get('why')).split())}"
     for file in _tracebacks(folder):
         lines = [line for line in _text(file).splitlines() if line.strip()]
@@ -153,15 +220,11 @@ def _tracebacks(folder: Path) -> list[Path]:
 
 
 def _is_held(lock: Path) -> bool:
-    if not lock.exists():
-        return False
     try:
-        with FileLock(lock, timeout=0):
+        with FileLock(lock, timeout=0) if lock.exists() else nullcontext():
             return False
-    except Timeout:
-        return True
-    except OSError:  # not ours to lock
-        return False
+    except OSError as error:  # any other than Timeout: not ours to lock
+        return isinstance(error, Timeout)
 
 
 def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -181,11 +244,11 @@ def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def _results(folder: Path, results: Values) -> tuple[dict[str, float], dict[str, float]]:
     """Return results of start model and policy. A suite's are "alpaca_eval/win_rate", "lm_eval/start/gsm8k"."""
-    at_start = {name.removeprefix("eval/"): value for name, value in _json(folder / "start.json").items()}
+    at_start = {name.removeprefix("eval/"): value for name, value in _parsed(folder / "start.json").items()}
     start, trained = _numbers(results.get("start") or at_start), _numbers(results.get("trained"))
     trained |= {f"cost/{name}": value for name, value in _numbers(results.get("cost")).items()}
     for file in sorted(folder.glob(_OF_SUITES)):
-        for name, value in _numbers(_json(file)).items():
+        for name, value in _numbers(_parsed(file)).items():
             if "/start/" in name:
                 start[name.replace("/start/", "/", 1)] = value
             else:
@@ -258,17 +321,13 @@ def _text(file: Path) -> str:
         return ""
 
 
-def _parsed(file: Path, parse: Callable[[str], Any], kind: type[Parsed]) -> Parsed:
+def _parsed(file: Path, kind: type = dict, parse: Callable[[str], Any] = json.loads) -> Any:
     """Read what a file holds; an empty one of its kind where it is absent, damaged or of another kind."""
     try:
         content = parse(_text(file))
     except (ValueError, yaml.YAMLError):
         return kind()
     return content if isinstance(content, kind) else kind()
-
-
-def _json(file: Path) -> dict[str, Any]:
-    return _parsed(file, json.loads, dict)
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:

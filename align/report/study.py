@@ -12,16 +12,14 @@ once. Left out: held-out pairs of one prompt are taken as independent, since a r
 
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
-from align.metrics import Metric, row
-from align.report.methods import Method, by_seed, measured_alike, shared
-from align.report.naming import is_fingerprint, kind, labels, prominence, settings_of, short_name, value_text, varied
-from align.report.run import Run, State
+from align.metrics import Metric
+from align.report.methods import Method, Sweep, by_seed, labels, settings_of, shared, sweeps, value_text, varied
+from align.report.read import Run, State
 from align.stats import intervals
 
 #: Two methods are compared by the first of these that any method has -> its words, and those of its items.
@@ -29,6 +27,7 @@ COMPARED = {
     "win_rate": ("win rate", "prompts"),
     "accuracy/mean_logp": ("accuracy by mean_logp", "held-out pairs"),
 }
+_OF_A_WIN_RATE = ("start model", "judge", "evaluation")  # terms that make two win rates one quantity
 _FEWEST = 6  # prompts of a comparison: where five all agree, a sign test has p = 2^-4
 
 
@@ -47,10 +46,10 @@ class Comparison:
         a, b, result = self.a.label, self.b.label, self.result
         between = f"{signed(result.low)} to {signed(result.high)}"
         p = "p after Holm" if self.corrected else "p"
-        figures = f"{signed(result.difference)} (95%: {between}; {p}\N{NO-BREAK SPACE}{p_value(result)})"
+        figures = f"{signed(result.mean)} (95%: {between}; {p}\N{NO-BREAK SPACE}{p_value(result)})"
         if not result.significant:
             return f"{a} and {b}: not significant, {figures}"
-        return f"{a} is {'above' if result.difference > 0 else 'below'} {b}: significant, {figures}"
+        return f"{a} is {'above' if result.mean > 0 else 'below'} {b}: significant, {figures}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,19 +63,13 @@ class Comparisons:
 
     def between(self, a: Method, b: Method) -> Comparison | None:
         """Find the comparison of two, in that order."""
-        both = {a.number, b.number}
-        found = (one for one in self.pairs if {one.a.number, one.b.number} == both)
-        return next((one if one.a is a else _turned(one) for one in found), None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sweep:
-    """Methods of one objective over one or two numbers, all else the same."""
-
-    title: str
-    x: str  # "objective.beta"
-    y: str | None  # "objective.gamma_beta_ratio"; None: one number only
-    methods: list[Method]
+        for one in self.pairs:
+            if one.a is a and one.b is b:
+                return one
+            if one.a is b and one.b is a:
+                was = one.result
+                return replace(one, a=a, b=b, result=replace(was, mean=-was.mean, low=-was.high, high=-was.low))
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,13 +105,6 @@ class Study:
         """Select the metrics that any method has."""
         return [metric for metric in among if any(method.of_suite(metric.name) for method in self.methods)]
 
-    @property
-    def other_results(self) -> list[str]:
-        """Further results that runs have, of suites and groups."""
-        names = sorted({name for method in self.methods for run in method.runs for name in run.trained})
-        known = {name: row(name) for name in names if not name.endswith("standard_error")}
-        return [name for name, metric in known.items() if metric is None or "further" in metric.shown.split()]
-
     def start(self, name: str) -> float | None:
         """Return the start model's figure, the mean over runs."""
         values = [run.start[name] for method in self.methods for run in method.runs if name in run.start]
@@ -131,35 +117,35 @@ class Study:
 
 def study(runs: Sequence[Run]) -> Study:
     """Group runs into methods, and compare them."""
-    twins = _twins(run for run in runs if run.state is State.complete)
-    left_out = {run.dir for run, _ in twins}
     known = [run for run in runs if run.has_settings]
     groups: dict[str, list[Run]] = {}
     for run in known:
-        groups.setdefault(_settings_text(run), []).append(run)
-    names = labels([(kind(run), settings_of(run)) for run, *_ in groups.values()])
+        groups.setdefault(json.dumps(settings_of(run), sort_keys=True, default=str), []).append(run)
+    names = labels([run for run, *_ in groups.values()])
     label_of = {run.dir: run.name for run in runs}
-    found = []
+    found, twins = [], []
     for label, group in zip(names, groups.values(), strict=True):
         label_of |= {run.dir: label for run in group}
-        counted = [run for run in group if run.state is State.complete and run.dir not in left_out]
-        counted.sort(key=lambda run: run.seed or 0)
+        counted: dict[int | None, Run] = {}  # by seed, the first of those that are alike
+        complete = [run for run in group if run.state is State.complete]
+        twins += [(run, first) for run in complete if (first := counted.setdefault(run.seed, run)) is not run]
         if counted:
-            found.append(Method(number=0, label=label, runs=counted, settings=settings_of(counted[0])))
-    main, *others = [name for name in COMPARED if any(method.figure(name) for method in found)] or [*COMPARED][:1]
-    found.sort(key=lambda method: (-value.mean if (value := method.figure(main)) else 0.0, method.label))
+            in_order = sorted(counted.values(), key=lambda run: run.seed or 0)
+            found.append(Method(number=0, label=label, runs=in_order, settings=settings_of(in_order[0])))
+    main, *others = [name for name in COMPARED if any(method.figures.get(name) for method in found)] or [*COMPARED][:1]
+    found.sort(key=lambda method: (-value.mean if (value := method.figures.get(main)) else 0.0, method.label))
     methods = [replace(method, number=number) for number, method in enumerate(found)]
-    in_order = {run.dir: run for method in methods for run in method.runs}
+    counting = {run.dir: run for method in methods for run in method.runs}
     decides = {key for run in runs for key in run.identity}
     return Study(
-        runs=[*in_order.values(), *(run for run in runs if run.dir not in in_order)],
+        runs=list({**counting, **{run.dir: run for run in runs}}.values()),
         labels=label_of,
         methods=methods,
         twins=twins,
         main=_comparisons(methods, main),
         beside=_comparisons(methods, others[0]) if others else None,
-        sweeps=_sweeps(methods),
-        varied=sorted(varied([run.config for run in known]), key=lambda key: (key not in decides, prominence(key))),
+        sweeps=sweeps(methods),
+        varied=sorted(varied([run.config for run in known]), key=lambda key: key not in decides),
         shared=shared(methods),
     )
 
@@ -178,23 +164,13 @@ def p_value(result: intervals.Comparison) -> str:
 # Parts ----------------------------------------------------------------------------------------------------------------
 
 
-def _twins(runs: Iterable[Run]) -> list[tuple[Run, Run]]:
-    """Pair each run with one before it that has the same settings and seed."""
-    seen: dict[str, Run] = {}
-    firsts = [(run, seen.setdefault(f"{run.seed} {_settings_text(run)}", run)) for run in runs]
-    return [(run, first) for run, first in firsts if first is not run]
-
-
-def _settings_text(run: Run) -> str:
-    return json.dumps(settings_of(run), sort_keys=True, default=str)
-
-
 def _comparisons(methods: Sequence[Method], name: str) -> Comparisons:
     values = {method.number: method.by_item(name) for method in methods}
     raw = []
     for a, b in itertools.combinations(methods, 2):
         both = [item for item in values[a.number] if item in values[b.number]]
-        if len(both) >= _FEWEST and measured_alike(a, b, name):
+        alike = name != "win_rate" or all(a.terms[of] == b.terms[of] for of in _OF_A_WIN_RATE)
+        if alike and len(both) >= _FEWEST:
             raw.append((a, b, intervals.compare(*(by_seed(values[method.number], both) for method in (a, b)))))
     adjusted = intervals.holm([result.p_value for *_, result in raw])
     pairs = [
@@ -203,33 +179,3 @@ def _comparisons(methods: Sequence[Method], name: str) -> Comparisons:
     ]
     quantity, items = COMPARED[name]
     return Comparisons(name=name, quantity=quantity, items=items, pairs=pairs)
-
-
-def _turned(one: Comparison) -> Comparison:
-    was = one.result
-    result = replace(was, difference=-was.difference, low=-was.high, high=-was.low, seeds=was.seeds[::-1])
-    return replace(one, a=one.b, b=one.a, result=result)
-
-
-def _sweeps(methods: Sequence[Method]) -> list[Sweep]:
-    """Find methods of an objective that differ by numbers: of two the first are the axes, the rest makes several maps."""
-    found = []
-    for of_kind in dict.fromkeys(kind(method.runs[0]) for method in methods):
-        own = [method for method in methods if kind(method.runs[0]) == of_kind]
-        differ = sorted(varied([method.settings for method in own]), key=prominence)
-        differ = [key for key in differ if not is_fingerprint(key)]
-        axes = [key for key in differ if all(_is_number(method.settings.get(key)) for method in own)][:2]
-        if not axes:
-            continue
-        maps: dict[str, list[Method]] = {}
-        for method in own:
-            rest = [f"{short_name(key)}={value_text(method.settings.get(key))}" for key in differ if key not in axes]
-            maps.setdefault(" ".join([of_kind, *rest]), []).append(method)
-        for title, members in maps.items():
-            if len(members) >= 3 and all(len({m.settings[axis] for m in members}) > 1 for axis in axes):
-                found.append(Sweep(title=title, x=axes[0], y=axes[1] if len(axes) > 1 else None, methods=members))
-    return found
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -48,7 +48,6 @@ class Estimate:
     mean: float
     low: float
     high: float
-    seeds: int
     over: Over
 
     @property
@@ -58,17 +57,12 @@ class Estimate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class Comparison(Estimate):
     """First minus second with the 95% interval of this comparison alone; `significant` accounts for all of a family."""
 
-    difference: float
-    low: float
-    high: float
     p_value: float  # two-sided, of no difference; with 6 prompts or more <= 0.05 exactly if the interval excludes 0
     p_adjusted: float  # by Holm, among the comparisons made together; p_value if this is the only one
-    seeds: tuple[int, int]
     prompts: int
-    over: Over
 
     @property
     def significant(self) -> bool:
@@ -78,14 +72,14 @@ class Comparison:
 
 def mean_over_seeds(values: Sequence[float]) -> Estimate:
     """Estimate the mean of a metric with one value per seed, by Student's t; one seed has no interval."""
-    table = _finite(values)
+    table = np.asarray(values, dtype=np.float64)
     if table.ndim != 1 or not table.size:
         raise ValueError(f"one value per seed is needed, not the shape {list(table.shape)}")
     mean = float(table.mean())
     if table.size == 1:
-        return Estimate(mean=mean, low=mean, high=mean, seeds=1, over="nothing")
-    margin = t_quantile(table.size - 1) * float(table.std(ddof=1)) / math.sqrt(table.size)
-    return Estimate(mean=mean, low=mean - margin, high=mean + margin, seeds=table.size, over="seeds")
+        return Estimate(mean=mean, low=mean, high=mean, over="nothing")
+    margin = float(t_quantile(table.size - 1)) * float(table.std(ddof=1)) / math.sqrt(table.size)
+    return Estimate(mean=mean, low=mean - margin, high=mean + margin, over="seeds")
 
 
 def estimate(scores: ArrayLike) -> Estimate:
@@ -97,7 +91,7 @@ def estimate(scores: ArrayLike) -> Estimate:
     table = _table(scores)
     errors, _ = _errors([table])
     mean, margin = float(table.mean()), _margin(errors)
-    return Estimate(mean=mean, low=mean - margin, high=mean + margin, seeds=len(table), over=_over([table]))
+    return Estimate(mean=mean, low=mean - margin, high=mean + margin, over=_over([table]))
 
 
 def compare(first: ArrayLike, second: ArrayLike) -> Comparison:
@@ -117,15 +111,14 @@ def compare(first: ArrayLike, second: ArrayLike) -> Comparison:
     as_far = np.count_nonzero(errors >= abs(difference) * (1 - 1e-6))  # the resamples are in float32
     p = float(1 + as_far) / (1 + errors.size)
     if not as_far and margin:  # Holm multiplies by hundreds, so it matters how far beyond all resamples this is
-        p = min(p, _t_tail(freedom, abs(difference) / margin * t_quantile(freedom)))
+        p = min(p, _t_tail(freedom, abs(difference) / margin * float(t_quantile(freedom))))
     p = max(p, 2.0 ** (1 - min(a.shape[1], _ALL_AGREE)))  # at least the sign test's for prompts that all agree
     return Comparison(
-        difference=difference,
+        mean=difference,
         low=difference - margin,
         high=difference + margin,
         p_value=p,
         p_adjusted=p,
-        seeds=(len(a), len(b)),
         prompts=a.shape[1],
         over=_over([a, b]),
     )
@@ -144,10 +137,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-@lru_cache
-def t_quantile(degrees_of_freedom: int) -> float:
-    """Return t with P(|T| <= t) = 0.95 for Student's T: 12.706 for 1 degree of freedom, 1.960 for many."""
-    return float(_t_quantiles(degrees_of_freedom, LEVEL))
+def t_quantile(degrees_of_freedom: int, inside: ArrayLike = LEVEL) -> Floats:
+    """Return t with P(|T| <= t) = inside for Student's T; of 0.95, 12.706 for 1 degree of freedom, 1.960 for many."""
+    angle, below = _t_distribution(degrees_of_freedom)
+    return math.sqrt(degrees_of_freedom) * np.tan(np.interp(np.asarray(inside), below, angle))
 
 
 def _errors(tables: Sequence[Floats]) -> tuple[Floats, int]:
@@ -159,7 +152,9 @@ def _errors(tables: Sequence[Floats]) -> tuple[Floats, int]:
     prompts = tables[0].shape[1]
     by_prompt = tables[0].mean(axis=0) - (tables[1].mean(axis=0) if len(tables) > 1 else 0)
     by_prompt = by_prompt - by_prompt.mean()
-    stretch = math.sqrt(prompts / (prompts - 1)) * t_quantile(prompts - 1) / NormalDist().inv_cdf((1 + LEVEL) / 2)
+    stretch = (
+        math.sqrt(prompts / (prompts - 1)) * float(t_quantile(prompts - 1)) / NormalDist().inv_cdf((1 + LEVEL) / 2)
+    )
     from_prompts = stretch * (_resamples(prompts) @ by_prompt.astype(np.float32)).astype(np.float64)
     freedom = sum(len(table) - 1 for table in tables)
     if not freedom:
@@ -193,14 +188,8 @@ def _resamples(prompts: int) -> Floats:
 def _t_draws(degrees_of_freedom: int, count: int) -> Floats:
     """Draw [count] values of Student's t, the same at every call: one from each `count`-th of |t| for a smooth tail."""
     rng = np.random.default_rng([_SEED, 1, degrees_of_freedom])
-    size = _t_quantiles(degrees_of_freedom, (np.arange(count) + 0.5) / count)
+    size = t_quantile(degrees_of_freedom, (np.arange(count) + 0.5) / count)
     return rng.permutation(size) * rng.choice([-1.0, 1.0], size=count)
-
-
-def _t_quantiles(degrees_of_freedom: int, inside: ArrayLike) -> Floats:
-    """Return t with P(|T| <= t) = inside."""
-    angle, below = _t_distribution(degrees_of_freedom)
-    return math.sqrt(degrees_of_freedom) * np.tan(np.interp(np.asarray(inside), below, angle))
 
 
 def _t_tail(degrees_of_freedom: int, t: float) -> float:
@@ -223,14 +212,9 @@ def _over(tables: Sequence[Floats]) -> Over:
 
 
 def _table(scores: ArrayLike) -> Floats:
-    table = np.atleast_2d(_finite(scores))  # [seeds, prompts]
+    table = np.atleast_2d(np.asarray(scores, dtype=np.float64))  # [seeds, prompts]
+    if not np.isfinite(table).all():
+        raise ValueError("NaN or infinite scores: leave out the prompts that have none, of all methods alike")
     if table.ndim != 2 or table.shape[1] < 2:
         raise ValueError(f"scores are [seeds, prompts] with two prompts or more, not {list(table.shape)}")
     return table
-
-
-def _finite(values: ArrayLike) -> Floats:
-    array = np.asarray(values, dtype=np.float64)
-    if not np.isfinite(array).all():
-        raise ValueError("NaN or infinite scores: leave out the prompts that have none, of all methods alike")
-    return array

@@ -20,7 +20,6 @@ leaderboard figure. Left out: alpaca_eval's L1 penalty, chosen by cross-validati
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -32,21 +31,12 @@ _RIDGE = 1e-4  # of a squared weight: keeps a model that always wins finite, and
 
 
 @dataclass(frozen=True, kw_only=True)
-class Glm:
-    """Weights of one model against the baseline, in logits."""
-
-    bias: float
-    length: float  # of tanh of the baseline's length minus the model's, in standard deviations
-    difficulty: float  # of the instruction's difficulty; 0 if difficulties are unknown
-
-
-@dataclass(frozen=True, kw_only=True)
 class LengthControlled:
     """A length-controlled win rate in [0, 1], with its standard error over instructions, that of the fit included."""
 
     rate: float
     standard_error: float
-    glm: Glm
+    weights: list[float]  # bias, length and, where difficulties are known, difficulty; in logits
 
 
 def length_controlled_win_rate(
@@ -67,21 +57,23 @@ def length_controlled_win_rate(
         difficulties: [N], those of instruction_difficulty.csv.
         gamed: [R, 3] preference in [0, 1], std_delta_len and instruction_difficulty of df_gamed.csv.
     """
-    won, ours, theirs = (np.asarray(values, dtype=np.float64) for values in (preferences, lengths, baseline_lengths))
-    columns = [np.ones_like(won), _length_term(ours, theirs)]
-    if difficulties is not None:
-        columns.append(np.asarray(difficulties, dtype=np.float64))
-    _check(won, ours, theirs, *columns)
-    rows = np.stack(columns, axis=1)  # [N, 2 or 3]
-    fixed, fixed_won = np.zeros((0, rows.shape[1])), np.zeros(0)
+    known = [values for values in (preferences, lengths, baseline_lengths, difficulties) if values is not None]
+    won, ours, theirs, *difficulty = (np.asarray(values, dtype=np.float64) for values in known)
+    _check(won, ours, theirs, *difficulty)
+    gap = theirs - ours
+    std = gap.std(ddof=1) if gap.size > 1 else 0.0
+    length = np.tanh(gap / std) if std > 0 else np.zeros_like(gap)
+    rows = np.stack([np.ones_like(won), length, *difficulty], axis=1)  # [N, 2 or 3]
+    x, y, of_row = rows, won, np.ones_like(won)
     if gamed is not None:
         if difficulties is None:
             raise ValueError("gamed rows have difficulties: give those of your instructions too, or leave `gamed` out")
-        table = np.asarray(gamed, dtype=np.float64)
-        fixed = np.stack([np.zeros(len(table)), np.tanh(table[:, 1]), table[:, 2]], axis=1)
-        fixed_won = table[:, 0]
-        _check(fixed_won, *fixed.T)
-    weights, hessian = _fit(rows, won, fixed, fixed_won)
+        gamed_won, gamed_gap, gamed_difficulty = np.asarray(gamed, dtype=np.float64).T
+        _check(gamed_won, gamed_gap, gamed_difficulty)
+        fixed = np.stack([np.zeros_like(gamed_won), np.tanh(gamed_gap), gamed_difficulty], axis=1)
+        x, y = np.concatenate([rows, fixed]), np.concatenate([won, gamed_won])
+        of_row = np.concatenate([of_row, np.full_like(gamed_won, GAMED_WEIGHT)])
+    weights, hessian = _fit(x, y, of_row)
 
     level = rows.copy()
     level[:, 1] = 0  # as long as the baseline
@@ -90,15 +82,8 @@ def length_controlled_win_rate(
     gradient = (level * (predicted * (1 - predicted))[:, None]).mean(axis=0)
     residual = (won - _sigmoid(rows @ weights))[:, None] * rows
     moved = predicted - predicted.mean() + len(won) * residual @ np.linalg.solve(hessian, gradient)
-    return LengthControlled(
-        rate=float(predicted.mean()),
-        standard_error=_standard_error(moved),
-        glm=Glm(
-            bias=float(weights[0]),
-            length=float(weights[1]),
-            difficulty=float(weights[2]) if difficulties is not None else 0.0,
-        ),
-    )
+    error = moved.std(ddof=1) / np.sqrt(len(moved)) if len(moved) > 1 else np.nan
+    return LengthControlled(rate=float(predicted.mean()), standard_error=float(error), weights=weights.tolist())
 
 
 def outcomes(annotated: Sequence[float]) -> Floats:
@@ -110,22 +95,8 @@ def outcomes(annotated: Sequence[float]) -> Floats:
     return values
 
 
-def average_length(responses: Sequence[str]) -> float:
-    """Return the mean number of characters; the leaderboard's avg_length is this, cut to a whole number."""
-    return fmean(len(text) for text in responses)
-
-
-def _length_term(ours: Floats, theirs: Floats) -> Floats:
-    """Return [N] tanh of the baseline's length minus the model's, in standard deviations; 0 if all are equal."""
-    difference = theirs - ours
-    std = difference.std(ddof=1) if difference.size > 1 else 0.0
-    return np.tanh(difference / std) if std > 0 else np.zeros_like(difference)
-
-
-def _fit(rows: Floats, won: Floats, fixed: Floats, fixed_won: Floats) -> tuple[Floats, Floats]:
+def _fit(x: Floats, y: Floats, of_row: Floats) -> tuple[Floats, Floats]:
     """Return the weights that minimise the cross-entropy, and its Hessian, by Newton's method with halved steps."""
-    x, y = np.concatenate([rows, fixed]), np.concatenate([won, fixed_won])
-    of_row = np.concatenate([np.ones(len(rows)), np.full(len(fixed), GAMED_WEIGHT)])
 
     def loss(weights: Floats) -> float:
         logits = x @ weights
@@ -153,10 +124,6 @@ def _check(won: Floats, *others: Floats) -> None:
         raise ValueError("NaN among preferences, lengths or difficulties: leave those instructions out")
     if won.min() < 0 or won.max() > 1:
         raise ValueError("preferences lie in [0, 1]; AlpacaEval's, between 1 and 2, pass through `outcomes` first")
-
-
-def _standard_error(values: Floats) -> float:
-    return float(values.std(ddof=1)) / float(np.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 
 def _sigmoid(logits: Floats) -> Floats:

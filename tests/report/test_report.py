@@ -19,13 +19,10 @@ from filelock import FileLock
 
 from align import metrics
 from align.__main__ import main
-from align.report.command import report
-from align.report.page import markdown, page
-from align.report.read import find_runs, read_runs
-from align.report.run import State
+from align.report.page import markdown, page, report
+from align.report.read import State, read_runs
 from align.report.study import Study, study
-from align.report.tables import figure
-from align.report.text import results_csv
+from align.report.text import figure, results_csv
 
 SETTINGS = {
     "model": {"name": "tiny"},
@@ -158,7 +155,7 @@ def test_runs_are_found_at_any_depth_and_iterations_of_self_play_are_none(tmp_pa
     play = write_run(tmp_path / "play")
     write_run(play / "iter_1")
     write_run(tmp_path / "top" / "checkpoints" / "not-a-run")
-    assert {path.name for path in find_runs(tmp_path)} == {"deep", "play"}
+    assert {run.dir.name for run in read_runs([tmp_path])} == {"deep", "play"}
 
 
 def test_links_are_followed_and_circles_end(tmp_path):
@@ -166,7 +163,7 @@ def test_links_are_followed_and_circles_end(tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "circle").symlink_to(tmp_path / "runs")
-    assert [path.name for path in find_runs(tmp_path / "runs")] == ["one"]
+    assert [run.dir.name for run in read_runs([tmp_path / "runs"])] == ["one"]
 
 
 def test_a_folder_that_is_given_twice_is_read_once(tmp_path):
@@ -506,7 +503,7 @@ def test_without_a_judge_methods_are_compared_by_held_out_pairs_and_it_is_said(t
         without_judge(write_run(tmp_path / name, objective, better=better))
     study = study_of(tmp_path)
     (one,) = study.main.pairs
-    assert (one.result.difference, one.result.prompts, one.result.over) == (1.0, 30, "prompts")
+    assert (one.result.mean, one.result.prompts, one.result.over) == (1.0, 30, "prompts")
     assert [method.label for method in study.methods] == ["wpo", "dpo"] and study.beside is None
     said = said_of(tmp_path)
     assert "No judge: there are no win rates, and accuracy on held-out pairs is not quality." in said

@@ -10,7 +10,7 @@ from statistics import fmean
 import pytest
 from test_report import write_run, write_suite
 
-from align.report.command import report
+from align.report.page import report
 
 sync_api = pytest.importorskip(
     "playwright.sync_api", reason="the page is tested with playwright: pip install playwright"

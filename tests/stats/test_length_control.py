@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from align.stats.length_control import Glm, average_length, length_controlled_win_rate, outcomes
+from align.stats.length_control import length_controlled_win_rate, outcomes
 
 
 def sigmoid(logit):
@@ -30,8 +30,7 @@ def test_two_instructions_and_two_terms_are_solved_exactly():
     # The model's answers are 100 longer, then 100 shorter than the baseline's: std = 200 / sqrt(2), x = -+tanh(1/sqrt(2)).
     # Won with sigmoid(1) and sigmoid(0) of chance: bias 0.5, length -0.5 / tanh(1/sqrt(2)) = -0.8213; rate sigmoid(0.5)
     made = length_controlled_win_rate([sigmoid(1), 0.5], [300, 200], [200, 300])
-    assert made.glm.bias == pytest.approx(0.5, abs=1e-3)
-    assert made.glm.length == pytest.approx(-0.5 / math.tanh(1 / math.sqrt(2)), abs=2e-3)
+    assert made.weights == pytest.approx([0.5, -0.5 / math.tanh(1 / math.sqrt(2))], abs=1e-3)
     assert made.rate == pytest.approx(sigmoid(0.5), abs=2e-4)
 
 
@@ -39,12 +38,8 @@ def test_the_fit_recovers_the_weights_that_made_the_annotations():
     # The published weights of gemma-2-9b-it-SimPO
     ours, baseline, hard, chance = annotations(bias=1.1709, length=-1.1421, difficulty=0.6125)
     made = length_controlled_win_rate(chance, ours, baseline, hard)
-    assert (made.glm.bias, made.glm.length, made.glm.difficulty) == (
-        pytest.approx(1.1709, abs=1e-3),
-        pytest.approx(-1.1421, abs=1e-3),
-        pytest.approx(0.6125, abs=1e-3),
-    )
-    assert made.rate == pytest.approx(sigmoid(made.glm.bias + made.glm.difficulty * hard).mean())
+    assert made.weights == pytest.approx([1.1709, -1.1421, 0.6125], abs=1e-3)
+    assert made.rate == pytest.approx(sigmoid(made.weights[0] + made.weights[2] * hard).mean())
 
 
 def test_a_longer_model_that_is_preferred_for_its_length_loses_its_advantage():
@@ -58,13 +53,13 @@ def test_without_difficulties_the_rate_is_the_sigmoid_of_the_bias():
     ours, baseline, _, chance = annotations(bias=0.4, length=-1, difficulty=0)
     made = length_controlled_win_rate(chance, ours, baseline)
     assert made.rate == pytest.approx(sigmoid(0.4), abs=1e-4)
-    assert made.glm.difficulty == 0
+    assert len(made.weights) == 2
 
 
 def test_the_baseline_judged_against_itself_wins_half_and_has_no_weights():
     lengths = np.arange(100, 905)
     made = length_controlled_win_rate(np.full(805, 0.5), lengths, lengths, np.linspace(-3, 5, 805))
-    assert made.rate == 0.5 and made.glm == Glm(bias=0, length=0, difficulty=0)
+    assert made.rate == 0.5 and made.weights == [0, 0, 0]
 
 
 def test_a_model_that_always_wins_stays_finite():
@@ -87,8 +82,7 @@ def test_gamed_rows_hold_length_and_difficulty_where_they_say():
     gap, at = rng.normal(0, 1, 100_000), rng.normal(0, 1.48, 100_000)
     gamed = np.stack([sigmoid(-1.8 * np.tanh(gap) + 0.75 * at), gap, at], axis=1)
     made = length_controlled_win_rate(chance, ours, baseline, hard, gamed=gamed)
-    assert made.glm.length == pytest.approx(-1.8, abs=0.1)
-    assert made.glm.difficulty == pytest.approx(0.75, abs=0.05)
+    assert made.weights[1:] == [pytest.approx(-1.8, abs=0.1), pytest.approx(0.75, abs=0.05)]
 
 
 def test_the_standard_error_is_the_scatter_over_repeated_annotation():
@@ -110,14 +104,11 @@ def test_alpaca_evals_preferences_become_probabilities_and_zero_was_a_tie():
         outcomes([1, math.nan])
 
 
-def test_an_average_length_is_in_characters():
-    assert average_length(["", "four", "Größe"]) == 3
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (([0.5, 1], [3], [4, 5]), "one number per instruction"),
+        (([0.5, 1], [3, 4, 5], [4, 5]), "one number per instruction"),
         (([0.5, math.nan], [3, 4], [4, 5]), "leave those instructions out"),
         (([1.5, 2], [3, 4], [4, 5]), "pass through `outcomes` first"),
         (([], [], []), "one number per instruction"),
