@@ -104,8 +104,8 @@ def _remedy(folder: Path) -> str:
     collapsed, command = folder / "collapsed.json", folder / "command.txt"
     if collapsed.is_file():
         return f" and never will be: it collapsed ({json.loads(collapsed.read_text())['why']}); evaluate another run"
-    typed = f" ({command.read_text().strip()})" if command.is_file() else ""
-    return f": the command that began it{typed} finishes it when it is typed again"
+    words = f" ({command.read_text().strip()})" if command.is_file() else ""
+    return f": the command that began it{words} finishes it when it is typed again"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,23 +108,18 @@ def _tasks(suite: LmEvalConfig) -> Any:
     _harness()
     from lm_eval.tasks import TaskManager
 
-    def unknown() -> list[str]:
-        return [name for name in suite.tasks if not manager.match_tasks([name])]
-
-    manager: Any = None
-    if suite.task_folder is not None:  # the harness's own 14,000 take half a minute to list
-        with _loading(f"suite.task_folder={suite.task_folder}"):
-            manager = TaskManager(include_path=suite.task_folder, include_defaults=False)
-    if manager is None or unknown():
-        with _loading("its list of tasks"):
-            manager = TaskManager(include_path=suite.task_folder)
-    for name in unknown():
-        raise UserError(
-            f"suite.tasks: the harness has no task {name}{closest(name, manager.all_tasks)}; "
-            "tasks of yours are found by suite.task_folder=<folder of YAML files>"
-        )
+    is_own = suite.task_folder is not None
+    with _loading(f"suite.task_folder={suite.task_folder}" if is_own else "its list of tasks"):
+        manager = TaskManager(include_path=suite.task_folder, include_defaults=not is_own)
+        if is_own and not all(manager.match_tasks([name]) for name in suite.tasks):
+            manager = TaskManager(include_path=suite.task_folder)  # half a minute: the harness's own are 14,000
     load = getattr(manager, "load", None) or manager.load_task_or_group  # as older versions call it
     for name in suite.tasks:  # before a policy is loaded; the harness loads them once more, from the disk
+        if not manager.match_tasks([name]):
+            raise UserError(
+                f"suite.tasks: the harness has no task {name}{closest(name, manager.all_tasks)}; "
+                "tasks of yours are found by suite.task_folder=<folder of YAML files>"
+            )
         with _loading(f"task {name}"):
             load([name])
     return manager
