@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import pyarrow.compute
@@ -91,8 +91,7 @@ class Rules:
     group_by: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Text:
+class Text(NamedTuple):
     """A pair as text: the prompt, and prompt and response of each side."""
 
     prompt: str
@@ -149,16 +148,13 @@ def tokenise(texts: list[Text], tokenizer: PreTrainedTokenizerBase) -> Iterator[
     def encode(batch: list[str]) -> list[list[int]]:
         return tokenizer(batch, add_special_tokens=False).input_ids
 
-    prompts = encode([text.prompt for text in texts])
-    sides = {side: encode([getattr(text, side) for text in texts]) for side in ("chosen", "rejected")}
-    for i, text in enumerate(texts):
-        prompt = prompts[i]
-        responses = []
-        for side, encoded in sides.items():
-            straddles = encoded[i][: len(prompt)] != prompt
-            response = encode([getattr(text, side)[len(text.prompt) :]])[0] if straddles else encoded[i][len(prompt) :]
-            responses.append(response)
-        yield with_one_bos(prompt, tokenizer), responses[0], responses[1]
+    columns = (encode(list(column)) for column in zip(*texts, strict=True))
+    for text, (prompt, *sides) in zip(texts, zip(*columns, strict=True), strict=True):
+        chosen, rejected = (
+            ids[len(prompt) :] if ids[: len(prompt)] == prompt else encode([whole[len(text.prompt) :]])[0]
+            for whole, ids in zip(text[1:], sides, strict=True)
+        )
+        yield with_one_bos(prompt, tokenizer), chosen, rejected
 
 
 def truncate(
@@ -208,8 +204,7 @@ def _prepare_split(
                     checked.append(_check(row, rules, ending))
                 except BadRow as error:
                     bad.append((row["_number"], str(error)))
-            ids = tokenise([text for _, text in checked], tokenizer) if checked else iter(())
-            for (pair, _), encoded in zip(checked, ids, strict=True):
+            for (pair, _), encoded in zip(checked, tokenise([text for _, text in checked], tokenizer), strict=True):
                 try:
                     pairs.append({**pair, **_finish(encoded, rules)})
                 except BadRow as error:

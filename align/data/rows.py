@@ -8,7 +8,7 @@ Left out: tokens (pairs.py).
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import takewhile
@@ -91,31 +91,29 @@ def _load_source(
     key: str, source: SourceConfig, eval_fraction: float, start: Start, cache: Path, content: Content
 ) -> dict[str, Rows]:
     def load(knob: str, path: str | None, split: str) -> Rows:
-        if source.rows is not None:
-            rows = resolve(source.rows, f"{key}.rows")(split, start, cache)
-            return Rows(rows=rows, fingerprint=_content_fingerprint(rows), where=f"{source.rows}, {split}")
-        assert path is not None
-        return read_rows(f"{key}.{knob}", path, split, source)
+        if source.rows is None:
+            return _renamed(read_rows(f"{key}.{knob}", str(path), split, source), source, key, content)
+        rows = resolve(source.rows, f"{key}.rows")(split, start, cache)
+        lines = b"".join(json.dumps(row, sort_keys=True, default=str).encode() for row in rows)
+        read = Rows(rows=rows, fingerprint=hashlib.sha256(lines).hexdigest()[:16], where=f"{source.rows}, {split}")
+        return _renamed(read, source, key, content)
 
     train = load("path", source.path, source.split)
     if source.eval_path is not None or source.eval_split is not None:
         knob = "path" if source.eval_path is None else "eval_path"
         held_out = load(knob, source.eval_path or source.path, source.eval_split or source.split)
-        return {"train": _renamed(train, source, key, content), "held_out": _renamed(held_out, source, key, content)}
-    train = _renamed(train, source, key, content)
+        return {"train": train, "held_out": held_out}
     hashes = [_prompt_hash(row) for row in train.rows]
     prompts = sorted(set(hashes))
     chosen = set(prompts[: max(1, round(eval_fraction * len(prompts)))])  # the smallest: stable as a set grows
     if len(chosen) == len(prompts):
         raise UserError(f"{train.where} has one prompt only, so none can be held out: give {key}.eval_path")
-    sides = {"train": False, "held_out": True}
+    splits: dict[str, list[Mapping[str, Any]]] = {"train": [], "held_out": []}
+    for row, prompt in zip(train.rows, hashes, strict=True):
+        splits["held_out" if prompt in chosen else "train"].append(row)
     return {
-        name: Rows(
-            rows=[row for row, prompt in zip(train.rows, hashes, strict=True) if (prompt in chosen) is side],
-            fingerprint=fingerprint(train.fingerprint, name, eval_fraction),
-            where=train.where,
-        )
-        for name, side in sides.items()
+        name: replace(train, rows=rows, fingerprint=fingerprint(train.fingerprint, name, eval_fraction))
+        for name, rows in splits.items()
     }
 
 
@@ -127,29 +125,24 @@ def read_rows(key: str, path: str, split: str, source: SourceConfig) -> Rows:
         if file.suffix not in readers:
             raise UserError(f"{key}={path} ends in {file.suffix!r}; files can be {', '.join(readers)}")
         return Rows(rows=readers[file.suffix](file), fingerprint=file_fingerprint(file), where=path)
-    if not file.is_dir():
-        if is_local(path) or file.suffix in readers:
-            raise UserError(f"{key}={path} does not exist; it is taken from the working folder {Path.cwd()}")
-        return _read_hub(key, path, split, source)
-    try:
-        stored = datasets.load_from_disk(str(file))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{key}={path} is a folder, but not one written by save_to_disk: {error} (or give a file in it)"
-        ) from error
+    if not file.is_dir() and (is_local(path) or file.suffix in readers):
+        raise UserError(f"{key}={path} does not exist; it is taken from the working folder {Path.cwd()}")
+    if file.is_dir():
+        try:
+            stored = datasets.load_from_disk(str(file))
+        except (OSError, ValueError) as error:
+            found = f"{key}={path} is a folder, but not one written by save_to_disk"
+            raise UserError(f"{found}: {error} (or give a file in it)") from error
+    else:
+        try:
+            stored = datasets.load_dataset(path, name=source.config, split=split, revision=source.revision)
+        except Exception as error:  # the hub's errors have no base class: offline, no such set, split or configuration
+            missing = f"{key}={path} is nothing local, and its split {split!r} cannot be had from the hub"
+            raise UserError(f"{missing}: {first_line(error)}") from error
     if isinstance(stored, datasets.DatasetDict):
         if split not in stored:
             raise UserError(f"{key}={path} has no split {split!r}; it has {', '.join(map(str, stored))}")
         stored = stored[split]
-    return Rows(rows=stored, fingerprint=fingerprint(stored._fingerprint), where=f"{path}, {split}")
-
-
-def _read_hub(key: str, path: str, split: str, source: SourceConfig) -> Rows:
-    try:
-        stored = datasets.load_dataset(path, name=source.config, split=split, revision=source.revision)
-    except Exception as error:  # the hub's errors have no base class: offline, no such set, split or configuration
-        missing = f"{key}={path} is nothing local, and its split {split!r} cannot be had from the hub"
-        raise UserError(f"{missing}: {first_line(error)}") from error
     return Rows(rows=stored, fingerprint=fingerprint(stored._fingerprint), where=f"{path}, {split}")
 
 
@@ -223,11 +216,6 @@ def _renamed(rows: Rows, source: SourceConfig, key: str, content: Content) -> Ro
     return Rows(rows=ours, fingerprint=key, where=rows.where)
 
 
-def _content_fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
-    lines = (json.dumps(row, sort_keys=True, default=str).encode() for row in rows)
-    return hashlib.sha256(b"".join(lines)).hexdigest()[:16]
-
-
 def _prompt_hash(row: Mapping[str, Any]) -> str:
     try:
         prompt: Any = read_prompt(row)
@@ -246,31 +234,27 @@ def read_pair(row: Mapping[str, Any]) -> tuple[list[Message] | str, str, str]:
     if not chosen or not rejected:
         raise BadRow("empty response")
     if isinstance(chosen, list) and isinstance(rejected, list):
-        contexts, answers = zip(*(_split_answer(_whole(prompt, side)) for side in (chosen, rejected)), strict=True)
-        if contexts[0] != contexts[1]:
+        (prompt, chosen), (other, rejected) = (_split_answer(_whole(prompt, side)) for side in (chosen, rejected))
+        if prompt != other:
             raise BadRow("the prompts of chosen and rejected differ")
-        if not contexts[0]:
-            raise BadRow("empty prompt")
-        pair: tuple[list[Message] | str, str, str] = contexts[0], answers[0], answers[1]
     elif isinstance(chosen, str) and isinstance(rejected, str):
         if prompt is None:
             prompt, chosen, rejected = _split_common(chosen, rejected)
-        if isinstance(prompt, list) or row.get("wrap_plain"):
-            turn = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-            pair = [_message(message) for message in turn], chosen, rejected
-        elif isinstance(prompt, str):
-            pair = prompt, chosen, rejected
-        else:
+        if isinstance(prompt, list):
+            prompt = [_message(message) for message in prompt]
+        elif not isinstance(prompt, str):
             raise BadRow("content is not text")
-        if not prompt:
-            raise BadRow("empty prompt")
+        elif prompt and row.get("wrap_plain"):
+            prompt = [{"role": "user", "content": prompt}]
     else:
         raise BadRow("content is not text")
-    if not pair[1].strip() or not pair[2].strip():
+    if not prompt:
+        raise BadRow("empty prompt")
+    if not chosen.strip() or not rejected.strip():
         raise BadRow("empty response")
-    if pair[1] == pair[2]:
+    if chosen == rejected:
         raise BadRow("chosen and rejected are the same")
-    return pair
+    return prompt, chosen, rejected
 
 
 def read_prompt(row: Mapping[str, Any]) -> list[Message] | str:
