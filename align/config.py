@@ -162,9 +162,7 @@ class ClusterConfig:
 class EngineConfig:
     """Forward and backward of the policy: speed and memory; results differ by rounding only."""
 
-    layout: choices.Layout = (
-        choices.Layout.shared
-    )  # for a model that cannot run it the next one is taken, with a message
+    layout: choices.Layout = choices.Layout.shared  # a model that cannot run it gets the next one, with a message
     tokens_per_micro_batch: int | str = "auto"  # on a device at once; auto: by free memory, 4096 on a CPU
     gradient_checkpointing: bool = False  # true: activations are computed twice and not kept
 

@@ -88,19 +88,17 @@ def _build(values: dict[str, Any]) -> tuple[Objective, dict[str, Any]]:
     cls = known[name]
     hints = typing.get_type_hints(cls)
     own: dict[str, Any] = {}
-    for key in hints.keys() & values.keys():
-        if hints[key] is not Objective:
-            own[key] = _checked(f"objective.{key}", values.pop(key), hints[key])
-    for field in dataclasses.fields(cls):
-        if hints[field.name] is Objective:  # the wrapped objective takes the remaining values
-            base = values.pop(field.name, None)
-            if base is None:
-                raise ValueError(f"objective.{field.name} is missing: {name} wraps one of {', '.join(known)}")
-            inner = dict(base) if isinstance(base, Mapping) else {"name": base}
+    for field in sorted(dataclasses.fields(cls), key=lambda field: hints[field.name] is Objective):
+        key, given = f"objective.{field.name}", values.pop(field.name, dataclasses.MISSING)
+        if hints[field.name] is Objective:  # comes last: the wrapped objective takes the remaining values
+            if given in (None, dataclasses.MISSING):
+                raise ValueError(f"{key} is missing: {name} wraps one of {', '.join(known)}")
+            inner = dict(given) if isinstance(given, Mapping) else {"name": given}
             own[field.name], values = _build({**inner, **values})
-    for field in dataclasses.fields(cls):
-        if field.name not in own and field.default is field.default_factory is dataclasses.MISSING:
-            raise ValueError(f"objective.{field.name} is missing: {name} has no default for it")
+        elif given is not dataclasses.MISSING:
+            own[field.name] = _checked(key, given, hints[field.name])
+        elif field.default is field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{key} is missing: {name} has no default for it")
     try:
         objective = cls(**own)
     except ValueError as error:
@@ -119,38 +117,24 @@ def _all_keys(objective: Objective) -> list[str]:
     return keys
 
 
+_WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text", type(None): "null"}
+
+
 def _checked(key: str, value: Any, hint: Any) -> Any:
     """Return `value` if it fits the annotation; an int fits a float."""
     union = typing.get_origin(hint) in (types.UnionType, typing.Union)
-    options = typing.get_args(hint) if union else (hint,)
-    for option in options:
-        if option is type(None):
-            if value is None:
-                return None
-        elif typing.get_origin(option) is Literal:
+    allowed: list[str] = []
+    for option in typing.get_args(hint) if union else (hint,):
+        if typing.get_origin(option) is Literal:
             if value in typing.get_args(option):
                 return value
-        elif option is float:
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                return float(value)
-        elif isinstance(value, option) and not (isinstance(value, bool) and option is int):
-            return value
-    raise ValueError(f"{key} must be {_words(options)}, not {value!r}")
-
-
-_PLAIN_WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
-
-
-def _words(options: tuple[Any, ...]) -> str:
-    words: list[str] = []
-    for option in options:
-        if typing.get_origin(option) is Literal:
-            words += [str(choice) for choice in typing.get_args(option)]
-        elif option is type(None):
-            words.append("null")
+            allowed += map(str, typing.get_args(option))
         else:
-            words.append(_PLAIN_WORDS.get(option, str(option)))
-    return " or ".join(words)
+            kinds = (float, int) if option is float else option
+            if isinstance(value, kinds) and not (isinstance(value, bool) and option in (int, float)):
+                return float(value) if option is float else value
+            allowed.append(_WORDS.get(option, str(option)))
+    raise ValueError(f"{key} must be {' or '.join(allowed)}, not {value!r}")
 
 
 def _warn_outside_published(name: str, objective: Objective) -> None:

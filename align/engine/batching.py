@@ -22,16 +22,11 @@ Lengths = tuple[int, ...]  # tokens of a prompt and of its responses
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Pairs that one device holds at once.
-
-    Attributes:
-        counted: false for a filler, which only gives a rank as many pairs as the others.
-        pairs_in_step: divisor of the sum of losses.
-    """
+    """Pairs that one device holds at once."""
 
     pairs: tuple[int, ...]
-    counted: tuple[bool, ...]
-    pairs_in_step: int
+    counted: tuple[bool, ...]  # false for a filler, which only gives a rank as many pairs as the others
+    pairs_in_step: int  # divisor of the sum of losses
 
 
 def fed_tokens(groups: Sequence[Lengths], layout: Layout) -> int:
@@ -115,13 +110,11 @@ def deal(
     shortest = min(pairs, key=lambda i: fed_tokens([lengths[i]], layout))
     filled = [*pairs, *[shortest] * (-len(pairs) % world)]
     plan = plan_step([lengths[i] for i in filled], world, layout, budget)
-    return [
-        [
-            MicroBatch(tuple(filled[i] for i in batch), tuple(i < len(pairs) for i in batch), len(pairs))
-            for batch in rank
-        ]
-        for rank in plan
-    ]
+
+    def micro_batch(batch: list[int]) -> MicroBatch:
+        return MicroBatch(tuple(filled[i] for i in batch), tuple(i < len(pairs) for i in batch), len(pairs))
+
+    return [list(map(micro_batch, rank)) for rank in plan]
 
 
 def steps_per_epoch(pairs: int, pairs_per_step: int) -> int:

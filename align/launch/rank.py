@@ -237,12 +237,10 @@ def _connect(device: torch.device) -> None:
         torch.distributed.init_process_group(backend, store=prefixed, rank=rank, world_size=world, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         meeting = f"{os.environ.get('MASTER_ADDR', 'MASTER_ADDR')}:{os.environ.get('MASTER_PORT', 'MASTER_PORT')}"
+        reason = f": {' '.join(str(error).split())[:200]}"
         if "EADDRINUSE" in str(error) or "already in use" in str(error):
-            raise UserError(
-                f"the processes cannot meet at {meeting}, that port is in use: set MASTER_PORT to a free one, or "
-                "torchrun --standalone"
-            ) from error
-        raise UserError(f"the processes cannot meet at {meeting}: {' '.join(str(error).split())[:200]}") from error
+            reason = ", that port is in use: set MASTER_PORT to a free one, or torchrun --standalone"
+        raise UserError(f"the processes cannot meet at {meeting}{reason}") from error
 
 
 def free() -> None:

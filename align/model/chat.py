@@ -43,11 +43,6 @@ def with_one_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int
     return [bos, *ids]
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """Return the strings that the tokenizer reads as one special token each."""
-    return {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-
-
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens that end a response: the tokenizer's eos, and the one with which its template closes a turn."""
     ids = [tokenizer.eos_token_id]
@@ -76,10 +71,9 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     _, found, tail = text.rpartition(probe)
     if not found:
         raise UserError("the chat template does not write the assistant's turn: give model.chat_template one that does")
-    ends = [tail.rfind(token) + len(token) for token in special_tokens(tokenizer) if token in tail]
-    if not ends:
-        return str(tokenizer.eos_token), tail
-    return tail[: max(ends)], tail[max(ends) :]
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    end = max((tail.rfind(token) + len(token) for token in special if token in tail), default=0)
+    return (tail[:end], tail[end:]) if end else (str(tokenizer.eos_token), tail)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
