@@ -61,7 +61,7 @@ def inputs(evaluation: Evaluation[AlpacaEvalConfig]) -> dict[str, Any]:
     elif judges:
         contents["reference"] = fingerprint(_reference(suite))
     if suite.annotator is not None:
-        _package(suite.annotator)
+        _package(suite)
     if suite.difficulties is not None:
         contents["difficulties"] = file_fingerprint(_file("difficulties", suite.difficulties))
     scorer = base.scorer_identity(evaluation) if evaluation.scored_by_name else None
@@ -225,21 +225,17 @@ def _write(file: Path, rows: Sequence[Row]) -> None:
 def _annotations(evaluation: Evaluation[AlpacaEvalConfig], outputs: Sequence[Row]) -> list[Row]:
     """Return AlpacaEval's rows of preferences, by any judge, and write those that are made here."""
     suite = evaluation.suite
-    if suite.annotations is not None:
-        rows = base.read_table("suite.annotations", suite.annotations, _ANNOTATION)
-        said = {row["instruction"]: row["output"] for row in outputs}
-        if other := [row for row in rows if said.get(row["instruction"]) != row["output_2"].strip()]:
-            raise UserError(
-                f"suite.annotations={suite.annotations}: {len(other)} of {len(rows)} are not of this run's answers, the "
-                f"first is to {other[0]['instruction'][:60]!r}; annotate {evaluation.folder / 'model_outputs.json'}"
-            )
+    if suite.annotations is None:
+        rows = _by_package(suite, outputs) if suite.annotator else _by_scorer(evaluation, outputs)
+        _write(evaluation.folder / "annotations.json", rows)
         return rows
-    reference = _reference(suite)
-    if suite.annotator is not None:
-        rows = _by_package(suite.annotator, outputs, [reference[row["instruction"]] for row in outputs])
-    else:
-        rows = _by_scorer(evaluation, outputs, reference)
-    _write(evaluation.folder / "annotations.json", rows)
+    rows = base.read_table("suite.annotations", suite.annotations, _ANNOTATION)
+    said = {row["instruction"]: row["output"] for row in outputs}
+    if other := [row for row in rows if said.get(row["instruction"]) != row["output_2"].strip()]:
+        raise UserError(
+            f"suite.annotations={suite.annotations}: {len(other)} of {len(rows)} are not of this run's answers, the "
+            f"first is to {other[0]['instruction'][:60]!r}; annotate {evaluation.folder / 'model_outputs.json'}"
+        )
     return rows
 
 
@@ -250,10 +246,9 @@ def _both(evaluation: Evaluation[AlpacaEvalConfig], reference: Mapping[str, Row]
     return side_by_side({OURS: list(ours.values()), THEIRS: theirs}, 1)
 
 
-def _by_scorer(
-    evaluation: Evaluation[AlpacaEvalConfig], outputs: Sequence[Row], reference: Mapping[str, Row]
-) -> list[Row]:
+def _by_scorer(evaluation: Evaluation[AlpacaEvalConfig], outputs: Sequence[Row]) -> list[Row]:
     """Return annotations by one of our scorers; a pair without a finite score has no preference."""
+    reference = _reference(evaluation.suite)
     judge = base.scorer_identity(evaluation)["name"]
     judged = judged_prompts(_both(evaluation, reference), evaluation.folder / "scores", judge)
     wins = {prompt.id: chances(prompt, OURS, THEIRS)[0][0] for prompt in judged}
@@ -274,18 +269,19 @@ def _by_scorer(
     return rows
 
 
-def _package(annotator: str) -> Any:
+def _package(suite: AlpacaEvalConfig) -> Any:
     remedy = "which wants an older setuptools: pip install 'alpaca-eval>=0.6.6,<0.7' 'setuptools<81'"
-    return base.package("alpaca_eval", f"suite.annotator={annotator} needs alpaca-eval, {remedy}")
+    return base.package("alpaca_eval", f"suite.annotator={suite.annotator} needs alpaca-eval, {remedy}")
 
 
-def _by_package(annotator: str, outputs: Sequence[Row], reference: Sequence[Row]) -> list[Row]:
+def _by_package(suite: AlpacaEvalConfig, outputs: Sequence[Row]) -> list[Row]:
     """Return annotations by the package alpaca-eval; its figures are left to ours, which need no hub file."""
+    package, reference = _package(suite), _reference(suite)
     try:
-        _, annotations = _package(annotator).evaluate(
+        _, annotations = package.evaluate(
             model_outputs=list(outputs),
-            reference_outputs=list(reference),
-            annotators_config=annotator,
+            reference_outputs=[reference[row["instruction"]] for row in outputs],
+            annotators_config=suite.annotator,
             fn_metric="get_winrate",
             sort_by="win_rate",
             precomputed_leaderboard=None,
@@ -294,5 +290,5 @@ def _by_package(annotator: str, outputs: Sequence[Row], reference: Sequence[Row]
         )
     except Exception as error:  # no key, no such annotator, a server's: they share no base class
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"suite.annotator={annotator}: alpaca-eval fails ({reason})") from error
+        raise UserError(f"suite.annotator={suite.annotator}: alpaca-eval fails ({reason})") from error
     return [dict(row) for row in annotations]

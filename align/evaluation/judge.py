@@ -17,7 +17,7 @@ than this run's, and significance tests (report).
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -41,52 +41,38 @@ from align.say import UserError
 from align.stats.length_control import length_controlled_win_rate
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Match:
-    """Policies that answer the same prompts, ours first and the opponent last, and the folder of scores.
-
-    Against the answers of a file there is our policy alone, and the prompts carry them as candidates of THEIRS.
-    """
-
-    contestants: Sequence[Contestant]
-    theirs: str  # origin of the opponent's answers
-    prompts: Sequence[PromptRow]
-    scores: Path
-
-
 def inputs(evaluation: Evaluation[JudgeConfig]) -> dict[str, Any]:
     """Return the values that decide the results: the prompts, the opponent, the scorer."""
-    match = _match(evaluation)
-    *_, opponent = match.contestants
+    contestants, prompts = _contestants(evaluation), _prompts(evaluation)
     return {
         "suite": {**asdict(evaluation.suite), "prompts": None, "against": None},  # wherever they lie
-        "prompts": fingerprint([[prompt.id, [asdict(c) for c in prompt.candidates]] for prompt in match.prompts]),
-        "opponent": opponent.policy.fingerprint if opponent.name == match.theirs else "answers of a file",
+        "prompts": fingerprint([[prompt.id, [asdict(c) for c in prompt.candidates]] for prompt in prompts]),
+        "opponent": contestants[-1].policy.fingerprint if len(contestants) > 1 else "answers of a file",
         "scorer": base.scorer_identity(evaluation),
     }
 
 
 def work(evaluation: Evaluation[JudgeConfig], rank: Rank) -> None:
     """Sample both sides, and score."""
-    match = _match(evaluation)
-    for contestant in match.contestants:
-        judging.answer(contestant, match.prompts, evaluation.cfg, evaluation.cfg.sampling, rank)
-    score_responses(_rows(evaluation, match), evaluation.cfg, match.scores, rank)
+    contestants, prompts = _contestants(evaluation), _prompts(evaluation)
+    for contestant in contestants:
+        judging.answer(contestant, prompts, evaluation.cfg, evaluation.cfg.sampling, rank)
+    score_responses(_rows(evaluation, contestants), evaluation.cfg, contestants[0].scores, rank)
 
 
 def measure(evaluation: Evaluation[JudgeConfig]) -> tuple[dict[str, float], str]:
     """Compare, and write samples.jsonl for people."""
-    match, who = _match(evaluation), base.scorer_identity(evaluation)["name"]
-    ours, rows = match.contestants[0].name, _rows(evaluation, match)
-    scored = judging.judged_prompts(rows, match.scores, who)
-    sides = {"opponent": match.theirs, "policy": ours}
-    judging.write_samples(evaluation.folder / "samples.jsonl", rows, scored, sides)
+    contestants, who = _contestants(evaluation), base.scorer_identity(evaluation)["name"]
+    ours, theirs = contestants[0].name, contestants[-1].name if len(contestants) > 1 else THEIRS
+    rows, prompts = _rows(evaluation, contestants), _prompts(evaluation)
+    scored = judging.judged_prompts(rows, contestants[0].scores, who)
+    judging.write_samples(evaluation.folder / "samples.jsonl", rows, scored, {"opponent": theirs, "policy": ours})
     against, answers = evaluation.suite.against or "the start model", evaluation.cfg.sampling.samples
-    note = f"answers to {len(match.prompts):,} prompts, {answers} each, against {against}, judged by {who}"
-    if dropped := len(match.prompts) - len(scored):
+    note = f"answers to {len(prompts):,} prompts, {answers} each, against {against}, judged by {who}"
+    if dropped := len(prompts) - len(scored):
         note += f"; {dropped} prompts without a finite score are left out"
     note += "; lc_win_rate is an approximation without instruction difficulties"
-    return compared(rows, scored, ours, match.theirs), note
+    return compared(rows, scored, ours, theirs), note
 
 
 def compared(
@@ -127,20 +113,20 @@ def standard_error(values: Sequence[float]) -> float:
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
-def _match(evaluation: Evaluation[JudgeConfig]) -> _Match:
-    """Return the match: that of the run's own judge where the question is the same."""
-    run, folder, prompts = evaluation.run, evaluation.folder, _prompts(evaluation)
+def _contestants(evaluation: Evaluation[JudgeConfig]) -> list[Contestant]:
+    """Return our policy first and the opponent last: those of the run's own judge where the question is the same.
+
+    Against the answers of a file there is our policy alone, and the prompts carry them as candidates of THEIRS.
+    """
+    run, policy, folder = evaluation.run, evaluation.policy, evaluation.folder
     if _is_own(evaluation):
         policies = run.policies()
-        contestants = judging.contestants_of(run.dir, (policies[-1], policies[-2], policies[0]), run.iterations > 0)
-        scores = run.last / "evaluation" / "scores"
-        return _Match(contestants=contestants, theirs=contestants[-1].name, prompts=prompts, scores=scores)
-    policy = evaluation.policy
-    contestants = [Contestant(name=OURS, policy=policy, stream=policy.iteration, folder=folder / "responses")]
-    if not _is_file(evaluation.suite.against):
-        opponent = _opponent(evaluation)
-        contestants.append(Contestant(name=THEIRS, policy=opponent, stream=0, folder=folder / f"responses_of_{THEIRS}"))
-    return _Match(contestants=contestants, theirs=THEIRS, prompts=prompts, scores=folder / "scores")
+        return judging.contestants_of(run.dir, (policies[-1], policies[-2], policies[0]), run.iterations > 0)
+    ours = Contestant(name=OURS, policy=policy, stream=policy.iteration, folder=folder / "responses")
+    if _is_file(evaluation.suite.against):
+        return [ours]
+    folder = folder / f"responses_of_{THEIRS}"
+    return [ours, Contestant(name=THEIRS, policy=_opponent(evaluation), stream=0, folder=folder)]
 
 
 def _is_own(evaluation: Evaluation[JudgeConfig]) -> bool:
@@ -155,10 +141,10 @@ def _is_own(evaluation: Evaluation[JudgeConfig]) -> bool:
     return manifest.is_file() and json.loads(manifest.read_text()).get("scorer") == base.scorer_identity(evaluation)
 
 
-def _rows(evaluation: Evaluation[JudgeConfig], match: _Match) -> list[ResponseRow]:
+def _rows(evaluation: Evaluation[JudgeConfig], contestants: Sequence[Contestant]) -> list[ResponseRow]:
     """Return the answers of all side by side, as the scorer sees them."""
-    answers = {contestant.name: read_samples(contestant.folder) for contestant in match.contestants}
-    return figures.side_by_side(answers, evaluation.run.iterations) if match.theirs in answers else answers[OURS]
+    answers = {contestant.name: read_samples(contestant.folder) for contestant in contestants}
+    return figures.side_by_side(answers, evaluation.run.iterations) if len(answers) > 1 else answers[OURS]
 
 
 def _is_file(against: str | None) -> bool:

@@ -54,6 +54,11 @@ class Contestant:
     stream: int  # of random numbers, its own: answers that share them are no independent samples
     folder: Path  # of its answers
 
+    @property
+    def scores(self) -> Path:
+        """The folder of scores of its answers and of those that they are compared with."""
+        return self.folder.with_name("scores")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Weight:
@@ -103,7 +108,6 @@ def judge(
     cfg: RunConfig,
     contestants: Sequence[Contestant],
     prompts: Sequence[PromptRow],
-    folder: Path,
     iteration: int,
     rank: Rank,
 ) -> dict[str, dict[str, float]] | None:
@@ -114,7 +118,7 @@ def judge(
 
     Returns:
         {"start": figures, "trained": figures} on the first process, None on others. The answers of both are then in
-        `folder`/../samples.jsonl.
+        samples.jsonl, beside the folder of the first contestant's files.
 
     Raises:
         UserError: the scorer fails, or has no finite score for any prompt.
@@ -129,16 +133,17 @@ def judge(
     settings = sampling_of(cfg.evaluation, cfg.sampling.tokens_per_batch)
     rows = figures.side_by_side({c.name: answer(c, prompts, cfg, settings, rank) for c in contestants}, iteration)
     ours, start = contestants[0], contestants[-1]
+    folder = ours.folder.parent
     of_ours = [row for row in rows if row.origin == ours.name]
     of_both = [row for row in rows if row.origin in (ours.name, start.name)]
     weights = weigh(ours.policy, of_ours, cfg, folder / "weights", rank)
     by_start: dict[str, list[Weight]] = {ours.name: [], start.name: []}
     for row, weight in zip(of_both, weigh(start.policy, of_both, cfg, folder / "weights_of_start", rank), strict=True):
         by_start[row.origin].append(weight)
-    score_responses(rows, cfg, folder / "scores", rank)
+    score_responses(rows, cfg, ours.scores, rank)
     if not rank.is_first:
         return None
-    scored = judged_prompts(rows, folder / "scores", who)
+    scored = judged_prompts(rows, ours.scores, who)
     write_samples(folder.parent / "samples.jsonl", rows, scored, {START: start.name, POLICY: ours.name})
     made = {}
     for side, name, own in (("start", start.name, by_start[start.name]), ("trained", ours.name, weights)):

@@ -137,7 +137,7 @@ def evaluate(iteration: Iteration, job: Job, before: Policy, counts: Mapping[str
         policies = (trained_from(before, iteration.policy, run.cache), before, run.start_policy)
         contestants = judging.contestants_of(run.dir, policies, run.is_selfplay)
         number = iteration.number if run.is_selfplay else 0
-        judged = judging.judge(run.cfg, contestants, _asked(run), iteration.folder / "evaluation", number, rank)
+        judged = judging.judge(run.cfg, contestants, _asked(run), number, rank)
     if not rank.is_first:
         return {}
     training: dict[str, Any] = json.loads(iteration.trained.read_text())

@@ -238,10 +238,10 @@ def compared(monkeypatch, tmp_path):
         said = {"policy": ours, "start": theirs}
         monkeypatch.setattr(judging, "answer", lambda contestant, *more: said[contestant.name])
         monkeypatch.setattr(judging.registry, "build", lambda cfg, rank: scorer or Says())
-        sides = [Contestant(name=name, policy=None, stream=0, folder=tmp_path) for name in said]
+        sides = [Contestant(name=name, policy=None, stream=0, folder=tmp_path / "evaluation" / name) for name in said]
         cfg = RunConfig(scorer=ScorerConfig(name="says"))
         rank = Rank(device=torch.device("cpu"), bf16=False, number=0, world=1)
-        return judging.judge(cfg, sides, [], tmp_path / "evaluation", 0, rank)
+        return judging.judge(cfg, sides, [], 0, rank)
 
     return run
 
