@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.choices import ResponseMask, SystemMessage, Truncation
 from align.config import DatasetConfig, TrainConfig
-from align.data.rows import BadRow, Message, Rows, load_splits, read_number, read_pair
+from align.data.rows import BadRow, Conversation, Rows, load_splits, read_number, read_pair
 from align.files import build_once, fingerprint
 from align.model.chat import end_of_turn, merge_system_message, tokenizer_fingerprint, with_one_bos
 from align.model.load import Start
@@ -99,8 +99,8 @@ class Text(NamedTuple):
     rejected: str  # likewise
 
 
-def render(pair: tuple[list[Message] | str, str, str], rules: Rules, ending: tuple[str, str] | None) -> Text:
-    """Render a pair as text; a conversation goes through the chat template.
+def render(pair: tuple[Conversation | str, str, str], rules: Rules, ending: tuple[str, str] | None) -> Text:
+    """Render a pair as text; a conversation, with its system message in place, goes through the chat template.
 
     `ending` is `end_of_turn(tokenizer)`: a response ends with its first part; the second is cut off.
 
@@ -113,7 +113,6 @@ def render(pair: tuple[list[Message] | str, str, str], rules: Rules, ending: tup
         chosen, rejected = (prompt + (a if a.endswith(eos) else a + eos) for a in answers)
         return Text(prompt=prompt, chosen=chosen, rejected=rejected)
     assert ending is not None
-    messages = _for_template(prompt, rules)
 
     def apply(conversation: list[Any], header: bool) -> str:
         try:
@@ -123,19 +122,15 @@ def render(pair: tuple[list[Message] | str, str, str], rules: Rules, ending: tup
         assert isinstance(text, str)
         return text
 
-    opened = apply(messages, header=rules.train.response_mask is ResponseMask.completion)
+    opened = apply(prompt, header=rules.train.response_mask is ResponseMask.completion)
     full = [
-        apply([*messages, {"role": "assistant", "content": answer}], header=False).removesuffix(ending[1])
+        apply([*prompt, {"role": "assistant", "content": answer}], header=False).removesuffix(ending[1])
         for answer in (answer.removesuffix(ending[0]) for answer in answers)  # some data sets include the end of turn
     ]
     full = [text if text.endswith(ending[0]) else text + ending[0] for text in full]
     if not all(text.startswith(opened) for text in full):
         raise BadRow("the chat template writes the prompt otherwise when an answer follows")
     return Text(prompt=opened, chosen=full[0], rejected=full[1])
-
-
-def _for_template(prompt: list[Message] | str, rules: Rules) -> Any:
-    return prompt if isinstance(prompt, str) else merge_system_message([dict(m) for m in prompt], rules.system_message)
 
 
 def tokenise(texts: list[Text], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], list[int], list[int]]]:
@@ -234,20 +229,24 @@ def _prepare_split(
 
 def _check(row: Mapping[str, Any], rules: Rules, ending: tuple[str, str] | None) -> tuple[dict[str, Any], Text]:
     """Check a row. Returns the columns of its pair that are no tokens, and its text."""
-    pair = read_pair(row)
-    if not isinstance(pair[0], str) and ending is None:
-        raise UserError("the data are conversations and the tokenizer has no chat template: give model.chat_template")
+    prompt, chosen, rejected = read_pair(row)
+    if not isinstance(prompt, str):
+        if ending is None:
+            raise UserError(
+                "the data are conversations and the tokenizer has no chat template: give model.chat_template"
+            )
+        prompt = merge_system_message(prompt, rules.system_message)
     for column in ("chosen_score", "rejected_score"):
         read_number(row, column, -math.inf, math.inf)
     kept = {
         "number": row["_number"],
         "row_id": str(row.get("id", row["_number"])),
-        "conversation": json.dumps(_for_template(pair[0], rules)),
+        "conversation": json.dumps(prompt),
         "chosen_win_prob": read_number(row, "chosen_win_prob", 0, 1),
         "rejected_win_prob": read_number(row, "rejected_win_prob", 0, 1),
         "group": str(row.get(rules.group_by, "")) if rules.group_by else "",
     }
-    return kept, render(pair, rules, ending)
+    return kept, render((prompt, chosen, rejected), rules, ending)
 
 
 def _finish(encoded: tuple[list[int], list[int], list[int]], rules: Rules) -> dict[str, Any]:

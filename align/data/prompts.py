@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from align.config import RunConfig, SourceConfig
-from align.data.rows import BadRow, Content, load_splits, read_prompt, read_rows
+from align.data.rows import BadRow, Content, Conversation, load_splits, read_prompt, read_rows
 from align.files import fingerprint
 from align.model.chat import merge_system_message, prompt_ids
 from align.model.load import Start
 from align.say import UserError
 
 POLICY = "policy"  # the origin of what the policy itself sampled
-Conversation = list[dict[str, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +119,7 @@ def _prompt(row: Mapping[str, Any], cfg: RunConfig) -> Conversation | str:
         return prompt
     if prompt[-1]["role"] != "user":
         raise BadRow("the last turn of the prompt is not the user's")
-    return merge_system_message([dict(message) for message in prompt], cfg.model.system_message)
+    return merge_system_message(prompt, cfg.model.system_message)
 
 
 def _count_tokens(prompt: Conversation | str, start: Start, most: int) -> int:

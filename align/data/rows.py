@@ -28,7 +28,7 @@ from align.say import UserError, first_line, resolve
 
 _OURS = ("prompt", "chosen", "rejected", "chosen_win_prob", "rejected_win_prob", "chosen_score", "rejected_score", "id")
 _HINT = "expected chosen and rejected, and prompt where they do not hold it; dataset.columns={ours: yours} renames"
-Message = Mapping[str, Any]
+Conversation = list[dict[str, str]]  # each with a role and its content
 
 
 class BadRow(Exception):  # noqa: N818 - in `except BadRow` a noun reads better
@@ -224,7 +224,7 @@ def _prompt_hash(row: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(prompt, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def read_pair(row: Mapping[str, Any]) -> tuple[list[Message] | str, str, str]:
+def read_pair(row: Mapping[str, Any]) -> tuple[Conversation | str, str, str]:
     """Parse (prompt, chosen, rejected) from a row: a conversation and two answers to it, or three plain texts.
 
     Raises:
@@ -257,7 +257,7 @@ def read_pair(row: Mapping[str, Any]) -> tuple[list[Message] | str, str, str]:
     return prompt, chosen, rejected
 
 
-def read_prompt(row: Mapping[str, Any]) -> list[Message] | str:
+def read_prompt(row: Mapping[str, Any]) -> Conversation | str:
     """Parse the prompt of a row with or without answers: a conversation that ends before the answer, or a plain text.
 
     Raises:
@@ -299,7 +299,7 @@ def _split_common(chosen: str, rejected: str) -> tuple[str, str, str]:
     return chosen[:at], chosen[at:], rejected[at:]
 
 
-def _split_answer(messages: list[Any]) -> tuple[list[Message], str]:
+def _split_answer(messages: list[Any]) -> tuple[Conversation, str]:
     if not messages:
         raise BadRow("empty response")
     conversation = [_message(message) for message in messages]
@@ -308,7 +308,7 @@ def _split_answer(messages: list[Any]) -> tuple[list[Message], str]:
     return conversation[:-1], conversation[-1]["content"]
 
 
-def _message(message: Any) -> Message:
+def _message(message: Any) -> dict[str, str]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise BadRow("a message has no role")
     if not isinstance(message.get("content"), str):

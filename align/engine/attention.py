@@ -290,27 +290,22 @@ def _soft_cap(cap: float, device: torch.device) -> Callable[..., Tensor]:
 
 def _sees(segments: Segments, window: int | None, device: torch.device) -> Callable[..., Tensor]:
     """Return a function that tells whether the token at index `query` of the row sees the one at `key`."""
-    group, response, position = _places(segments, device)
-    reach = 2**30 if window is None else window
-
-    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        related = (response[key] == 0) | (response[key] == response[query])  # 0: the prompt
-        near = position[query] - position[key] < reach
-        return (group[query] == group[key]) & related & (query >= key) & near
-
-    return sees
-
-
-def _places(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the group, the response (0: the prompt) and the position of each token of the row, `[T]` each."""
-    if "places" not in segments.cached:
+    if "places" not in segments.cached:  # the group, the response (0: the prompt) and the position of each token, [T]
         places: tuple[list[int], list[int], list[int]] = ([], [], [])
         for i, (prompt, responses) in enumerate(segments.groups):
             for number, (start, size) in enumerate([(0, prompt), *((prompt, size) for size in responses)]):
                 for values, more in zip(places, ([i] * size, [number] * size, range(start, start + size)), strict=True):
                     values += more
         segments.cached["places"] = tuple(to_device(torch.tensor(values), device) for values in places)
-    return segments.cached["places"]
+    group, response, position = segments.cached["places"]
+    reach = 2**30 if window is None else window
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        related = (response[key] == 0) | (response[key] == response[query])
+        near = position[query] - position[key] < reach
+        return (group[query] == group[key]) & related & (query >= key) & near
+
+    return sees
 
 
 for _name, _backend in {"sdpa": _sdpa, "flash": _flash, "flex": _flex}.items():

@@ -103,11 +103,11 @@ def response_statistics(model: nn.Module, batch: Batch, statistics: Iterable[str
 def _scoring_class(cls: type) -> type:
     """Derive a class that scores from a model's class. `forward` keeps its signature, which `generate` reads."""
 
+    @functools.wraps(cls.forward)  # type: ignore[attr-defined]
     def forward(self: Any, *args: Any, **inputs: Any) -> Any:
         return _Scoring.forward(self, *args, **inputs)
 
-    members = {"__module__": cls.__module__, "forward": functools.update_wrapper(forward, cls.forward)}  # type: ignore[attr-defined]
-    return type(cls.__name__, (_Scoring, cls), members)
+    return type(cls.__name__, (_Scoring, cls), {"__module__": cls.__module__, "forward": forward})
 
 
 class _Scoring:

@@ -60,10 +60,11 @@ def prepare_start(cfg: ModelConfig, cache: Path) -> Start:
         tokenizer = resolve(cfg.tokenizer, "model.tokenizer")()
     else:
         tokenizer = _load_tokenizer(cfg, cfg.tokenizer, None)
-    key = fingerprint(
-        cfg.init, cfg.init_seed, _code_of(cfg.fit), tokenizer_fingerprint(tokenizer), transformers.__version__
-    )
-    folder = cache / "models" / f"{cfg.name}-{key}"
+    code: list[str] = []
+    if cfg.fit is not None:  # any Python file beside it may change the result
+        beside = Path(inspect.getfile(resolve(cfg.fit, "model.fit"))).parent
+        code = [cfg.fit, *(file_fingerprint(file) for file in sorted(beside.glob("*.py")))]
+    key = fingerprint(cfg.init, cfg.init_seed, code, tokenizer_fingerprint(tokenizer), transformers.__version__)
 
     def build(into: Path) -> None:
         model = _initialise(cfg, tokenizer)
@@ -72,7 +73,8 @@ def prepare_start(cfg: ModelConfig, cache: Path) -> Start:
         model.save_pretrained(into)
         tokenizer.save_pretrained(into)
 
-    return Start(path=str(build_once(folder, build, what="start model")), fingerprint=key, tokenizer=tokenizer)
+    folder = build_once(cache / "models" / f"{cfg.name}-{key}", build, what="start model")
+    return Start(path=str(folder), fingerprint=key, tokenizer=tokenizer)
 
 
 def content_fingerprint(folder: Path, patterns: Sequence[str]) -> str:
@@ -84,14 +86,6 @@ def content_fingerprint(folder: Path, patterns: Sequence[str]) -> str:
             while block := content.read(2**24):
                 digest.update(block)
     return digest.hexdigest()[:16]
-
-
-def _code_of(fit: str | None) -> list[str]:
-    """Return fingerprints of the Python files in the folder of `model.fit`, any of which may change the result."""
-    if fit is None:
-        return []
-    folder = Path(inspect.getfile(resolve(fit, "model.fit"))).parent
-    return [fit, *(file_fingerprint(file) for file in sorted(folder.glob("*.py")))]
 
 
 def _initialise(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

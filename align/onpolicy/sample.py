@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from align.choices import Backend
 from align.config import RunConfig, SamplingConfig
-from align.data.prompts import POLICY, Conversation, PromptRow
+from align.data.prompts import POLICY, PromptRow
+from align.data.rows import Conversation
 from align.files import Shards, fingerprint
 from align.launch.rank import Cluster, Rank, cluster_of, free
 from align.model.chat import prompt_ids, stop_token_ids, tokenizer_fingerprint
