@@ -239,23 +239,18 @@ def file_fingerprint(path: Path) -> str:
 
 
 def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted keys, as they are typed."""
+    """Return nested settings by dotted keys, as they are typed; an empty node has none."""
     made: dict[str, Any] = {}
     for name, value in node.items():
-        nested = isinstance(value, Mapping) and value
-        made |= flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+        made |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return made
 
 
-def differences(before: Any, now: Any, key: str = "") -> list[str]:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return "key: was -> is" for every value that differs, long ones cut."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        return [
-            difference
-            for name in sorted({*before, *now})
-            for difference in differences(before.get(name), now.get(name), f"{key}.{name}".lstrip("."))
-        ]
-    return [] if before == now else [f"{key}: {_short(before)} -> {_short(now)}"]
+    was, made = flat(before), flat(now)
+    differing = sorted(key for key in {*was, *made} if was.get(key) != made.get(key))
+    return [f"{key}: {_short(was.get(key))} -> {_short(made.get(key))}" for key in differing]
 
 
 def _short(value: Any) -> str:

@@ -202,7 +202,7 @@ def pair_loop(
     steps = StepSampler(data.lengths, layout, pairs_per_step=pairs_per_step, world=1, rank=0, budget=budget, seed=seed)
     optimizer = OptimizerConfig(learning_rate=learning_rate, lr_scheduler_type="constant")
     loop = Loop(policy, made, optimizer, len(steps), budget, build_accelerator(rank, optimizer.max_grad_norm), rank)
-    return loop, ([data.batch(some, rank.device) for some in share] for share in steps)
+    return loop, ([data.batch(some, rank.device) for some in share] for share in steps.epoch(0))
 
 
 # Measuring -------------------------------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ def our_steps(work: Workload, pairs: Sequence[Pair]) -> list[list[int]]:
         budget=work.micro_batch_tokens,
         seed=work.seed,
     )
-    return [sorted(i for micro_batch in step for i in micro_batch.pairs) for step in sampler]
+    return [sorted(i for micro_batch in step for i in micro_batch.pairs) for step in sampler.epoch(0)]
 
 
 def train_ours(

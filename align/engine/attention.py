@@ -147,7 +147,12 @@ class _CappedAttention(torch.autograd.Function):
         for rows, columns in _blocks(q.shape[2], k.shape[2], window):
             block = (q[:, :, rows] * (scale / cap)).reshape(k.shape[1], -1, k.shape[3])
             logits = block @ k[0, :, columns].transpose(1, 2)
-            _hide(logits.tanh_().mul_(cap), rows.stop - rows.start, window, _HIDDEN)
+            logits.tanh_().mul_(cap)
+            queries, keys = rows.stop - rows.start, columns.stop - columns.start
+            square = window is None or window >= keys  # without a window only the last keys can come after a query
+            first = keys - queries if square else 0
+            unseen = _unseen(queries, keys, first, None if square else window, q.device)
+            logits.view(k.shape[1], -1, queries, keys)[..., first:].masked_fill_(unseen, _HIDDEN)
             peak = logits.amax(-1, keepdim=True)
             weights = (logits - peak).exp_()  # [K, G * n, m], not divided by their sum yet
             total = weights.sum(-1, keepdim=True)
@@ -185,15 +190,6 @@ def _blocks(queries: int, keys: int, window: int | None) -> list[tuple[slice, sl
         left = 0 if window is None else max(0, before + top - window + 1)
         blocks.append((slice(top, bottom), slice(left, before + bottom)))
     return blocks
-
-
-def _hide(block: Tensor, queries: int, window: int | None, value: float) -> None:
-    """Write `value` into a block, `[K, G * n, m]`, where the query sees no such key; the queries are the last keys."""
-    keys = block.shape[-1]
-    square = window is None or window >= keys  # without a window only the last keys can come after a query
-    first = keys - queries if square else 0
-    unseen = _unseen(queries, keys, first, None if square else window, block.device)
-    block.view(block.shape[0], -1, queries, keys)[..., first:].masked_fill_(unseen, value)
 
 
 # flash -------------------------------------------------------------------------------------------------------------

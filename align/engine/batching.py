@@ -137,10 +137,6 @@ class StepSampler:
     def __len__(self) -> int:
         return steps_per_epoch(len(self.lengths), self.pairs_per_step)
 
-    def __iter__(self) -> Iterator[list[MicroBatch]]:
-        """Yield the micro-batches of each step of the first epoch."""
-        return self.epoch(0)
-
     def epoch(self, number: int, first: int = 0) -> Iterator[list[MicroBatch]]:
         """Yield the micro-batches of each step of an epoch, from its step `first` on; both count from 0."""
         order = list(range(len(self.lengths)))

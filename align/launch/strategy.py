@@ -44,8 +44,9 @@ def build_accelerator(rank: Rank, clip: float) -> Accelerator:
     """
     AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier training in this process
     on_cpu = rank.device.type == "cpu"
-    if on_cpu and rank.strategy not in (Strategy.single, Strategy.ddp):
-        _shard_on_cpu(rank.strategy)
+    if on_cpu and rank.strategy not in (Strategy.single, Strategy.ddp):  # for tests and laptops: it would run DDP
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+        PartialState._prepare_backend = lambda *args, **options: ("gloo", DistributedType.MULTI_GPU)
     if rank.strategy is Strategy.fsdp:
         fsdp = FullyShardedDataParallelPlugin(
             fsdp_version=2,
@@ -57,9 +58,11 @@ def build_accelerator(rank: Rank, clip: float) -> Accelerator:
         )
         accelerator = Accelerator(fsdp_plugin=fsdp)
     elif rank.strategy in _ZERO:
-        from deepspeed.utils import logger
+        import deepspeed
 
-        logger.setLevel(logging.ERROR)
+        deepspeed.utils.logger.setLevel(logging.ERROR)
+        if on_cpu:
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled, for minutes
         accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config(rank, clip)))
     else:
         accelerator = Accelerator(cpu=on_cpu)
@@ -68,16 +71,6 @@ def build_accelerator(rank: Rank, clip: float) -> Accelerator:
     assert state.distributed_type == wanted, f"accelerate runs {state.distributed_type}, not {wanted}"
     assert state.num_processes == rank.world, f"accelerate sees {state.num_processes} processes of {rank.world}"
     return accelerator
-
-
-def _shard_on_cpu(strategy: Strategy) -> None:
-    """Let accelerate shard without GPUs, for tests and laptops: it would run DDP instead."""
-    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    PartialState._prepare_backend = lambda *args, **options: ("gloo", DistributedType.MULTI_GPU)
-    if strategy in _ZERO:
-        import deepspeed
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled, for minutes
 
 
 def precision_of_fsdp(rank: Rank) -> MixedPrecisionPolicy:

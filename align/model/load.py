@@ -110,7 +110,6 @@ def load_policy(cfg: ModelConfig, start: Start, seed: int, dtype: torch.dtype = 
         dtype: type of the weights. Casting a model later is not the same: its rotary frequencies are buffers, and in
             bfloat16 their angles are radians off at 2,000 tokens.
     """
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": cfg.trust_remote_code}
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             start.path,
@@ -118,7 +117,8 @@ def load_policy(cfg: ModelConfig, start: Start, seed: int, dtype: torch.dtype = 
             attn_implementation=cfg.attn_implementation,
             use_safetensors=True,
             output_loading_info=True,
-            **options,
+            dtype=dtype,
+            trust_remote_code=cfg.trust_remote_code,
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         if cfg.attn_implementation is not None and "attn_implementation" in str(error):

@@ -31,10 +31,10 @@ def describe(cfg: RunConfig, start: Start, pairs: Pairs, objective: Objective, c
         )
 
     def tokens_per_pair(layout: Layout) -> float:
-        batches = [batch.pairs for share in islice(sampler(layout), 50) for batch in share]
+        batches = [batch.pairs for share in islice(sampler(layout).epoch(0), 50) for batch in share]
         return sum(fed_tokens([lengths[i] for i in b], layout) for b in batches) / sum(map(len, batches))
 
-    micro = [len(share) for share in islice(sampler(layout), 50)]
+    micro = [len(share) for share in islice(sampler(layout).epoch(0), 50)]
     measured = wanted == "auto" and cluster.device == "cuda" and cluster.strategy in (Strategy.single, Strategy.ddp)
     by_memory = ", or what the GPU turns out to hold" if measured else ""
     tokens = {kind: tokens_per_pair(kind) for kind in dict.fromkeys([layout, *Layout])}

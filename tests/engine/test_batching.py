@@ -206,12 +206,12 @@ def pairs_of(steps):
 
 def test_an_epoch_holds_every_pair_once_and_each_epoch_has_an_order_of_its_own():
     steps = sampler()
-    first = pairs_of(steps)
+    first = pairs_of(steps.epoch(0))
     assert sorted(i for step in first for i in step) == list(range(50))
     assert [len(step) for step in first] == [16, 16, 16, 2]
     second = pairs_of(steps.epoch(1))
     assert sorted(i for step in second for i in step) == list(range(50)) and second != first
-    assert pairs_of(steps) == first
+    assert pairs_of(steps.epoch(0)) == first
 
 
 def test_a_run_that_goes_on_is_fed_the_steps_that_an_uninterrupted_one_is():
@@ -225,24 +225,24 @@ def test_a_run_that_goes_on_is_fed_the_steps_that_an_uninterrupted_one_is():
 @pytest.mark.parametrize("world", [2, 3, 8, 64])
 @pytest.mark.parametrize("layout", Layout, ids=lambda layout: layout.name)
 def test_the_pairs_of_a_step_depend_neither_on_ranks_nor_on_layout_nor_on_budget(layout, world):
-    alone = pairs_of(sampler())
-    ranks = [pairs_of(sampler(rank=r, world=world, layout=layout, budget=90)) for r in range(world)]
+    alone = pairs_of(sampler().epoch(0))
+    ranks = [pairs_of(sampler(rank=r, world=world, layout=layout, budget=90).epoch(0)) for r in range(world)]
     assert [sorted(chain(*shares)) for shares in zip(*ranks, strict=True)] == alone
 
 
 def test_every_micro_batch_knows_what_its_sum_is_divided_by():
-    last = list(sampler())[-1]
+    last = list(sampler().epoch(0))[-1]
     assert all(isinstance(micro, MicroBatch) and micro.pairs_in_step == 2 for micro in last)
 
 
 def test_one_process_counts_all_that_it_feeds():
-    assert all(all(micro.counted) for step in sampler() for micro in step)
+    assert all(all(micro.counted) for step in sampler().epoch(0) for micro in step)
 
 
 @pytest.mark.parametrize("world", [1, 2, 8])
 def test_the_last_step_takes_all_that_is_left_whatever_the_ranks(world):
     # 53 = 3 * 16 + 5: two ranks feed 6 in the last step, eight ranks 8, and 5 are counted.
-    ranks = [list(sampler(rank, world, pairs=53)) for rank in range(world)]
+    ranks = [list(sampler(rank, world, pairs=53).epoch(0)) for rank in range(world)]
     assert {len(steps) for steps in ranks} == {len(sampler(0, world, pairs=53))} == {4}
     last = [micro for steps in ranks for micro in steps[-1]]
     assert sum(len(micro.pairs) for micro in last) == {1: 5, 2: 6, 8: 8}[world]
