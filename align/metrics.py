@@ -89,13 +89,10 @@ METRICS = (
            heading="entropy, pairs", explanation="nats per token of held-out responses"),
     Metric("loss", "pairs", "loss", goal="minimize"),  # of one objective; two are not comparable
     Metric("truncated", "pairs", "share of pairs that were cut", unit="share"),
-    Metric("rewards/chosen", "pairs", "the objective's reward of chosen"),
-    Metric("rewards/rejected", "pairs", "the objective's reward of rejected"),
     Metric("rewards/margins", "pairs", "the objective's reward of chosen minus that of rejected"),
-    Metric("log_ratio/chosen", "pairs", "log_ratio of chosen", unit="nats"),
-    Metric("log_ratio/rejected", "pairs", "log_ratio of rejected", unit="nats"),
-    Metric("length/chosen", "pairs", "length of chosen", unit="scored tokens"),
-    Metric("length/rejected", "pairs", "length of rejected", unit="scored tokens"),
+    Metric("rewards/*", "pairs", "the objective's reward of *"),
+    Metric("log_ratio/*", "pairs", "log_ratio of *", unit="nats"),
+    Metric("length/*", "pairs", "length of *", unit="scored tokens"),
     Metric("objective/*", "pairs", "the objective's *"),
     Metric("cost/seconds", "cost", "training", "column result", unit="seconds", heading="time",
            explanation="of training, without evaluation"),
@@ -132,21 +129,13 @@ def shown(where: Where, *of: str) -> list[Metric]:
 
 def row(name: str) -> Metric | None:
     """Find the row of a metric by its name in results.json; of a family the one with that member's name and words."""
-    for metric in METRICS:
-        if fnmatchcase(name, metric.name):
-            return replace(metric, name=name, words=metric.words.replace("*", name.partition("/")[2]))
-    return None
+    found = next((metric for metric in METRICS if fnmatchcase(name, metric.name)), None)
+    return found and replace(found, name=name, words=found.words.replace("*", name.partition("/")[2]))
 
 
 def find(name: str) -> Metric | None:
     """Find the row of a metric also by a name with a place or a suite in front: train/loss, judge/win_rate."""
     return row(name) or row(name.partition("/")[2])
-
-
-def goal(name: str) -> Goal | None:
-    """Say which way a metric is better, by a name as `find` takes it."""
-    found = find(name)
-    return found.goal if found else None
 
 
 def among(names: Iterable[str], where: Where) -> list[Metric]:

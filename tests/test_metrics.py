@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 from conftest import ROOT, pair_row, quick, write_jsonl
 
-from align.metrics import METRICS, Where, among, find, goal, row, shown
+from align.metrics import METRICS, Where, among, find, row, shown
 from align.onpolicy.figures import line
 
 JUDGE = "def short(prompt, answer):\n    return 1 / (1 + len(answer))\n"
@@ -89,10 +89,10 @@ def test_a_member_of_a_family_has_its_own_words_and_a_metric_of_its_own_comes_fi
 
 
 def test_what_is_better_is_known_by_the_whole_name():
-    assert goal("eval/accuracy/mean_logp") == goal("alpaca_eval/lc_win_rate") == "maximize"
-    assert goal("result/repetition") == goal("eval/loss") == "minimize"
-    assert goal("result/kl_policy_start") is goal("result/cost/tokens") is None
-    assert goal("train/objective/scaled_loss") is goal("judge/standard_error") is None
+    assert find("eval/accuracy/mean_logp").goal == find("alpaca_eval/lc_win_rate").goal == "maximize"
+    assert find("result/repetition").goal == find("eval/loss").goal == "minimize"
+    assert find("result/kl_policy_start").goal is find("result/cost/tokens").goal is None
+    assert find("train/objective/scaled_loss").goal is find("judge/standard_error") is None
 
 
 def test_the_line_of_an_iteration_is_in_the_words_of_the_table():

@@ -13,7 +13,6 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from align import config
 from align.choices import Launcher
 from align.config import RunConfig
 from align.evaluation import card
@@ -65,7 +64,7 @@ def iterate(run: Run) -> None:
     """Do every iteration of a run, as each of its processes does. Offline there is one, whose pairs are given."""
     quieten()
     rank = alone(run.cluster)
-    tracker = trackers.start(run.cfg, run.dir, config.plain(run.cfg), rank.number)
+    tracker = trackers.start(run.cfg, run.dir, rank.number)
     policy = run.start_policy
     made: list[dict[str, Any]] = []  # the figures of each iteration; on other processes than the first its steps only
     with _reported(run, tracker, rank) as results:

@@ -20,7 +20,6 @@ from align.say import UserError, closest
 from align.tracking import trackers
 
 _USAGE = "python -m align dashboard entity/project [name=...] [group=...] [metric=result/win_rate] [--dry-run]"
-_X_AXIS = "train/global_step"
 _BY = "objective.name"
 _BY_RUN = ("Hyperparameters", "Runs")  # sections of the report in which runs stand alone
 _DRAWN = {"__id__", "id", "ref"}  # keys whose values wandb draws at random at every call
@@ -49,7 +48,8 @@ class View:
     @property
     def less_is_better(self) -> bool:
         """True where the least value is the best one."""
-        return metrics.goal(self.metric) == "minimize"
+        known = metrics.find(self.metric)
+        return known is not None and known.goal == "minimize"
 
 
 def view(words: Sequence[str]) -> View:
@@ -106,13 +106,11 @@ def dashboard(words: Sequence[str]) -> None:
 def spec(built: Any) -> dict[str, Any]:
     """Return a workspace or report as wandb stores it, without what differs at every call."""
 
-    def lasting(node: Any) -> Any:
-        if isinstance(node, dict):
-            return {key: lasting(value) for key, value in node.items() if key not in _DRAWN}
-        return [lasting(value) for value in node] if isinstance(node, list) else node
+    def lasting(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {key: value for key, value in pairs if key not in _DRAWN}
 
-    stored: dict[str, Any] = lasting(json.loads(built._to_model().model_dump_json(by_alias=True, exclude_none=True)))
-    return stored
+    stored = built._to_model().model_dump_json(by_alias=True, exclude_none=True)
+    return json.loads(stored, object_pairs_hook=lasting)
 
 
 def workspace(wanted: View) -> Any:
@@ -126,7 +124,7 @@ def workspace(wanted: View) -> Any:
         sections=[
             ws.Section(name=name, panels=panels, is_open=name != "Cost") for name, panels in _panels(wanted).items()
         ],
-        settings=ws.WorkspaceSettings(x_axis=_X_AXIS, max_runs=100),
+        settings=ws.WorkspaceSettings(x_axis=trackers.X_AXIS, max_runs=100),
         runset_settings=ws.RunsetSettings(
             filters=_filter(wanted),
             groupby=[ws.Config(_BY)],
@@ -199,7 +197,9 @@ def _panels(wanted: View) -> dict[str, list[Any]]:
                 columns=[*axes, wr.ParallelCoordinatesPlotColumn(metric, inverted=wanted.less_is_better)],
             ),
         ],
-        "Training": [wr.LinePlot(title=title, x=_X_AXIS, y=[name], **grouped) for name, title in curves.items()],
+        "Training": [
+            wr.LinePlot(title=title, x=trackers.X_AXIS, y=[name], **grouped) for name, title in curves.items()
+        ],
         "Runs": [wr.RunComparer(diff_only=True), wr.WeavePanelSummaryTable(table_name="samples")],
         "Cost": bars(_titles("result", "cost")),
     }

@@ -8,12 +8,13 @@ resumed starts its own counter again. Left out: the answers of self-play's itera
 import contextlib
 import importlib.util
 import json
+import netrc
 import os
 import re
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -21,13 +22,13 @@ from urllib.parse import urlparse
 from align.choices import Source, TrackerMode, TrackerName
 from align.config import RunConfig, is_group, plain
 from align.files import flat
-from align.metrics import goal
+from align.metrics import METRICS
 from align.say import UserError
 
 CURVES = ("train/", "eval/", "selfplay/", "sentinel/")  # places of which a run has several values
 _WITH_BEST = ("eval/", "selfplay/")  # those whose best value stands in the summary beside the last
 _SUMMARY = {"maximize": "last,max", "minimize": "last,min"}
-_X_AXIS = "train/global_step"
+X_AXIS = "train/global_step"
 
 _INIT_TIMEOUT = 15  # seconds; wandb's own 90 and retries are a hang to who sits before it
 _FINISH_TIMEOUT = 120  # seconds that the last upload may take; what is not sent stays on disk
@@ -42,14 +43,13 @@ _NOT_IN_PROJECT = r"[/\\#?%:]"
 class Tracker:
     """Metrics of one run, sent somewhere. This one sends them nowhere."""
 
+    step: int | None = None  # the last one that was sent
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send the metrics of a step, under the names they have in metrics.jsonl."""
 
-    def show(self, samples: list[list[Any]]) -> None:
-        """Send answers to some prompts, rows of `_SAMPLE_COLUMNS`, where there are tables."""
-
-    def finish(self, results: Mapping[str, float], failed: bool) -> None:
-        """Close the run; `results` become its summary."""
+    def finish(self, results: Mapping[str, float], failed: bool, samples: Sequence[list[Any]] = ()) -> None:
+        """Close the run: `results` become its summary, `samples` a table of `_SAMPLE_COLUMNS` where there are any."""
 
 
 class Stretch(Tracker):
@@ -65,25 +65,25 @@ class Stretch(Tracker):
 class _Careful(Tracker):
     """The tracker of a run folder, which costs the run nothing: its failure is one line, and the run goes on without.
 
-    At a good end it shows the answers that the run has left in samples.jsonl.
+    At a good end it shows the answers in the file `samples`; `kept` says where what was not sent is to be found.
     """
 
-    def __init__(self, name: str, run_dir: Path, make: Callable[[], Tracker]) -> None:
-        self._name, self._samples = name, run_dir / "samples.jsonl"
+    def __init__(self, cfg: RunConfig, run_dir: Path, samples: Path | None, kept: str) -> None:
+        self._name, self._samples, self._kept = cfg.tracker.name, samples, kept
         self._tracker = Tracker()
         with self._saying_failures():
-            self._tracker = make()
+            self._tracker = _TRACKERS[self._name](cfg, run_dir)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         with self._saying_failures():
             self._tracker.log(step, metrics)
+            self._tracker.step = step
 
-    def finish(self, results: Mapping[str, float], failed: bool) -> None:
+    def finish(self, results: Mapping[str, float], failed: bool, samples: Sequence[list[Any]] = ()) -> None:
         with self._saying_failures():
-            if not failed and self._samples.exists():
-                self._tracker.show(_first_answers(self._samples))
-        with self._saying_failures():
-            self._tracker.finish(results, failed)
+            if self._samples and self._samples.exists() and not failed:
+                samples = _first_answers(self._samples)
+            self._tracker.finish(results, failed, samples)
 
     @contextlib.contextmanager
     def _saying_failures(self) -> Iterator[None]:
@@ -91,13 +91,13 @@ class _Careful(Tracker):
             yield
         except Exception as error:
             self._tracker = Tracker()
-            print(f"align: {self._name} failed ({_brief(error)}); metrics.jsonl goes on", file=sys.stderr)
+            print(f"align: {self._name.value} failed ({_brief(error)}); {self._kept}", file=sys.stderr)
 
 
 class WandbTracker(Tracker):
     """Weights & Biases, online or on disk."""
 
-    def __init__(self, cfg: RunConfig, run_dir: Path, config: dict[str, Any], labels: dict[str, Any]) -> None:
+    def __init__(self, cfg: RunConfig, run_dir: Path) -> None:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it holds up the end of a run whose server is silent
         import wandb
 
@@ -106,17 +106,20 @@ class WandbTracker(Tracker):
         identity = folder / "run_id"  # a run that goes on is the same run there
         if not identity.exists():
             identity.write_text(secrets.token_hex(4))
-        settings = {"init_timeout": _INIT_TIMEOUT, "finish_timeout": _FINISH_TIMEOUT, "finish_timeout_raises": True}
+        limits = {"init_timeout": _INIT_TIMEOUT, "finish_timeout": _FINISH_TIMEOUT, "finish_timeout_raises": True}
         options: dict[str, Any] = {
             "dir": str(run_dir.resolve()),  # its service may have been started in another folder
             "project": cfg.tracker.project,
             "entity": cfg.tracker.entity,
-            "config": config,
-            "settings": wandb.Settings(silent=True, **settings),
+            "name": run_dir.name,
+            "group": _group(cfg),
+            "job_type": "selfplay" if cfg.source.name is Source.selfplay else "train",
+            "tags": _tags(cfg),
+            "config": plain(cfg),
+            "settings": wandb.Settings(silent=True, **limits),
             "id": identity.read_text(),
             "resume": "allow",
             "reinit": "finish_previous",  # a second run in a sweep's process must not be merged into the first
-            **labels,
         }
         mode: Any = _wandb_mode(cfg)
         try:
@@ -131,25 +134,21 @@ class WandbTracker(Tracker):
         if mode == "offline":  # all stretches of a run that was stopped, in their order
             print(f"align: wandb runs offline; to upload later: wandb sync {folder}/offline-run-*", file=sys.stderr)
         for place in (*CURVES, "result/"):
-            self._run.define_metric(f"{place}*", step_metric=_X_AXIS)
-        self._known: set[str] = set()
-        self._step = 0
+            self._run.define_metric(f"{place}*", step_metric=X_AXIS)
+        for place, metric in product(_WITH_BEST, METRICS):
+            if metric.goal:
+                name, summary = f"{place}{metric.name}", _SUMMARY[metric.goal]
+                self._run.define_metric(name, step_metric=X_AXIS, summary=summary)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        for metric in metrics.keys() - self._known:
-            direction = goal(metric) if metric.startswith(_WITH_BEST) else None
-            if direction:
-                self._run.define_metric(metric, step_metric=_X_AXIS, summary=_SUMMARY[direction])
-        self._known |= metrics.keys()
-        self._step = step
-        self._run.log({**metrics, _X_AXIS: step})
+        self._run.log({**metrics, X_AXIS: step})
 
-    def show(self, samples: list[list[Any]]) -> None:
+    def finish(self, results: Mapping[str, float], failed: bool, samples: Sequence[list[Any]] = ()) -> None:
         import wandb
 
-        self._run.log({"samples": wandb.Table(columns=_SAMPLE_COLUMNS, data=samples), _X_AXIS: self._step})
-
-    def finish(self, results: Mapping[str, float], failed: bool) -> None:
+        if samples:
+            table = wandb.Table(columns=_SAMPLE_COLUMNS, data=list(samples))
+            self._run.log({"samples": table, X_AXIS: self.step})
         self._run.summary.update(dict(results))
         self._run.finish(exit_code=int(failed))
 
@@ -157,93 +156,68 @@ class WandbTracker(Tracker):
 class TrackioTracker(Tracker):
     """trackio: a local dashboard without an account."""
 
-    def __init__(self, cfg: RunConfig, run_dir: Path, config: dict[str, Any], labels: dict[str, Any]) -> None:
+    def __init__(self, cfg: RunConfig, run_dir: Path) -> None:
         import trackio
 
         self._trackio = trackio
         known = run_dir / "trackio_run"  # a run is found by its name there, which another folder may have had
         run = trackio.init(
             project=cfg.tracker.project,
-            name=labels["name"],
-            group=labels["group"],
-            config=flat(config),  # its dashboard groups by plain values only
+            name=run_dir.name,
+            group=_group(cfg),
+            config=flat(plain(cfg)),  # its dashboard groups by plain values only
             resume="allow" if known.exists() else "never",
             embed=False,
         )
         known.write_text(run.id)
-        self._step: int | None = None
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._step = step
         self._trackio.log(dict(metrics), step=step)
 
-    def show(self, samples: list[list[Any]]) -> None:
-        table = self._trackio.Table(columns=_SAMPLE_COLUMNS, data=samples)
-        self._trackio.log({"samples": table}, step=self._step)
-
-    def finish(self, results: Mapping[str, float], failed: bool) -> None:
+    def finish(self, results: Mapping[str, float], failed: bool, samples: Sequence[list[Any]] = ()) -> None:
+        if samples:
+            table = self._trackio.Table(columns=_SAMPLE_COLUMNS, data=list(samples))
+            self._trackio.log({"samples": table}, step=self.step)
         if results:
-            self._trackio.log(dict(results), step=self._step)
+            self._trackio.log(dict(results), step=self.step)
         self._trackio.finish()
 
 
 class TensorboardTracker(Tracker):
     """Event files under the run folder."""
 
-    def __init__(self, cfg: RunConfig, run_dir: Path, config: dict[str, Any], labels: dict[str, Any]) -> None:
+    def __init__(self, cfg: RunConfig, run_dir: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(run_dir / "tensorboard"))
-        self._step = 0
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._step = step
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
-    def finish(self, results: Mapping[str, float], failed: bool) -> None:
-        self.log(self._step, results)
+    def finish(self, results: Mapping[str, float], failed: bool, samples: Sequence[list[Any]] = ()) -> None:
+        self.log(self.step or 0, results)
         self._writer.close()
 
 
-_TRACKERS: dict[TrackerName, Callable[[RunConfig, Path, dict[str, Any], dict[str, Any]], Tracker]] = {
+_TRACKERS: dict[TrackerName, Callable[[RunConfig, Path], Tracker]] = {
     TrackerName.wandb: WandbTracker,
     TrackerName.trackio: TrackioTracker,
     TrackerName.tensorboard: TensorboardTracker,
 }
 
 
-def start(cfg: RunConfig, run_dir: Path, config: dict[str, Any], rank: int) -> Tracker:
-    """Open the configured tracker on rank 0, elsewhere one that sends nothing.
-
-    Args:
-        config: the resolved configuration, nested.
-    """
+def start(cfg: RunConfig, run_dir: Path, rank: int) -> Tracker:
+    """Open the configured tracker on rank 0, elsewhere one that sends nothing."""
     if cfg.tracker.name is TrackerName.none or rank != 0:
         return Tracker()
-    return _Careful(cfg.tracker.name.value, run_dir, lambda: _open(cfg, run_dir, config))
+    return _Careful(cfg, run_dir, run_dir / "samples.jsonl", "metrics.jsonl goes on")
 
 
 def add_results(run_dir: Path, cfg: RunConfig, results: Mapping[str, float]) -> None:
     """Put results that came after the run into the summary of the run that the folder has in its tracker."""
-    if cfg.tracker.name is TrackerName.none:
-        return
-    try:
-        _open(cfg, run_dir, plain(cfg)).finish(results, failed=False)
-    except Exception as error:
-        print(
-            f"align: {cfg.tracker.name.value} failed ({_brief(error)}); the results are in {run_dir}", file=sys.stderr
-        )
-
-
-def _open(cfg: RunConfig, run_dir: Path, config: dict[str, Any]) -> Tracker:
-    labels = {
-        "name": run_dir.name,
-        "group": cfg.tracker.group or f"{cfg.model.name}-{cfg.dataset.name}",
-        "job_type": "selfplay" if cfg.source.name is Source.selfplay else "train",
-        "tags": _tags(cfg),
-    }
-    return _TRACKERS[cfg.tracker.name](cfg, run_dir, config, labels)
+    if cfg.tracker.name is not TrackerName.none:
+        _Careful(cfg, run_dir, None, f"the results are in {run_dir}").finish(results, failed=False)
 
 
 def check(cfg: RunConfig) -> None:
@@ -272,21 +246,20 @@ def check(cfg: RunConfig) -> None:
 
 def has_wandb_key() -> bool:
     """True when wandb will find a key, in the environment or in .netrc."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    import netrc
-
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        return bool(os.environ.get("WANDB_API_KEY") or netrc.netrc(os.environ.get("NETRC")).authenticators(host))
+    return False
 
 
 def _wandb_mode(cfg: RunConfig) -> str:
     if cfg.tracker.mode is not TrackerMode.auto:
         return cfg.tracker.mode.name
     return os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
+
+
+def _group(cfg: RunConfig) -> str:
+    return cfg.tracker.group or f"{cfg.model.name}-{cfg.dataset.name}"
 
 
 def _tags(cfg: RunConfig) -> list[str]:

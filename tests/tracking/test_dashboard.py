@@ -187,4 +187,4 @@ def test_the_words_are_understood():
     assert view(["a/b", "group=x"]).name == "x: methods"
     with pytest.raises(UserError, match="unknown option"):
         view(["a/b", "-v"])
-    assert metrics.goal(view(["a/b"]).metric) == "maximize"
+    assert metrics.find(view(["a/b"]).metric).goal == "maximize"
