@@ -9,6 +9,8 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from align.report.read import Run, Values
 from align.stats import intervals
 
@@ -38,7 +40,7 @@ class Method:
         over_seeds = intervals.mean_over_seeds(values)
         if len(items := self.by_item(name)) < 2:
             return over_seeds
-        within, mean = intervals.estimate(by_seed(items, list(items))), over_seeds.mean
+        within, mean = intervals.estimate(np.transpose([*items.values()])), over_seeds.mean
         return replace(over_seeds, low=mean - within.margin, high=mean + within.margin, over=within.over)
 
     @cached_property
@@ -87,11 +89,6 @@ def shares(runs: Sequence[Run]) -> tuple[float, float, float] | None:
         return None
     wins, ties = (fmean(fmean(getattr(one, of) for one in run.answers) for run in runs) for of in ("wins", "ties"))
     return wins, ties, 1 - wins - ties
-
-
-def by_seed(values: Mapping[Item, list[float]], items: Sequence[Item]) -> list[list[float]]:
-    """Return [seeds][items]."""
-    return [list(of_seed) for of_seed in zip(*(values[item] for item in items), strict=True)]
 
 
 def _outcomes(run: Run, name: str) -> Iterable[tuple[Item, float]]:
@@ -148,14 +145,15 @@ def settings_of(run: Run) -> dict[str, Any]:
     known = run.identity or run.config
     whole = {key: int(value) for key, value in known.items() if isinstance(value, float) and value.is_integer()}
     settings = {key: value for key, value in {**known, **whole}.items() if key != "seed"}  # 2 and 2.0 are one setting
-    if _is_selfplay(run):
+    if kind(run) != run.objective:
         settings["iterations"] = len(run.iterations) or run.config.get("iterations")
     return settings
 
 
 def kind(run: Run) -> str:
     """Return "dpo", or "dpo self-play"."""
-    return f"{run.objective} self-play" if _is_selfplay(run) else run.objective
+    is_selfplay = run.iterations or run.config.get("source.name") == "selfplay"
+    return f"{run.objective} self-play" if is_selfplay else run.objective
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
@@ -203,10 +201,6 @@ def value_text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _is_selfplay(run: Run) -> bool:
-    return bool(run.iterations) or run.config.get("source.name") == "selfplay"
 
 
 def _classes(group: Sequence[Values], keys: Sequence[str]) -> set[str]:

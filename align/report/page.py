@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import align
-from align.report import charts, figures, text
+from align.report import charts, text
 from align.report.methods import value_text
 from align.report.read import Answers, read_runs
 from align.report.study import Study, p_value, signed, study
@@ -50,9 +50,7 @@ def report(words: Sequence[str]) -> Path:
             (out / name).write_text(content, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {out} ({error.strerror}): give another out=") from error
-    print(text.size(made))
-    for name in files:
-        print(out / name)
+    print(text.size(made), *(out / name for name in files), sep="\n")
     return out / "report.html"
 
 
@@ -66,15 +64,13 @@ def page(study: Study, made_by: str) -> str:
         made_by,
         sweeps=[drawn for sweep in study.sweeps if (drawn := charts.of_sweep(study, sweep))],
         matrix=_MATRIX,
-        against_best=[one for other in study.methods[1:] if (one := study.main.between(other, study.methods[0]))],
         answers=answers,
         names=[f"{study.name(run)} ({run.name})" for run in known],
         other=next((i for i, run in enumerate(known) if study.labels[run.dir] != first), 1),  # not a seed of the same
         same={key: value for key, value in known[0].config.items() if key not in study.varied} if known else {},
         data=_data(study, answers),
-        mark=lambda method: figures.key_of(method.number),
+        mark=lambda method: charts.key_of(method.number),
         file_beside=lambda name: (_HERE / name).read_text(encoding="utf-8"),
-        value_text=value_text,
         p_value=p_value,
         signed=signed,
         charts=charts,
@@ -136,7 +132,6 @@ def _answers(study: Study) -> dict[str, Any]:
     return {
         "prompts": kept,
         "of": len(prompts),
-        "cut": len(kept) < len(prompts),
         "runs": [
             {
                 "label": method.label,

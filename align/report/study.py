@@ -1,13 +1,12 @@
 """Runs -> methods: what is the same but for the seed is one method. Its figures over seeds, and any two item by item.
 
-    figure of a method    mean over its seeds, with the 95% interval of that mean: over seeds, and of win rates and accuracies
-                          over seeds and prompts (or held-out pairs), so that one seed is enough
+    figure of a method    mean over its seeds; of win rates and accuracies with an interval over seeds and items
     a against b           a's win rate minus b's, both against the start model and at the same prompts; where there is
                           no judge a's accuracy by mean_logp minus b's, at the same held-out pairs; paired
     significant           p at most 0.05 after Holm's correction for all comparisons that are made of that quantity
 
-The statistics are those of align.stats. Pure: no files. A run that is there twice, with the same settings and seed, counts
-once. Left out: held-out pairs of one prompt are taken as independent, since a run does not say whose prompt a pair has.
+Pure: no files. A run that is there twice, with the same settings and seed, counts once. Left out: held-out pairs of one
+prompt are taken as independent, since a run does not say whose prompt a pair has.
 """
 
 import itertools
@@ -17,8 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
+
 from align.metrics import Metric
-from align.report.methods import Method, Sweep, by_seed, labels, settings_of, shared, sweeps, value_text, varied
+from align.report.methods import Method, Sweep, labels, settings_of, shared, sweeps, value_text, varied
 from align.report.read import Run, State
 from align.stats import intervals
 
@@ -77,6 +78,7 @@ class Study:
     """All that a report shows."""
 
     runs: list[Run]  # those that count first, in the order of the methods
+    known: list[Run]  # those whose settings are known
     labels: Mapping[Path, str]  # folder of a run -> label of its method
     methods: list[Method]  # the best by the main quantity first
     twins: list[tuple[Run, Run]]  # (left out, the one that counts)
@@ -92,14 +94,9 @@ class Study:
         return self.main.name == "win_rate"
 
     @property
-    def unfinished(self) -> list[Run]:
-        """Runs without results."""
-        return [run for run in self.runs if run.state is not State.complete]
-
-    @property
-    def known(self) -> list[Run]:
-        """Runs whose settings are known."""
-        return [run for run in self.runs if run.has_settings]
+    def against_best(self) -> list[Comparison]:
+        """The others minus the first, where they can be compared with it."""
+        return [one for other in self.methods[1:] if (one := self.main.between(other, self.methods[0]))]
 
     def columns(self, among: Sequence[Metric]) -> list[Metric]:
         """Select the metrics that any method has."""
@@ -130,15 +127,17 @@ def study(runs: Sequence[Run]) -> Study:
         complete = [run for run in group if run.state is State.complete]
         twins += [(run, first) for run in complete if (first := counted.setdefault(run.seed, run)) is not run]
         if counted:
-            in_order = sorted(counted.values(), key=lambda run: run.seed or 0)
-            found.append(Method(number=0, label=label, runs=in_order, settings=settings_of(in_order[0])))
+            seeds = sorted(counted.values(), key=lambda run: run.seed or 0)
+            found.append(Method(number=0, label=label, runs=seeds, settings=settings_of(seeds[0])))
     main, *others = [name for name in COMPARED if any(method.figures.get(name) for method in found)] or [*COMPARED][:1]
     found.sort(key=lambda method: (-value.mean if (value := method.figures.get(main)) else 0.0, method.label))
     methods = [replace(method, number=number) for number, method in enumerate(found)]
-    counting = {run.dir: run for method in methods for run in method.runs}
+    of_methods = {run.dir: run for method in methods for run in method.runs}
+    in_order = [*(of_methods | {run.dir: run for run in runs}).values()]
     decides = {key for run in runs for key in run.identity}
     return Study(
-        runs=list({**counting, **{run.dir: run for run in runs}}.values()),
+        runs=in_order,
+        known=[run for run in in_order if run.has_settings],
         labels=label_of,
         methods=methods,
         twins=twins,
@@ -165,13 +164,15 @@ def p_value(result: intervals.Comparison) -> str:
 
 
 def _comparisons(methods: Sequence[Method], name: str) -> Comparisons:
-    values = {method.number: method.by_item(name) for method in methods}
+    """Compare every two methods that share enough items, by figures that are one quantity."""
     raw = []
-    for a, b in itertools.combinations(methods, 2):
-        both = [item for item in values[a.number] if item in values[b.number]]
+    by_item = [(method, method.by_item(name)) for method in methods]
+    for (a, its), (b, others) in itertools.combinations(by_item, 2):
+        both = [item for item in its if item in others]
         alike = name != "win_rate" or all(a.terms[of] == b.terms[of] for of in _OF_A_WIN_RATE)
         if alike and len(both) >= _FEWEST:
-            raw.append((a, b, intervals.compare(*(by_seed(values[method.number], both) for method in (a, b)))))
+            tables = (np.transpose([values[item] for item in both]) for values in (its, others))
+            raw.append((a, b, intervals.compare(*tables)))
     adjusted = intervals.holm([result.p_value for *_, result in raw])
     pairs = [
         Comparison(a=a, b=b, result=replace(result, p_adjusted=p), corrected=len(raw) > 1)

@@ -107,7 +107,7 @@ def _few(labels: list[str]) -> str:
 
 def unfinished_rows(study: Study) -> list[tuple[str, str, str, str]]:
     """Return (run, folder, state, why) of runs that have no results, and of those that count as another's twin."""
-    rows = [(run, run.state.value, run.note) for run in study.unfinished]
+    rows = [(run, run.state.value, run.note) for run in study.runs if run.state is not State.complete]
     rows += [(run, "left out", f"same settings and seed as {kept.name}") for run, kept in study.twins]
     # Where the settings are unknown, the name is all there is of a run.
     return [(study.name(run), run.name if run.has_settings else "", state, why) for run, state, why in rows]

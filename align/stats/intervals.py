@@ -89,9 +89,9 @@ def estimate(scores: ArrayLike) -> Estimate:
         scores: [seeds, prompts], or [prompts] of one seed; the prompts of all seeds in the same order.
     """
     table = _table(scores)
-    errors, _ = _errors([table])
+    errors, _, over = _errors([table])
     mean, margin = float(table.mean()), _margin(errors)
-    return Estimate(mean=mean, low=mean - margin, high=mean + margin, over=_over([table]))
+    return Estimate(mean=mean, low=mean - margin, high=mean + margin, over=over)
 
 
 def compare(first: ArrayLike, second: ArrayLike) -> Comparison:
@@ -106,7 +106,7 @@ def compare(first: ArrayLike, second: ArrayLike) -> Comparison:
         raise ValueError(
             f"{a.shape[1]} and {b.shape[1]} prompts: compare two methods on the prompts that both answered"
         )
-    errors, freedom = _errors([a, b])
+    errors, freedom, over = _errors([a, b])
     difference, margin = float(a.mean() - b.mean()), _margin(errors)
     as_far = np.count_nonzero(errors >= abs(difference) * (1 - 1e-6))  # the resamples are in float32
     p = float(1 + as_far) / (1 + errors.size)
@@ -120,7 +120,7 @@ def compare(first: ArrayLike, second: ArrayLike) -> Comparison:
         p_value=p,
         p_adjusted=p,
         prompts=a.shape[1],
-        over=_over([a, b]),
+        over=over,
     )
 
 
@@ -143,11 +143,12 @@ def t_quantile(degrees_of_freedom: int, inside: ArrayLike = LEVEL) -> Floats:
     return math.sqrt(degrees_of_freedom) * np.tan(np.interp(np.asarray(inside), below, angle))
 
 
-def _errors(tables: Sequence[Floats]) -> tuple[Floats, int]:
+def _errors(tables: Sequence[Floats]) -> tuple[Floats, int, Over]:
     """Draw errors of the mean of a table, or of the difference of two tables' means.
 
     Returns:
-        Absolute errors [resamples], and the degrees of freedom of a Student's t whose tail is no lighter than theirs.
+        Absolute errors [resamples], the degrees of freedom of a Student's t whose tail is no lighter than theirs, and
+        what they are over.
     """
     prompts = tables[0].shape[1]
     by_prompt = tables[0].mean(axis=0) - (tables[1].mean(axis=0) if len(tables) > 1 else 0)
@@ -158,7 +159,7 @@ def _errors(tables: Sequence[Floats]) -> tuple[Floats, int]:
     from_prompts = stretch * (_resamples(prompts) @ by_prompt.astype(np.float32)).astype(np.float64)
     freedom = sum(len(table) - 1 for table in tables)
     if not freedom:
-        return np.abs(from_prompts), prompts - 1
+        return np.abs(from_prompts), prompts - 1, "prompts"
 
     share = sum(1 / len(table) for table in tables)
     seeds = [table.mean(axis=1, keepdims=True) - table.mean() for table in tables]
@@ -167,7 +168,7 @@ def _errors(tables: Sequence[Floats]) -> tuple[Floats, int]:
     by_rest = share * sum(float((r**2).sum()) for r in rests) / (freedom * (prompts - 1)) / prompts  # the second term
     scale = math.sqrt(max(0.0, by_seed - _IN_PROMPTS * by_rest))
     heaviest = min(freedom, prompts - 1) if scale else prompts - 1
-    return np.abs(from_prompts + scale * _t_draws(freedom, len(from_prompts))), heaviest
+    return np.abs(from_prompts + scale * _t_draws(freedom, len(from_prompts))), heaviest, "seeds and prompts"
 
 
 def _margin(errors: Floats) -> float:
@@ -207,12 +208,8 @@ def _t_distribution(degrees_of_freedom: int) -> tuple[Floats, Floats]:
     return angle, below / below[-1]
 
 
-def _over(tables: Sequence[Floats]) -> Over:
-    return "seeds and prompts" if any(len(table) > 1 for table in tables) else "prompts"
-
-
 def _table(scores: ArrayLike) -> Floats:
-    table = np.atleast_2d(np.asarray(scores, dtype=np.float64))  # [seeds, prompts]
+    table = np.atleast_2d(np.ascontiguousarray(scores, dtype=np.float64))  # [seeds, prompts]
     if not np.isfinite(table).all():
         raise ValueError("NaN or infinite scores: leave out the prompts that have none, of all methods alike")
     if table.ndim != 2 or table.shape[1] < 2:

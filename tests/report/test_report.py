@@ -190,7 +190,7 @@ def test_states_are_told_with_the_reason(study_folder):
 def test_a_run_that_the_sentinel_ended_is_listed_with_its_reason(study_folder):
     write_run(study_folder / "wpo-4", "wpo", seed=4, state="collapsed")
     study = study_of(study_folder)
-    (run,) = (run for run in study.unfinished if run.state is State.collapsed)
+    (run,) = (run for run in study.runs if run.state is State.collapsed)
     assert (run.name, run.note) == ("wpo-4", "at step 2: answers repeat themselves")
     said = markdown(study, "")
     assert "1 failed; 1 collapsed; 1 incomplete" in said
