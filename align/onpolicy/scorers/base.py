@@ -1,14 +1,20 @@
-"""The interface of a scorer: for a prompt and its K responses it gives each a number, or each pair a probability.
+"""The interface of a scorer, and the plainest one, a program: to a prompt and its K responses numbers, or chances to win.
 
 Two kinds, as the published data were made with both: ArmoRM gives a number per response, PairRM says who beats whom.
-`select.py` turns either into what a pair needs, so nothing here does. Left out: files, shards and resuming
-(score.py); how a scorer is named and made (registry.py).
+Left out: files, shards and resuming (score.py); how a scorer is named and made (registry.py).
 """
 
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any, Protocol
+
+from align.config import ScorerConfig
+from align.files import file_fingerprint
+from align.launch.rank import Rank
+from align.say import UserError, resolve
 
 Prompt = list[dict[str, str]] | str  # messages of {role, content}, the last of them the user's; or a plain text
 
@@ -16,7 +22,7 @@ Prompt = list[dict[str, str]] | str  # messages of {role, content}, the last of 
 class Kind(Enum):
     """The two kinds of scorers."""
 
-    pointwise = "pointwise"  # a number per response; higher is better, in the scorer's own unit
+    pointwise = "pointwise"  # a number per response; higher is better
     pairwise = "pairwise"  # P(a beats b) for every ordered pair of a prompt's responses
 
 
@@ -50,10 +56,7 @@ class Scores:
 
 
 class Scorer(Protocol):
-    """Scores items. It loads weights at the first call, so that one whose scores are all there costs nothing.
-
-    A third party's is made by a function of (`ScorerConfig`, `align.launch.rank.Rank`): see registry.py.
-    """
+    """Scores items. It loads weights at the first call, so that one whose scores are all there costs nothing."""
 
     @property
     def identity(self) -> Identity:
@@ -61,6 +64,33 @@ class Scorer(Protocol):
 
     def __call__(self, items: Sequence[Item]) -> list[Scores]:
         """Return the scores of each item, in order; an item alone scores the same as among others."""
+
+
+class ProgramScorer:
+    """Any "module:function" (last user turn or plain text, response text) -> float, such as the built-in task's judge."""
+
+    def __init__(self, cfg: ScorerConfig, rank: Rank) -> None:
+        if cfg.path is None:
+            raise UserError("scorer.name=program needs scorer.path=module:function, e.g. align.playground.task:judge")
+        self._judge = resolve(cfg.path, "scorer.path")
+        file = importlib.import_module(cfg.path.partition(":")[0]).__file__
+        self.identity = Identity(
+            kind=Kind.pointwise,
+            name=f"program:{cfg.path}",
+            revision="built in" if file is None else file_fingerprint(Path(file)),
+            template="the last user turn and the response, as texts",
+        )
+
+    def __call__(self, items: Sequence[Item]) -> list[Scores]:
+        """Return [K] what the function says, for each item."""
+        return [Scores(values=[self._score(last_turn(i.prompt), r) for r in i.responses]) for i in items]
+
+    def _score(self, prompt: str, response: str) -> float:
+        value = self._judge(prompt, response)
+        try:
+            return float(value)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{self.identity.name} returned {value!r} and not a number") from error
 
 
 def last_turn(prompt: Prompt) -> str:

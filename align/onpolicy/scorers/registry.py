@@ -2,27 +2,24 @@
 
 A package registers through the entry-point group `align.scorers`; the entry point names a function of
 (`ScorerConfig`, `Rank`) that returns a `Scorer`, the same that "module:function" names. A setting that the chosen
-scorer would not read is refused, as whoever wrote it believes that it does something. Torch waits until a scorer is made.
+scorer would not read is refused, as whoever wrote it believes that it does something.
 """
 
 import importlib.metadata
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from align.config import RunConfig, ScorerConfig
+from align.launch.rank import Rank
 from align.onpolicy.scorers.base import Identity, Kind, Scorer
 from align.say import UserError, closest, resolve
-
-if TYPE_CHECKING:  # torch: not needed to look a name up
-    from align.launch.rank import Rank
-
 
 _HERE = "align.onpolicy.scorers"
 _MODEL = ("path", "revision", "max_length", "tokens_per_batch", "system_message")
 #: name -> (class, keys of `ScorerConfig` that it reads; of a nested node the first word)
 _BUILT_IN: dict[str, tuple[str, tuple[str, ...]]] = {
-    "program": ("program:ProgramScorer", ("path",)),
+    "program": ("base:ProgramScorer", ("path",)),
     "reward_model": ("models:RewardModelScorer", (*_MODEL, "template")),
     "armorm": ("armorm:ArmoRMScorer", _MODEL),
     "pairrm": ("pairrm:PairRMScorer", ("path", "revision", "tokens_per_batch")),
@@ -49,7 +46,7 @@ def scorer_of(cfg: RunConfig) -> ScorerConfig:
     return replace(cfg.scorer, name="program", path=cfg.dataset.judge)
 
 
-def build(cfg: ScorerConfig, rank: "Rank") -> Scorer:
+def build(cfg: ScorerConfig, rank: Rank) -> Scorer:
     """Build the scorer that the configuration describes, or raise `UserError`; models run on `rank.device`."""
     assert cfg.name is not None, "scorer_of"
     if ":" in cfg.name:
@@ -64,8 +61,8 @@ def build(cfg: ScorerConfig, rank: "Rank") -> Scorer:
     elif entries := list(importlib.metadata.entry_points(group="align.scorers", name=cfg.name)):
         make = entries[0].load()
     else:
-        near, names = closest(cfg.name, available()), ", ".join(available())
-        raise UserError(f"scorer.name={cfg.name} is unknown{near}; there are {names}, and module:function")
+        near = closest(cfg.name, names := available())
+        raise UserError(f"scorer.name={cfg.name} is unknown{near}; there are {', '.join(names)}, and module:function")
     scorer = make(cfg, rank)
     if not callable(scorer) or not isinstance(getattr(scorer, "identity", None), Identity):
         raise UserError(
