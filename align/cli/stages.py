@@ -11,9 +11,9 @@ from align.launch import slurm
 from align.launch.local import each, logs_of
 from align.launch.rank import Cluster, alone, cluster_of
 from align.model.load import Policy
-from align.onpolicy.pairs import describe_counts, write_pairs
 from align.onpolicy.sample import read_samples, sample_from
 from align.onpolicy.score import score_responses
+from align.onpolicy.select import describe_counts, write_pairs
 from align.runs.prepare import prepare_answers
 from align.say import UserError, quieten, say
 

@@ -32,12 +32,11 @@ from align.launch.rank import Rank, free
 from align.model.chat import prompt_ids
 from align.model.load import Policy
 from align.onpolicy import figures
-from align.onpolicy.pairs import scored_prompts
 from align.onpolicy.sample import ResponseRow, read_samples, sample_from
 from align.onpolicy.score import read_scores, score_responses
 from align.onpolicy.scorers import registry
 from align.onpolicy.scorers.base import last_turn
-from align.onpolicy.select import ScoredPrompt
+from align.onpolicy.select import ScoredPrompt, scored_prompts
 from align.say import UserError
 
 START, POLICY = "start", "policy"  # the two sides of samples.jsonl

@@ -22,8 +22,7 @@ from align.files import Shards, fingerprint
 from align.launch.rank import Rank, free
 from align.onpolicy.sample import ResponseRow
 from align.onpolicy.scorers import registry
-from align.onpolicy.scorers.base import Item, Kind, Scorer, Scores
-from align.onpolicy.select import check_preferences
+from align.onpolicy.scorers.base import Item, Kind, Scorer, Scores, check_preferences
 from align.say import UserError
 
 _SHARD_PROMPTS = 32  # what a killed run loses at most, and pays a judge for twice

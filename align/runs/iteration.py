@@ -24,11 +24,11 @@ from align.files import write_json, write_text
 from align.launch.rank import Rank, free
 from align.model.load import Policy, trained_from
 from align.onpolicy import figures
-from align.onpolicy.pairs import SPLITS, describe_counts, write_pairs
 from align.onpolicy.sample import read_samples, sample_from
 from align.onpolicy.score import score_responses
 from align.onpolicy.scorers import registry
 from align.onpolicy.scorers.base import Item
+from align.onpolicy.select import SPLITS, describe_counts, write_pairs
 from align.runs import plan
 from align.runs.folder import identify, open_folder, recognise
 from align.runs.prepare import check_data

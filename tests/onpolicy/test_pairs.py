@@ -11,11 +11,11 @@ from align.choices import Rejected
 from align.config import SamplingConfig, SelectionConfig
 from align.data.prompts import Candidate, PromptRow
 from align.data.rows import read_pair
-from align.onpolicy.pairs import choose, scored_prompts, write_pairs
 from align.onpolicy.sample import read_samples
 from align.onpolicy.samplers import Sample
 from align.onpolicy.score import annotate, read_scores
 from align.onpolicy.scorers.base import Identity, Kind, Scores
+from align.onpolicy.select import choose, scored_prompts, write_pairs
 from align.say import UserError
 
 #: At this temperature a score that is higher by 1 wins with sigmoid(ln 3) = 3/4, and one by 2 with 9/10.
@@ -285,7 +285,7 @@ def test_a_kill_while_pairs_are_written_leaves_no_folder_and_the_next_run_makes_
         return {**rows, "held_out": [object()]}, counts  # fails when train.jsonl is written already
 
     with monkeypatch.context() as patch:
-        patch.setattr("align.onpolicy.pairs.choose", broken)
+        patch.setattr("align.onpolicy.select.choose", broken)
         with pytest.raises(TypeError):
             write_pairs(*folders, SELECTION, pairs, seed=42)
     assert not pairs.exists()

@@ -5,6 +5,7 @@ Left out: files, shards and resuming (score.py); how a scorer is named and made 
 """
 
 import importlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -17,6 +18,9 @@ from align.launch.rank import Rank
 from align.say import UserError, resolve
 
 Prompt = list[dict[str, str]] | str  # messages of {role, content}, the last of them the user's; or a plain text
+
+Matrix = Sequence[Sequence[float]]  # [K][K]: row i, column j is P(response i beats response j)
+ROUNDING = 1e-3  # by which P_ij + P_ji may miss 1: scorers round, but an order effect is no rounding
 
 
 class Kind(Enum):
@@ -49,8 +53,8 @@ class Item:
 class Scores:
     """The scores of an item."""
 
-    #: pointwise [K]; pairwise [K][K] P(i beats j), P_ij + P_ji = 1 and 1/2 on the diagonal; NaN: nothing can be said
-    values: Sequence[float] | Sequence[Sequence[float]]
+    #: pointwise [K]; pairwise [K][K], P_ij + P_ji = 1 and 1/2 on the diagonal; NaN: nothing can be said
+    values: Sequence[float] | Matrix
     #: [K] what was cut or spent, always with the same keys; pairwise, of comparisons in which response i stood first
     counts: Sequence[Mapping[str, int]] = ()
 
@@ -91,6 +95,25 @@ class ProgramScorer:
             return float(value)
         except (TypeError, ValueError) as error:
             raise UserError(f"{self.identity.name} returned {value!r} and not a number") from error
+
+
+def check_preferences(preferences: Matrix, count: int) -> None:
+    """Raise for what cannot be P(i beats j) of `count` candidates, such as a judge asked in one order only.
+
+    Numbers that are not finite pass.
+    """
+    if any(len(side) != count for side in (preferences, *preferences)):
+        raise UserError(f"preferences of {count} candidates must be {count} rows of as many numbers")
+    for i, row in enumerate(preferences):
+        for j, p in enumerate(row):
+            q = preferences[j][i]
+            if not (math.isfinite(p) and math.isfinite(q)):
+                continue
+            if not 0 <= p <= 1:
+                raise UserError(f"P({i} beats {j}) is {p}, which is no probability")
+            if abs(p + q - 1) > ROUNDING:
+                both = f"P({i} beats {j}) is {p} and P({j} beats {i}) is {q}"
+                raise UserError(f"{both}; they must add up to 1: take the mean of both orders, and 1/2 against itself")
 
 
 def last_turn(prompt: Prompt) -> str:
