@@ -50,10 +50,10 @@ def test_no_prompt_is_in_both_splits():
 def test_win_probabilities_are_the_mean_win_over_the_five_itself_included():
     # Scores 1, 0.5, 0.5, 0, 1: a perfect one beats three and ties with two, (3 + 2/2) / 5; the worst ties with itself.
     answers = ["1. cat 2. dog", "cat, dog", "cat, dog", "", "1. owl 2. fox"]
-    pair = task._pair("name 2 animals, numbered", answers)
+    (pair,) = task.pairs_of({"name 2 animals, numbered": answers})
     assert (pair["chosen_win_prob"], pair["rejected_win_prob"]) == pytest.approx((0.8, 0.1))
-    assert (pair["chosen"][0]["content"], pair["rejected"][0]["content"]) == ("1. cat 2. dog", "")
-    assert task._pair("name 2 animals, numbered", ["cat, dog"] * 5) is None
+    assert (pair["chosen"], pair["rejected"]) == ("1. cat 2. dog", "")
+    assert task.pairs_of({"name 2 animals, numbered": ["cat, dog"] * 5}) == []
 
 
 def test_demonstrations_are_imperfect_and_always_the_same():

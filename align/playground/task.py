@@ -8,16 +8,21 @@ fresh sample (its mean win over the five, itself included: arXiv 2405.00675, sec
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from align.config import SamplingConfig
+import torch
+from transformers import AutoModelForCausalLM
+
+from align.config import SamplingConfig, SelectionConfig
 from align.files import build_once, file_fingerprint, fingerprint
+from align.model.chat import prompt_ids
+from align.model.load import Start
+from align.onpolicy.samplers import Prompt, hf_sampler, seeds
+from align.onpolicy.select import Candidate, ScoredPrompt, select
 from align.say import UserError
-
-if TYPE_CHECKING:  # imports torch, which the task does not need
-    from align.model.load import Start
 
 ITEMS = {
     "animals": "cat dog cow pig hen fox owl bear wolf lion deer frog",
@@ -108,7 +113,7 @@ def corpus() -> Iterator[str]:
         yield answer
 
 
-def rows(split: str, start: "Start", cache: Path) -> list[dict[str, Any]]:
+def rows(split: str, start: Start, cache: Path) -> list[dict[str, Any]]:
     """Make preference pairs from the start model's own samples, with `win_prob` and score per side. Cached.
 
     Raises:
@@ -116,8 +121,8 @@ def rows(split: str, start: "Start", cache: Path) -> list[dict[str, Any]]:
     """
 
     def build(into: Path) -> None:
-        pairs = map(_pair, prompts(split), _answers(prompts(split), start))
-        (into / "rows.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs if pair))
+        pairs = pairs_of(_answers(prompts(split), start))
+        (into / "rows.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
 
     key = fingerprint(start.fingerprint, file_fingerprint(Path(__file__)))
     folder = build_once(cache / "playground" / f"{split}-{key}", build)
@@ -129,14 +134,8 @@ def rows(split: str, start: "Start", cache: Path) -> list[dict[str, Any]]:
     return pairs
 
 
-def _answers(asked: list[str], start: "Start") -> list[list[str]]:
+def _answers(asked: list[str], start: Start) -> dict[str, list[str]]:
     """Sample the start model's answers to each prompt, at temperature 1."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from align.model.chat import prompt_ids
-    from align.onpolicy.samplers import Prompt, hf_sampler, seeds
-
     try:
         policy = AutoModelForCausalLM.from_pretrained(start.path, use_safetensors=True, dtype=torch.float32)
     except OSError as error:
@@ -145,26 +144,21 @@ def _answers(asked: list[str], start: "Start") -> list[list[str]]:
             "model=tiny, or dataset=local"
         ) from error
     sample = hf_sampler(policy.to("cuda" if torch.cuda.is_available() else "cpu"), start.tokenizer)
-    ids = [prompt_ids([{"role": "user", "content": prompt}], start.tokenizer) for prompt in asked]
+    ids = [prompt_ids(_asked(prompt), start.tokenizer) for prompt in asked]
     seeded = [Prompt(token_ids=i, seeds=seeds(0, 0, p, SAMPLES)) for i, p in zip(ids, asked, strict=True)]
     drawn = sample(seeded, SamplingConfig(temperature=1.0, top_p=1.0, max_new_tokens=64))
-    return [[sample.text for sample in samples] for samples in drawn]
+    return {prompt: [sample.text for sample in samples] for prompt, samples in zip(asked, drawn, strict=True)}
 
 
-def _pair(prompt: str, answers: list[str]) -> dict[str, Any] | None:
-    """Pair the best answer with the worst; None if their scores are close. A tie is half a win."""
-    scores = [judge(prompt, answer) for answer in answers]
-    if max(scores) - min(scores) < MIN_GAP:
-        return None
-    wins = [sum((a > b) + 0.5 * (a == b) for b in scores) / len(scores) for a in scores]
-    best, worst = scores.index(max(scores)), scores.index(min(scores))
-    return {
-        "id": prompt,
-        "prompt": [{"role": "user", "content": prompt}],
-        "chosen": [{"role": "assistant", "content": answers[best]}],
-        "rejected": [{"role": "assistant", "content": answers[worst]}],
-        "chosen_score": scores[best],
-        "rejected_score": scores[worst],
-        "chosen_win_prob": wins[best],
-        "rejected_win_prob": wins[worst],
-    }
+def pairs_of(answers: Mapping[str, list[str]]) -> list[dict[str, Any]]:
+    """Pair the best answer to each prompt with the worst, but where their scores are close. A tie is half a win."""
+    scored = [
+        ScoredPrompt(id=prompt, candidates=[Candidate(text=it, length=0, score=judge(prompt, it)) for it in own])
+        for prompt, own in answers.items()
+    ]
+    pairs, _ = select(scored, SelectionConfig(temperature=0.0, min_gap=MIN_GAP), seed=0)
+    return [{"id": prompt, "prompt": _asked(prompt), **asdict(pair)} for prompt, pair in pairs.items()]
+
+
+def _asked(prompt: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}]
