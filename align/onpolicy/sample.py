@@ -2,8 +2,7 @@
 
     {"iteration", "prompt_id", "k", "prompt", "response", "response_ids", "finished", "split", "origin"}
 
-Every response has a seed of its own, so it does not matter which process draws it. Left out: what the responses are
-worth (score.py), and which prompts there are (data/prompts.py).
+Every response has a seed of its own, so it does not matter which process draws it.
 """
 
 import contextlib

@@ -5,7 +5,7 @@
 
 `score` is the scorer's number for response k; `wins` are P(response k beats response j), j in the order of the k.
 null is a number that is not finite. The manifest names the responses and the scorer, with its template in full, so
-scores of two scorers never mix. Left out: how anything is scored (scorers/), and what follows from it (select.py).
+scores of two scorers never mix.
 """
 
 import hashlib

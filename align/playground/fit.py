@@ -1,7 +1,7 @@
 """Fit of a randomly initialised model to imperfect demonstrations: the built-in start model, in about 25 s.
 
-Maximum likelihood of the responses, AdamW, one pass of fixed length. The model is meant to be mediocre: right often
-enough that its best sample shows the task, wrong often enough that there is something to learn.
+Maximum likelihood. The model is meant to be mediocre: right often enough that its best sample shows the task, wrong
+often enough that there is something to learn.
 """
 
 import torch

@@ -1,7 +1,6 @@
 """The built-in tokenizer: byte-level BPE over the task's words, with Gemma's turn markers and template shape.
 
-It can encode any text (bytes are its alphabet), that of the task in about one token per word. It is trained when it is
-needed, in a fraction of a second, always to the same merges.
+It encodes any text, that of the task in about one token per word. It is trained when needed, always to the same merges.
 """
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

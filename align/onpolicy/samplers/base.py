@@ -1,7 +1,6 @@
-"""The interface of a sampler: prompts as token ids in, responses out. A sampler knows nothing of files, iterations or scores.
+"""The interface of a sampler: prompts as token ids in, responses out. It knows nothing of files, iterations or scores.
 
-Prompts enter as token ids, never as text, so there is one BOS. Every response has a seed of its own, from
-(seed, iteration, prompt id, k), so that it does not depend on what it is drawn together with, except by rounding.
+Every response has a seed of its own, so that it does not depend on what it is drawn together with, except by rounding.
 Distributions are the policy's own, after temperature and top_p: what a model's generation_config adds (top_k,
 penalties) is left out, since samples would not be on-policy.
 """

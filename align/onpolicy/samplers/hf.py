@@ -1,8 +1,7 @@
 """A policy in memory, sampled by its own forward with a key-value cache, left padding, in batches of like length.
 
-A prompt is computed once for all its responses: its rows of the cache are repeated for them, and cut out again once
-they are done. The loop is ours and not transformers' `generate`, which computes a prompt for each response, follows
-the model's generation_config, and draws all rows from one random state.
+A prompt is computed once for all its responses, which transformers' `generate` does not do: its rows of the cache are
+repeated for them, and cut out again once they are done.
 
 Randomness is one uniform number per response and token, from the response's own seed; the token is where it falls in
 the cumulative probabilities. They are laid in the vocabulary's order, not by falling probability: rounding, which

@@ -1,11 +1,9 @@
 """Servers that speak OpenAI's completions protocol and take token ids: vLLM, SGLang, and hosts that run one of them.
 
-A request is one response with its own seed, many at once; the server's prefix cache computes a prompt once. Sampling
-is spelled out in full, since servers fill what is missing from the model's generation_config. Token ids come back
-where the server can return them (`return_token_ids`); else the text is encoded again, which may split it otherwise.
+A request is one response with its own seed; the server's prefix cache computes a prompt once. Sampling is spelled out
+in full, since servers fill what is missing from the model's generation_config. Token ids come back where the server can
+return them (`return_token_ids`); else the text is encoded again, which may split it otherwise.
 A server that decodes greedily whatever it is asked is refused, after a probe.
-
-Left out: that a server really serves this policy, which is whoever starts it to see to.
 """
 
 import threading
@@ -17,13 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from align.model.chat import stop_token_ids
 from align.onpolicy.samplers.base import Prompt, Sample, Sampler, Settings, as_sample
-from align.onpolicy.samplers.servers import Send, Servers, in_threads
+from align.onpolicy.samplers.servers import Body, Send, Servers, in_threads
 from align.say import UserError
 
 _PROBES = 8  # responses at a temperature at which no model gives so many alike
 _PROBE = {"temperature": 2.0, "top_p": 1.0, "max_tokens": 16}
-
-Body = dict[str, Any]  # of a request
 
 
 def openai_sampler(

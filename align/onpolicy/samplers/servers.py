@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from align.say import UserError
 
-#: (path, body or None for GET) -> the parsed answer of one server
-Send = Callable[[str, dict[str, Any] | None], Any]
+Body = dict[str, Any]  # of a request
+Send = Callable[[str, Body | None], Any]  # (path, body or None for GET) -> the parsed answer of one server
 
 TIMEOUT = 600.0  # seconds of silence after which a request is tried again: a model may think for long
 PATIENCE = 900.0  # seconds after which a request that no server answers is an error: one may be started again
@@ -51,19 +51,12 @@ class Servers:
     """Equal servers behind one `ask`, which many threads may call."""
 
     def __init__(
-        self,
-        urls: Sequence[str],
-        *,
-        setting: str,
-        check: Callable[[str, Send, dict[str, Any]], None] = lambda url, send, body: None,
+        self, urls: Sequence[str], setting: str, check: Callable[[str, Send, Body], None] = lambda url, send, body: None
     ) -> None:
-        """Check the addresses; nothing is sent yet.
+        """Check the addresses of the knob `setting`; nothing is sent yet.
 
-        Args:
-            urls: e.g. http://localhost:8000; /v1 is added where there is no path.
-            setting: the knob that holds the URLs, for messages.
-            check: called with each server and its first POST, before that is sent, and again after it was away;
-                raises UserError for one that cannot be used.
+        `check` is called with each server and its first POST, before that is sent, and again after it was away; it raises
+        UserError for one that cannot be used.
         """
         if not urls:
             raise UserError(f"{setting} is empty: give the servers, e.g. '{setting}=[http://localhost:8000]'")
@@ -77,12 +70,10 @@ class Servers:
         self._checking = {url: threading.Lock() for url in self._urls}
         self._opener = urllib.request.build_opener(_AnyStatus())
 
-    def ask(self, path: str, body: dict[str, Any] | None = None, over: threading.Event | None = None) -> Any:
+    def ask(self, path: str, body: Body | None = None, over: threading.Event | None = None) -> Any:
         """Return the parsed answer of one of the servers to a POST of `body`, or to a GET where there is none.
 
-        Args:
-            path: behind /v1, e.g. "/completions".
-            over: set when nobody waits for the answer any more.
+        `over` is set when nobody waits for the answer any more.
         """
         over = over or threading.Event()
         started, tries = time.monotonic(), 0
@@ -124,13 +115,13 @@ class Servers:
             self._rests_until[url] = time.monotonic() + min(_PAUSES[1], _PAUSES[0] * 2 ** self._failures[url])
             self._failures[url] = min(self._failures[url] + 1, 16)
 
-    def _once_checked(self, url: str, body: dict[str, Any]) -> None:
+    def _once_checked(self, url: str, body: Body) -> None:
         with self._checking[url]:
             if url not in self._checked:
                 self._check(url, partial(self._send, url), body)
                 self._checked.add(url)
 
-    def _send(self, url: str, path: str, body: dict[str, Any] | None) -> Any:
+    def _send(self, url: str, path: str, body: Body | None) -> Any:
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("OPENAI_API_KEY", "").strip():
             headers["Authorization"] = f"Bearer {key}"

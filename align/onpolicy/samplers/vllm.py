@@ -1,8 +1,7 @@
 """vLLM in this process, for as long as a `with` block lasts: its memory is free again before training.
 
-Written from vLLM's documentation: https://docs.vllm.ai/en/latest/api/vllm/ (LLM, SamplingParams, TokensPrompt).
-vLLM wants other versions of transformers than align, so it is no dependency; in an environment of its own it is a
-server for openai.py. Left out: several processes of align, each with an engine of its own.
+Written from https://docs.vllm.ai/en/latest/api/vllm/ (LLM, SamplingParams, TokensPrompt). vLLM wants other versions of
+transformers than align, so it is no dependency. Left out: several processes of align, each with an engine of its own.
 """
 
 import contextlib

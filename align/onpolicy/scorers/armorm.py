@@ -1,27 +1,20 @@
 """ArmoRM: nineteen rewards per response, weighed by a gate that sees only the prompt.
 
-Wang et al. 2024, "Interpretable Preferences via Multi-Objective Reward Modeling and Mixture-of-Experts",
-https://arxiv.org/abs/2406.12845, and the card of https://huggingface.co/RLHFlow/ArmoRM-Llama3-8B-v0.1:
+Wang et al. 2024, https://arxiv.org/abs/2406.12845, and the card of https://huggingface.co/RLHFlow/ArmoRM-Llama3-8B-v0.1:
 
     rewards = W h_last                                    [19], h_last the hidden state of the text's last token
     gate    = scale * softmax(MLP(h_prompt) / temperature)  [19], h_prompt that of the last user/assistant boundary
     score   = sum_i gate_i * (rewards @ transform)_i      transform takes the reward for length out of the others
 
-The head is ours, from that description: the model's own code does not import on transformers 5, and without it
-`AutoModelForSequenceClassification` puts a random head on this checkpoint.
-
-Not proven, as the true weights were not at hand; the first two can be wrong silently:
+The head is ours, from that description, as the model's own code does not import on transformers 5. The true weights were
+not at hand; before their scores are believed, compare the one that the card shows. These would be wrong silently:
 
 - The boundary: the first token of the last `<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n`, so h_prompt
   is the hidden state of the `<|eot_id|>` that ends the user's turn.
-- The gate's temperature where config.json has no `gating_temperature` (10), that it divides before the softmax, and
-  that `logit_scale` multiplies after it. ReLU between the MLP's layers, none behind the last.
-- The names of the weights (`model.*`, `regression_layer.weight`, `gating.layers.N.*`, `gating.logit_scale`,
-  `reward_transform_matrix`), and the MLP's shape where config.json has no `gating_hidden_dim` (1024) and
-  `gating_n_hidden` (3). A checkpoint with other names or shapes is refused.
+- The gate's temperature where config.json has none (10), that it divides before the softmax, and that `logit_scale`
+  multiplies after it. ReLU between the MLP's layers, none behind the last.
 
-Before scores of the true weights are believed: the model's card shows the score of one conversation; compare.
-Left out: the nineteen rewards one by one, and the gate.
+A checkpoint with other names or shapes of weights is refused. Left out: the nineteen rewards one by one, and the gate.
 """
 
 import math

@@ -123,10 +123,8 @@ def last_turn(prompt: Prompt) -> str:
 
 def as_text(prompt: Prompt) -> str:
     """Return a conversation as plain text: one user turn as its content, more as "role: content" paragraphs."""
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) == 1:
-        return prompt[0]["content"]
+    if isinstance(prompt, str) or len(prompt) == 1:
+        return last_turn(prompt)
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 

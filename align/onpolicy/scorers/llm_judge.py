@@ -5,10 +5,7 @@ The judge answers with one of two letters, m for the first response and M for th
 gives log-probabilities, P(first) = p(m) / (p(m) + p(M)) at the token of the verdict; else the letter in the text
 decides; a text without one clear letter counts as 1/2, and as `unreadable_verdicts`. Judges favour a place, so
 P(A beats B) = (P(A | A first) + 1 - P(B | B first)) / 2. Equal texts are not asked about.
-
-Answers are waited for while servers are busy, fail or are started again; the key is OPENAI_API_KEY and stands in no
-message or file (samplers/servers.py). Left out: judging a response alone, batch files, and what a server that died had
-charged for answers that never came.
+Left out: judging a response alone, batch files, and what a server that died had charged for answers that never came.
 """
 
 import math

@@ -9,22 +9,15 @@ https://huggingface.co/llm-blender/PairRM and of https://github.com/yuchenlin/LL
     head = Linear(2h -> h), tanh, Linear(h -> 1)
     logit(A, B) = s(A) - s(B)
     score_i = mean_j(logit(i, j) - logit(j, i))     over all K, itself as 0; "max_logits", the default of rank()
+    P(i beats j) = sigmoid(score_i - score_j)       SPPO: https://arxiv.org/abs/2405.00675, scripts/compute_prob.py of
+                                                    https://github.com/uclaml/SPPO
 
-Wu et al. 2024, "SPPO", https://arxiv.org/abs/2405.00675, scripts/compute_prob.py of https://github.com/uclaml/SPPO:
+So a preference depends on the other responses in the pool. Other than SPPO's: its prompt is the policy's chat template
+with the prompt in it, cut where the word None comes (scripts/rank.py); ours is the prompt alone, as llm-blender documents,
+several turns as "role: content" paragraphs. Where llm-blender computes in float16, here it is bfloat16, the head in float32.
 
-    P(i beats j) = sigmoid(score_i - score_j)
-
-So a preference is not the pair's own: it depends on the other responses in the pool. The mean wins of select.py put the
-K in the order of the scores, and are SPPO's win probabilities. Of two responses alone, P is the sigmoid of
-logit(A, B) - logit(B, A), twice the mean logit of the two orders.
-
-Other than SPPO's: its prompt is the policy's chat template with the prompt in it, special tokens written out, cut where
-the word None comes (scripts/rank.py); ours is the prompt alone, the plain text that llm-blender documents, as no
-scorer knows the policy. Conversations of several turns, which SPPO has none of, are "role: content" paragraphs. Where
-there is a GPU, llm-blender computes in float16 by default; here in bfloat16, with the head in float32.
-
-The weights' names are llm-blender's, and a checkpoint with others is refused. The true weights were not at hand. With
-random ones, llm-blender's module, tokenize_pair and get_scores_from_cmps gave the same P to 2e-7.
+The true weights were not at hand; a checkpoint with other names of weights than llm-blender's is refused. With random
+ones, llm-blender's module, tokenize_pair and get_scores_from_cmps gave the same P to 2e-7.
 Left out: llm-blender itself, which does not import on transformers 5, and its other ways to rank.
 """
 
