@@ -54,12 +54,9 @@ def sample_from(
     what: str,
     rank: Rank,
 ) -> None:
-    """Write the rows of all prompts into `folder`, as far as they are not there. Returns when all are.
+    """Write the rows of all prompts, and of their candidates of other origins, into `folder`, and return when all are there.
 
-    Args:
-        prompts: their candidates of other origins become rows too.
-        cfg: of the run, for its seed.
-        what: is sampled, for the progress bar.
+    The seed is that of `cfg`; `what` is sampled, for the progress bar.
     """
     tokenizer, size, samples = policy.start.tokenizer, settings.prompts_per_shard, settings.samples
     chunks = [prompts[at : at + size] for at in range(0, len(prompts), size)]
@@ -120,13 +117,13 @@ def _rows(
 @contextlib.contextmanager
 def open_sampler(policy: Policy, settings: SamplingConfig, rank: Rank) -> Iterator[Sampler]:
     """Yield the sampler of a policy that the settings name. Nothing is loaded before the block, or kept after it."""
-    start, name, at_once = policy.start, settings.served_model, settings.requests_at_once
+    start = policy.start
     if settings.backend is Backend.vllm:
         with vllm_sampler(start.path, start.tokenizer, policy.cfg.revision, rank.bf16) as sampler:
             yield sampler
     elif settings.backend is Backend.openai:
-        path = start.path if policy.iteration else None  # the start model may be served under any name
-        yield openai_sampler(start.tokenizer, settings.urls, served_model=name, path=path, requests_at_once=at_once)
+        # the start model may be served under any name
+        yield openai_sampler(start.tokenizer, settings, start.path if policy.iteration else None)
     else:
         yield hf_sampler(policy.load(rank), start.tokenizer, settings.tokens_per_batch)
 

@@ -39,11 +39,7 @@ def score_responses(rows: Sequence[ResponseRow], cfg: RunConfig, folder: Path, r
 
 
 def annotate(responses: Sequence[ResponseRow], scorer: Scorer, folder: Path, *, silent: bool = False) -> Counter[str]:
-    """Score all responses into `folder`; what is there already is kept. Any number of processes may do so at once.
-
-    Args:
-        responses: in any order, which all processes must share.
-        silent: no progress bar, for all processes of a machine but the first.
+    """Score responses into `folder`; what is there is kept. Any number of processes may do so at once, all in one order.
 
     Returns:
         What the scorer counts, over all rows: tokens that were cut, tokens that a judge was paid for.
@@ -85,8 +81,6 @@ def _by_prompt(responses: Sequence[ResponseRow]) -> list[list[ResponseRow]]:
         own = found.setdefault((row.iteration, row.prompt_id), {})
         if row.k in own:
             raise UserError(f"response {row.k} to prompt {row.prompt_id!r} of iteration {row.iteration} comes twice")
-        if own and next(iter(own.values())).prompt != row.prompt:
-            raise UserError(f"prompt {row.prompt_id!r} of iteration {row.iteration} stands for two different prompts")
         own[row.k] = row
     if not found:
         raise UserError("there are no responses to score")

@@ -70,6 +70,11 @@ def asked(tokenizer, texts=TEXTS, samples=4, seed=0) -> list[Prompt]:
     return [Prompt(token_ids=prompt_ids(text, tokenizer), seeds=seeds(seed, 0, text, samples)) for text in texts]
 
 
+def openai(tokenizer, urls, path=None, **fields):
+    """A sampler of what servers serve."""
+    return openai_sampler(tokenizer, SamplingConfig(backend=Backend.openai, urls=urls, **fields), path)
+
+
 def flat(drawn: list[list[Sample]]) -> list[Sample]:
     return [sample for own in drawn for sample in own]
 
@@ -135,7 +140,7 @@ def backend(request, llama, tokenizer):
         server = request.getfixturevalue("server")
         exact = request.param == "openai"
         server.behave(token_ids=exact)
-        yield openai_sampler(tokenizer, [server.url], requests_at_once=4), exact
+        yield openai(tokenizer, [server.url], requests_at_once=4), exact
 
 
 @pytest.mark.slow
@@ -169,7 +174,7 @@ def test_every_sampler_keeps_the_contract(backend, tokenizer):
 
 def test_a_server_and_the_model_in_process_draw_the_same(server, llama, tokenizer):
     ours = hf_sampler(load(llama), tokenizer)(asked(tokenizer), OPTIONS)
-    assert openai_sampler(tokenizer, [server.url])(asked(tokenizer), OPTIONS) == ours
+    assert openai(tokenizer, [server.url])(asked(tokenizer), OPTIONS) == ours
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")
@@ -322,7 +327,7 @@ def test_errors_and_silence_are_tried_again(mode, timeout, server, llama, tokeni
     some = asked(tokenizer, TEXTS[:2], samples=3)
     expected = hf_sampler(load(llama), tokenizer)(some, OPTIONS)
     server.behave(mode=mode)
-    sampler = openai_sampler(tokenizer, [server.url], requests_at_once=4)
+    sampler = openai(tokenizer, [server.url], requests_at_once=4)
     assert sampler(some, OPTIONS) == expected
 
 
@@ -332,7 +337,7 @@ def test_a_server_that_is_killed_and_started_again_loses_nothing(llama, tokenize
     many = asked(tokenizer, samples=40)
     expected = hf_sampler(load(llama), tokenizer)(many, OPTIONS)
     drawn = []
-    sampler = openai_sampler(tokenizer, [server.url], requests_at_once=4)
+    sampler = openai(tokenizer, [server.url], requests_at_once=4)
     thread = threading.Thread(target=lambda: drawn.append(sampler(many, OPTIONS)), daemon=True)
     try:
         thread.start()
@@ -350,34 +355,34 @@ def test_a_server_that_is_killed_and_started_again_loses_nothing(llama, tokenize
 @pytest.mark.slow
 def test_servers_that_do_not_answer_are_left_alone(server, tokenizer, monkeypatch):
     dead = "http://127.0.0.1:9"
-    sampler = openai_sampler(tokenizer, [dead, server.url], requests_at_once=4)
+    sampler = openai(tokenizer, [dead, server.url], requests_at_once=4)
     started = time.monotonic()
     assert len(flat(sampler(asked(tokenizer), OPTIONS))) == 20
     assert time.monotonic() - started < 20
     monkeypatch.setattr(servers, "PATIENCE", 0.1)
     with pytest.raises(UserError, match=r"no answer from sampling.urls in 5 tries.*refused.*type the command again"):
-        openai_sampler(tokenizer, [dead])(asked(tokenizer), OPTIONS)
+        openai(tokenizer, [dead])(asked(tokenizer), OPTIONS)
 
 
 def test_a_server_that_decodes_greedily_is_refused(server, tokenizer):
     server.behave(mode="greedy")
     with pytest.raises(UserError, match="equal answers at temperature 2: it decodes greedily"):
-        openai_sampler(tokenizer, [server.url])(asked(tokenizer), OPTIONS)
+        openai(tokenizer, [server.url])(asked(tokenizer), OPTIONS)
 
 
 def test_the_key_is_sent_and_never_shown(server, tokenizer, monkeypatch, capsys):
     server.behave(mode="wants_key")
     with pytest.raises(UserError, match="set OPENAI_API_KEY"):
-        openai_sampler(tokenizer, [server.url])(asked(tokenizer), OPTIONS)
+        openai(tokenizer, [server.url])(asked(tokenizer), OPTIONS)
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    assert openai_sampler(tokenizer, [server.url])(asked(tokenizer), OPTIONS)
+    assert openai(tokenizer, [server.url])(asked(tokenizer), OPTIONS)
     for mode in ("refuses", "redirects"):
         server.behave(mode=mode, elsewhere=f"{server.url}/v1/completions")
         with pytest.raises(UserError, match=r"status (400|307)") as refused:
-            openai_sampler(tokenizer, [server.url])(asked(tokenizer), OPTIONS)
+            openai(tokenizer, [server.url])(asked(tokenizer), OPTIONS)
         assert "secret" not in str(refused.value) + "".join(capsys.readouterr())
     with pytest.raises(UserError, match="OPENAI_API_KEY") as refused:
-        openai_sampler(tokenizer, ["http://me:secret@host"])
+        openai(tokenizer, ["http://me:secret@host"])
     assert "secret" not in str(refused.value)
 
 
@@ -613,7 +618,7 @@ def test_other_candidates_or_splits_are_not_mixed_with_old_shards(other, tokeniz
 
 def test_a_server_that_holds_another_policy_is_refused(server, llama, tokenizer):
     def draw(path="runs/x/iter_1/policy", **knobs):
-        sampler = openai_sampler(tokenizer, [server.url], path=path, **knobs)
+        sampler = openai(tokenizer, [server.url], path=path, **knobs)
         return sampler(asked(tokenizer, TEXTS[:1], samples=1), OPTIONS)
 
     before = server.behave()
@@ -642,7 +647,7 @@ def test_where_a_server_keeps_the_policy_is_its_own_affair(name, tokenizer, monk
             return {"choices": [{"text": "owl", "token_ids": [9, 1], "finish_reason": "stop"}]}
 
     monkeypatch.setattr("align.onpolicy.samplers.openai.Servers", Answers)
-    sampler = openai_sampler(tokenizer, ["http://a"], path="runs/x/iter_1/policy")
+    sampler = openai(tokenizer, ["http://a"], path="runs/x/iter_1/policy")
     assert sampler(asked(tokenizer, TEXTS[:1], samples=1), OPTIONS)[0][0].response_ids == [9, 1]
     with pytest.raises(UserError, match="the server holds"):
-        openai_sampler(tokenizer, ["http://a"], path="runs/x/iter_11/policy")(asked(tokenizer, TEXTS[:1]), OPTIONS)
+        openai(tokenizer, ["http://a"], path="runs/x/iter_11/policy")(asked(tokenizer, TEXTS[:1]), OPTIONS)

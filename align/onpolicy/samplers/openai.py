@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from align.config import SamplingConfig
 from align.model.chat import stop_token_ids
 from align.onpolicy.samplers.base import Prompt, Sample, Sampler, Settings, as_sample
 from align.onpolicy.samplers.servers import Body, Send, Servers, in_threads
@@ -22,20 +23,10 @@ _PROBES = 8  # responses at a temperature at which no model gives so many alike
 _PROBE = {"temperature": 2.0, "top_p": 1.0, "max_tokens": 16}
 
 
-def openai_sampler(
-    tokenizer: PreTrainedTokenizerBase,
-    urls: Sequence[str],
-    *,
-    served_model: str | None = None,
-    path: str | None = None,
-    requests_at_once: int = 64,
-) -> Sampler:
-    """Return a sampler of the model that the servers serve, whose tokenizer this is.
+def openai_sampler(tokenizer: PreTrainedTokenizerBase, cfg: SamplingConfig, path: str | None = None) -> Sampler:
+    """Return a sampler of the model that the servers at `cfg.urls` serve, whose tokenizer this is.
 
-    Args:
-        served_model: its name there; None: the first that a server lists.
-        path: of the policy, with whose last two parts that name must end, where servers may still hold the policy before.
-        requests_at_once: over all servers.
+    `path` is the policy's, with whose last two parts the model's name must end, where servers may hold the one before.
     """
     stops = stop_token_ids(tokenizer)
 
@@ -51,12 +42,12 @@ def openai_sampler(
             "whatever it is asked; serve the policy with vLLM or SGLang"
         )
 
-    servers = Servers(urls, setting="sampling.urls", check=check)
+    servers = Servers(cfg.urls, "sampling.urls", check)
 
     def sample(prompts: Sequence[Prompt], settings: Settings) -> list[list[Sample]]:
         rest: Body = {"n": 1, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "return_token_ids": True}
         rest |= {"temperature": settings.temperature, "top_p": settings.top_p, "max_tokens": settings.max_new_tokens}
-        rest |= {"stop_token_ids": stops, "model": served_model or _first_model(servers)}
+        rest |= {"stop_token_ids": stops, "model": cfg.served_model or _first_model(servers)}
         if path is not None and not rest["model"].rstrip("/").endswith("/".join(Path(path).parts[-2:])):
             raise UserError(
                 f"sampling.urls: the server holds {rest['model']}, and these are to be answers of {path}: serve it under "
@@ -72,7 +63,7 @@ def openai_sampler(
             by = choice.get("stop_reason", choice.get("matched_stop"))
             return as_sample(ids, tokenizer, stops, choice["finish_reason"] == "stop", by)
 
-        drawn = iter(in_threads(draw, jobs, requests_at_once))
+        drawn = iter(in_threads(draw, jobs, cfg.requests_at_once))
         return [[next(drawn) for _ in prompt.seeds] for prompt in prompts]
 
     return sample

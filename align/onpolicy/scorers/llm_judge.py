@@ -50,10 +50,9 @@ class JudgeScorer:
             missing = "scorer.judge.served_model, the name that its server knows it by"
             raise UserError(f"scorer.name=llm_judge needs {missing}")
         self._cfg = cfg.judge
-        self._servers = Servers(cfg.judge.urls, setting="scorer.judge.urls")
+        self._servers = Servers(cfg.judge.urls, "scorer.judge.urls")
         self._template = _template(cfg.template)
         self._request = {key: value for key, value in {**_ASK, **cfg.judge.request}.items() if value is not None}
-        self._without_logprobs = False  # found out by asking
         self.identity = Identity(
             kind=Kind.pairwise,
             name=f"llm_judge:{cfg.judge.served_model}",
@@ -82,15 +81,14 @@ class JudgeScorer:
         """Return the verdict on one filled template."""
         message = {"role": "user", "content": text}
         body = {"model": self._cfg.served_model, "messages": [message], **self._request}
-        if not self._without_logprobs:
-            try:
-                return read_answer(self._servers.ask("/chat/completions", body, over))
-            except UserError as error:
-                if "logprob" not in str(error).lower():
-                    raise
-                self._without_logprobs = True  # this server refuses to give them: the text of the verdict decides
-        body = {key: value for key, value in body.items() if key not in ("logprobs", "top_logprobs")}
-        return read_answer(self._servers.ask("/chat/completions", body, over))
+        try:
+            return read_answer(self._servers.ask("/chat/completions", body, over))
+        except UserError as error:
+            if not {"logprobs", "top_logprobs"} & body.keys() or "logprob" not in str(error).lower():
+                raise
+        # This server refuses to give them: the text of the verdict decides, from here on.
+        self._request = {key: value for key, value in self._request.items() if key not in ("logprobs", "top_logprobs")}
+        return self._ask(text, over)
 
 
 def fill(template: str, prompt: str, first: str, second: str) -> str:

@@ -138,11 +138,11 @@ class PointwiseModel(ModelScorer):
 
 
 class RewardModelScorer(PointwiseModel):
-    """Any sequence-classification reward model: the raw logit of its single label, no sigmoid, which would squeeze good answers together.
+    """A sequence-classification reward model: the raw logit of its single label, as a sigmoid squeezes good answers together.
 
-    The model's own forward chooses the token that is read: for a decoder the last one that is not padding, and where pad
-    and end-of-text are one token, that before a final end-of-text, in training as here. Without a pad token it would
-    read the last column, padding or not: then only texts of one length go together.
+    The model's own forward chooses the token that is read: for a decoder the last that is not padding, and where pad and
+    end-of-text are one token, that before a final end-of-text, in training as here. Without a pad token it would read
+    the last column, padding or not: then only texts of one length go together.
     """
 
     kind = AutoModelForSequenceClassification
