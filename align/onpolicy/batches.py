@@ -10,10 +10,8 @@ from torch.nn.utils.rnn import pad_sequence
 def batches(lengths: Sequence[int], budget: int, rows: Sequence[int], equal: bool = False) -> Iterator[list[int]]:
     """Yield the indices of texts that go through a model together, the longest first; at least one.
 
-    Args:
-        budget: tokens of a batch at most, padding included.
-        rows: how many each text takes; a text of none is left out.
-        equal: only texts of one length together, for models that padding would confuse.
+    Together they have at most `budget` tokens, padding included, where a text takes so many `rows`; one of none is left
+    out. With `equal` only texts of one length go together, for models that padding would confuse.
     """
     some: list[int] = []
     for i in sorted((i for i in range(len(lengths)) if rows[i]), key=lambda i: -lengths[i]):

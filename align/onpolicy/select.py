@@ -4,7 +4,7 @@
     <folder>/train.jsonl         a pair a line, in the format of any preference file (data/rows.py)
     <folder>/held_out.jsonl
 
-The rules are the published ones:
+The rules:
 
 - chosen: the highest score. Rejected: the lowest score, or, in WPO's first version, any of the others at random
   (Zhou et al. 2024, https://arxiv.org/abs/2406.11827).
@@ -94,8 +94,7 @@ def write_pairs(
 ) -> dict[str, dict[str, Any]]:
     """Choose the pairs of all prompts in `responses` by `scores`, or see that `folder` holds just these.
 
-    Returns:
-        For each split: `prompts`, `pairs`, and `dropped`, the number of prompts without a pair for each reason.
+    Returns for each split `prompts`, `pairs`, and `dropped`, the number of prompts without a pair for each reason.
     """
     inputs = {
         "responses": _manifest_of(responses),

@@ -61,11 +61,7 @@ def read(answer: str, layout: str) -> list[str] | None:
 
 
 def judge(prompt: str, answer: str) -> float:
-    """Score an answer in [0, 1]: the share of right items, lowered for a wrong count and halved for a wrong layout.
-
-    Raises:
-        UserError: the prompt is not one of the task's.
-    """
+    """Score an answer in [0, 1]: the share of right items, lowered for a wrong count and halved for a wrong layout."""
     asked = re.search(rf"(\d+) ({'|'.join(CATEGORIES)}), ({'|'.join(LAYOUTS)})$", prompt)
     if asked is None:
         raise UserError(f"the built-in judge only knows prompts such as {prompts('test')[0]!r}, not {prompt[:60]!r}")
@@ -114,11 +110,7 @@ def corpus() -> Iterator[str]:
 
 
 def rows(split: str, start: Start, cache: Path) -> list[dict[str, Any]]:
-    """Make preference pairs from the start model's own samples, with `win_prob` and score per side. Cached.
-
-    Raises:
-        UserError: the start model's samples are all alike or all worthless, so there is nothing to prefer.
-    """
+    """Make preference pairs from the start model's own samples, with `win_prob` and score per side. Cached."""
 
     def build(into: Path) -> None:
         pairs = pairs_of(_answers(prompts(split), start))

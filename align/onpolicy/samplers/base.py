@@ -34,11 +34,9 @@ class Sample:
     finished: bool  # it ends with a stop token; else it was cut at max_new_tokens
 
 
-#: A sampler reads `temperature`, by which logits are divided; `top_p`: only the most probable tokens that together reach
-#: it are drawn from; and `max_new_tokens` of a response, the stop token included.
 Settings = SamplingConfig | EvaluationConfig
-
-#: Returns for each prompt a response for each of its seeds.
+#: Returns for each prompt a response for each of its seeds. It reads `temperature`, by which logits are divided; `top_p`,
+#: which the most probable tokens that are drawn from reach together; and `max_new_tokens`, the stop token included.
 Sampler = Callable[[Sequence[Prompt], Settings], list[list[Sample]]]
 
 
@@ -57,9 +55,8 @@ def as_sample(
 ) -> Sample:
     """Return the sample that these token ids are; what was drawn behind the first stop token is left out.
 
-    Args:
-        stopped: the server says that the response ended by itself; some leave out the stop token, which is added.
-        by: the token that it ended with, where the server names it.
+    `stopped`: a server says that the response ended by itself, and maybe leaves out the stop token, which is added: `by`
+    where it is named.
     """
     ids = list(drawn[: next((at for at, token in enumerate(drawn, 1) if token in stops), len(drawn))])
     finished = bool(ids) and ids[-1] in stops

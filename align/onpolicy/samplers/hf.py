@@ -28,8 +28,7 @@ from align.say import UserError
 def hf_sampler(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens_per_batch: int = 32768) -> Sampler:
     """Return a sampler of a model that is on its device, `engine.attach`ed or not; autocast is the caller's.
 
-    Args:
-        tokens_per_batch: that the cache of a batch may hold: prompts and the longest responses, each response its own.
+    The cache of a batch holds at most `tokens_per_batch`: prompts and the longest responses, each response its own.
     """
     stops = stop_token_ids(tokenizer)
 

@@ -1,8 +1,7 @@
 """Scorers by name: those here, those of installed packages, and "module:function".
 
-A package registers through the entry-point group `align.scorers`; the entry point names a function of
-(`ScorerConfig`, `Rank`) that returns a `Scorer`, the same that "module:function" names. A setting that the chosen
-scorer would not read is refused, as whoever wrote it believes that it does something.
+A package registers, in the entry-point group `align.scorers`, what "module:function" names: a function of
+(`ScorerConfig`, `Rank`) that returns a `Scorer`. A setting that the chosen scorer would not read is refused.
 """
 
 import importlib.metadata
