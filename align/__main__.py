@@ -2,8 +2,7 @@
 
 import sys
 
-from align.cli.command import job_of, one_line_errors
-from align.cli.sweep import Sweep
+from align.cli.command import Sweep, job_of, one_line_errors
 from align.say import UserError, closest, resolve
 
 HELP = """align: train a policy on preference pairs, judge it, compare runs.

@@ -42,7 +42,7 @@ from align.launch.rank import Rank
 from objectives import build
 
 if TYPE_CHECKING:
-    from align.train.batches import PairBatch
+    from align.train.job import PairBatch
     from align.train.loop import Loop
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -183,7 +183,7 @@ def pair_loop(
 
     from align.config import OptimizerConfig
     from align.launch.strategy import build_accelerator
-    from align.train.batches import PairData
+    from align.train.job import PairData
     from align.train.loop import Loop
     from align.train.reference import reference_logps
 
@@ -196,9 +196,8 @@ def pair_loop(
     data = PairData(rows, layout, PAD)
     if "ref_logp" in made.needs:
         data.ref_logp = reference_logps(
-            policy, layout.name, rows, fingerprint(pairs), data.lengths, rank,
-            layout=layout, budget=budget, pad_token_id=PAD, cache=folder, name="train",
-        )  # fmt: skip
+            policy, layout.name, data, fingerprint(pairs), rank, budget=budget, cache=folder, name="train"
+        )
     steps = StepSampler(data.lengths, layout, pairs_per_step=pairs_per_step, world=1, rank=0, budget=budget, seed=seed)
     optimizer = OptimizerConfig(learning_rate=learning_rate, lr_scheduler_type="constant")
     loop = Loop(policy, made, optimizer, len(steps), budget, build_accelerator(rank, optimizer.max_grad_norm), rank)

@@ -45,11 +45,6 @@ _OPEN = {
 }
 
 
-def _default_choices(root: str) -> dict[str, str]:
-    entries = OmegaConf.load(CONF / f"{root}.yaml").defaults
-    return {str(key): value for entry in entries if isinstance(entry, DictConfig) for key, value in entry.items()}
-
-
 class Loader(ConfigLoaderImpl):
     """Hydra's loader, over `conf/` and `experiments/`, with the two words of a command turned into a recipe."""
 
@@ -64,9 +59,9 @@ class Loader(ConfigLoaderImpl):
         self, config_name: str | None, overrides: list[str], run_mode: RunMode, *args: Any, **kwargs: Any
     ) -> DictConfig:
         """Compose the configuration of a job, or the part that all jobs of a sweep share, as each picks its recipe."""
-        typed = overrides
-        root = config_name or "config"
-        choices = _default_choices(root)
+        typed, root = overrides, config_name or "config"
+        defaults = [entry for entry in OmegaConf.load(CONF / f"{root}.yaml").defaults if isinstance(entry, DictConfig)]
+        choices = {str(key): value for entry in defaults for key, value in entry.items()}
         groups = "|".join(choices)
         optional = [f"{group}=null" for group, choice in choices.items() if choice is None and group != "recipe"]
         overrides = [override for override in overrides if override not in optional]  # Hydra accepts null in YAML only
@@ -96,13 +91,7 @@ class Loader(ConfigLoaderImpl):
         found = super().list_groups(parent_name)
         return found if parent_name or self.groups is None else [group for group in found if group in self.groups]
 
-    def get_group_options(
-        self,
-        group_name: str,
-        results_filter: ObjectType | None = ObjectType.CONFIG,
-        config_name: str | None = None,
-        overrides: list[str] | None = None,
-    ) -> list[str]:
+    def get_group_options(self, group_name: str, results_filter: Any = ObjectType.CONFIG, *_: Any) -> list[str]:
         """List the choices of a group. Hydra copies every cached config for each group: half of `--help`'s time."""
         return self.repository.get_group_options(group_name, results_filter)
 

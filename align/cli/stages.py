@@ -1,4 +1,7 @@
-"""`align sample`, `align annotate`, `align select`: the stages of self-play alone, on a folder."""
+"""`align sample`, `align annotate`, `align select`: the stages of self-play alone, on a folder.
+
+Each raises `UserError` for anything that the user can put right.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,25 +9,33 @@ from pathlib import Path
 from align import config
 from align.choices import Launcher
 from align.config import RunConfig
-from align.data.prompts import PromptRow, prompts_of
+from align.data.prompts import PromptRow, load_prompts, prompts_of
 from align.launch import slurm
 from align.launch.local import each, logs_of
 from align.launch.rank import Cluster, alone, cluster_of
-from align.model.load import Policy
-from align.onpolicy.sample import read_samples, sample_from
+from align.model.load import Policy, start_model
+from align.onpolicy.sample import answering_cluster, read_samples, sample_from
 from align.onpolicy.score import score_responses
 from align.onpolicy.select import describe_counts, write_pairs
-from align.runs.prepare import prepare_answers
 from align.say import UserError, quieten, say
 
 
-def annotate(cfg: RunConfig) -> None:
-    """Score all responses.
+def sample(cfg: RunConfig) -> None:
+    """Answer all prompts of the first iteration."""
+    folder, cache = folder_of(cfg), Path(cfg.cache_dir).expanduser()
+    cluster, start = answering_cluster(cfg), start_model(cfg, cache)
+    asked = prompts_of(cfg, load_prompts(cfg, start, cache), 1)
+    policy = Policy(iteration=0, cfg=cfg.model, start=start)
+    each(cluster, logs_of(folder), _sample, cfg, policy, asked, folder / "responses", cluster)
+    say(f"responses  {folder / 'responses'}")
 
-    Raises:
-        UserError: anything the user can put right.
-    """
-    quieten()
+
+def _sample(cfg: RunConfig, policy: Policy, asked: Sequence[PromptRow], responses: Path, cluster: Cluster) -> None:
+    sample_from(policy, asked, cfg, cfg.sampling, responses, 1, "responses", alone(cluster))
+
+
+def annotate(cfg: RunConfig) -> None:
+    """Score all responses."""
     folder = folder_of(cfg)
     read_samples(folder / "responses")
     cluster = cluster_of(cfg.cluster)
@@ -36,30 +47,8 @@ def _annotate(cfg: RunConfig, folder: Path, cluster: Cluster) -> None:
     score_responses(read_samples(folder / "responses"), cfg, folder / "scores", alone(cluster))
 
 
-def sample(cfg: RunConfig) -> None:
-    """Answer all prompts of the first iteration.
-
-    Raises:
-        UserError: anything the user can put right.
-    """
-    quieten()
-    folder = folder_of(cfg)
-    start, prompts, cluster = prepare_answers(cfg)
-    policy = Policy(iteration=0, cfg=cfg.model, start=start)
-    each(cluster, logs_of(folder), _sample, cfg, policy, prompts_of(cfg, prompts, 1), folder, cluster)
-    say(f"responses  {folder / 'responses'}")
-
-
-def _sample(cfg: RunConfig, policy: Policy, asked: Sequence[PromptRow], folder: Path, cluster: Cluster) -> None:
-    sample_from(policy, asked, cfg, cfg.sampling, folder / "responses", 1, "responses", alone(cluster))
-
-
 def select(cfg: RunConfig) -> None:
-    """Choose the pair of each prompt.
-
-    Raises:
-        UserError: anything the user can put right.
-    """
+    """Choose the pair of each prompt."""
     folder = folder_of(cfg)
     pairs = folder / "pairs"
     counts = write_pairs(folder / "responses", folder / "scores", cfg.selection, pairs, seed=cfg.seed + 1)
@@ -69,6 +58,7 @@ def select(cfg: RunConfig) -> None:
 
 def folder_of(cfg: RunConfig) -> Path:
     """Check the words of a stage alone, which has no plan and runs where it is typed, and return its folder."""
+    quieten()
     slurm.take_place()
     config.check(cfg)
     if cfg.plan:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from align import engine
 from align.config import DatasetConfig
-from align.data.pairs import Pairs, as_group, pair_lengths, prepare_pairs, token_counts
+from align.data.pairs import Pairs, as_group, prepare_pairs, token_counts
 from align.engine.batching import CPU_TOKENS
 from align.evaluation.base import Evaluation, check_place, in_words_of
 from align.evaluation.settings import PairsConfig
@@ -24,6 +24,7 @@ from align.files import whole, writing
 from align.launch.rank import Rank, free
 from align.model.load import Policy, load_policy
 from align.train import reference
+from align.train.job import PairData
 
 _SIDES = ("chosen", "rejected")
 _COLUMNS = "logp.safetensors"
@@ -108,13 +109,10 @@ def _logps(policy: Policy, pairs: Pairs, evaluation: Evaluation[PairsConfig], ra
     logps = reference.reference_logps(
         model,
         policy.fingerprint,
-        held_out,
+        PairData(held_out, layout, int(policy.start.tokenizer.pad_token_id)),
         pairs.fingerprint,
-        pair_lengths(held_out),
         rank,
-        layout=layout,
         budget=budget if isinstance(budget, int) else CPU_TOKENS,
-        pad_token_id=int(policy.start.tokenizer.pad_token_id),
         cache=evaluation.run.cache,
         name="held_out",
     )

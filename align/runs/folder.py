@@ -1,4 +1,10 @@
-"""The run folder: who may use it, what identifies the run in it, and the links to it from its group."""
+"""A run, its iterations and its folder: who may use it, what identifies the run in it, and links to it from its group.
+
+<run folder>/results.json      the start model and the trained policy, in figures
+            /iter_0/, iter_1/  of self-play: the start model's answers, and a folder for each iteration
+
+Offline training is one iteration whose pairs are given.
+"""
 
 import contextlib
 import inspect
@@ -6,7 +12,8 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +24,13 @@ from align import config
 from align.choices import Source
 from align.config import RunConfig
 from align.data.pairs import Pairs, show_pair
+from align.data.prompts import Prompts
 from align.files import differences, file_fingerprint, fingerprint, write_json, writing
 from align.launch.rank import Cluster, inside, join, leave
-from align.model.load import Start
+from align.model.load import Policy, Start
 from align.onpolicy.scorers.base import Identity
-from align.runs.run import Run
 from align.say import UserError, is_first
 from align.train.checkpoint import check_checkpoint
-from align.train.job import Job
 from objectives import Objective
 
 #: Keys that cannot change a result, or that are written down otherwise.
@@ -36,6 +42,97 @@ _BOOKKEEPING = ("log_every_steps", "eval_every_steps", "save_every_steps", "keep
 _SPEED = ("tokens_per_batch", "urls", "served_model", "requests_at_once")  # of `sampling`
 _WORTH_KEEPING = ("start.json", "logs/*.traceback", "iter_*/*/*.jsonl")  # in the folder of a run that is refused
 _ENDING = 5.0  # seconds in which the processes of a run that was killed are gone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run that is checked and prepared.
+
+    Attributes:
+        source: the pairs of a dataset, or the prompts that self-play makes pairs of.
+        plan: what would run, in words.
+    """
+
+    cfg: RunConfig
+    start: Start
+    source: Pairs | Prompts
+    cluster: Cluster
+    identity: dict[str, Any]
+    dir: Path
+    plan: str
+
+    @property
+    def is_selfplay(self) -> bool:
+        """True when every iteration samples its own pairs."""
+        return isinstance(self.source, Prompts)
+
+    @property
+    def results(self) -> Path:
+        """The file of the run's figures, written when all requested iterations are complete."""
+        return self.dir / "results.json"
+
+    @property
+    def done(self) -> int:
+        """The number of complete iterations that results.json is about."""
+        if not self.results.exists():
+            return 0
+        return len(json.loads(self.results.read_text())["iterations"]) if self.is_selfplay else 1
+
+    @property
+    def is_complete(self) -> bool:
+        """True when all requested iterations are complete; a larger `iterations` resumes from here."""
+        return self.done >= self.cfg.iterations
+
+    @property
+    def policy(self) -> Path:
+        """The folder of the trained policy that results.json is about."""
+        return Iteration(run=self, number=max(self.done, self.cfg.iterations)).policy
+
+    @property
+    def start_policy(self) -> Policy:
+        """The start model as a policy."""
+        return Policy(iteration=0, cfg=self.cfg.model, start=self.start)
+
+    @property
+    def cache(self) -> Path:
+        """The folder of what runs share."""
+        return Path(self.cfg.cache_dir).expanduser()
+
+    @property
+    def iterations(self) -> "list[Iteration]":
+        """The requested iterations, in order."""
+        return [Iteration(run=self, number=number) for number in range(1, self.cfg.iterations + 1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Iteration:
+    """One training of a run, with its pairs before it and its evaluation behind it. Number 0 is the start model."""
+
+    run: Run
+    number: int
+
+    @cached_property
+    def folder(self) -> Path:
+        """The folder of its files: the run folder itself where the pairs are given."""
+        return self.run.dir / f"iter_{self.number}" if self.run.is_selfplay else self.run.dir
+
+    @property
+    def policy(self) -> Path:
+        """The folder of the policy that it trains."""
+        return self.folder / ("policy" if self.run.is_selfplay else "model")
+
+    @property
+    def trained(self) -> Path:
+        """The file of its training's figures; it exists when the policy does."""
+        return self.folder / ("results.json" if self.run.is_selfplay else "trained.json")
+
+    @property
+    def summary(self) -> Path:
+        """The file of the iteration's figures; it exists when the iteration is complete."""
+        return self.folder / ("summary.json" if self.run.is_selfplay else "results.json")
+
+
+# The folder ----------------------------------------------------------------------------------------------------------
 
 
 def link_to_group(run: Run) -> Path | None:
@@ -52,7 +149,7 @@ def link_to_group(run: Run) -> Path | None:
     return link
 
 
-def recognise(run: Run | Job) -> None:
+def recognise(run: Run) -> None:
     """Refuse a folder that holds another run."""
     known = run.dir / "identity.json"
     if not known.exists():
@@ -79,8 +176,7 @@ def owned(run: Run) -> Iterator[None]:
             held.enter_context(_locked(run.dir))
             for iteration in run.iterations:
                 check_checkpoint(iteration.folder / "checkpoints", run.cluster)
-            given = run.source if isinstance(run.source, Pairs) else None
-            open_folder(run, show_pair(given.train[0], run.start.tokenizer) if given else "")
+            open_folder(run)
 
         if inside() and run.cluster.world > 1:
             rank = join(run.cluster)
@@ -117,8 +213,9 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def open_folder(run: Run | Job, first: str = "") -> None:
-    """Write down and print what runs; `first` is its first pair."""
+def open_folder(run: Run) -> None:
+    """Write down and print what runs, with its first pair if the pairs are there."""
+    first = show_pair(run.source.train[0], run.start.tokenizer) if isinstance(run.source, Pairs) else ""
     with _writing(run.dir):
         OmegaConf.save(OmegaConf.create(config.plain(run.cfg)), run.dir / "config.yaml")
         (run.dir / "plan.txt").write_text(run.plan + "\n")

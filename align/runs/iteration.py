@@ -17,7 +17,7 @@ from typing import Any
 
 from align import config
 from align.config import DatasetConfig, PairSourceConfig, RunConfig, ScorerConfig
-from align.data.pairs import Pairs, prepare_pairs, show_pair
+from align.data.pairs import Pairs, prepare_pairs
 from align.data.prompts import PromptRow, Prompts, prompts_of
 from align.evaluation import card, judging
 from align.files import write_json, write_text
@@ -30,13 +30,12 @@ from align.onpolicy.scorers import registry
 from align.onpolicy.scorers.base import Item
 from align.onpolicy.select import SPLITS, describe_counts, write_pairs
 from align.runs import plan
-from align.runs.folder import identify, open_folder, recognise
+from align.runs.folder import Iteration, Run, identify, open_folder, recognise
 from align.runs.prepare import check_data
-from align.runs.run import Iteration, Run
 from align.say import UserError
 from align.tracking.trackers import Tracker
-from align.train.cost import Cost, together
 from align.train.job import Job, build_objective
+from align.train.metrics import Cost
 
 
 def begin(iteration: Iteration, rank: Rank) -> None:
@@ -76,23 +75,18 @@ def pairs_of(iteration: Iteration, policy: Policy, rank: Rank) -> tuple[Pairs, d
 
 def training(iteration: Iteration, policy: Policy, pairs: Pairs) -> Job:
     """Return the training of `policy` on `pairs`, checked as that of a dataset is."""
-    run, cfg, identity, text = iteration.run, iteration.run.cfg, iteration.run.identity, iteration.run.plan
+    run, cfg = iteration.run, iteration.run.cfg
     if run.is_selfplay:
         cfg = _training_config(iteration, policy)
-        objective = build_objective(cfg)
-        check_data(cfg, objective, policy.start, pairs, run.cluster)
-        identity = identify(cfg, objective, policy.start, pairs.fingerprint, run.cluster, None)
-        text = plan.describe(cfg, policy.start, pairs, objective, run.cluster)
+        check_data(cfg, build_objective(cfg), policy.start, pairs, run.cluster)
     return Job(
         cfg=cfg,
         start=policy.start,
         pairs=pairs,
         cluster=run.cluster,
-        identity=identity,
         dir=iteration.folder,
         policy=iteration.policy,
         figures=iteration.trained,
-        plan=text,
     )
 
 
@@ -115,11 +109,16 @@ def _training_config(iteration: Iteration, policy: Policy) -> RunConfig:
 
 
 def open_training(iteration: Iteration, job: Job, rank: Rank) -> None:
-    """Write down a training of self-play in its folder; that of given pairs is the run's own, which is written down."""
-    if iteration.run.is_selfplay and rank.is_first:
-        recognise(job)
-        iteration.folder.mkdir(parents=True, exist_ok=True)
-        open_folder(job, show_pair(job.pairs.train[0], job.start.tokenizer))
+    """Write down a training of self-play as the run that it is; that of given pairs is written down already."""
+    if not (iteration.run.is_selfplay and rank.is_first):
+        return
+    cfg, start, pairs, cluster, objective = job.cfg, job.start, job.pairs, job.cluster, build_objective(job.cfg)
+    identity = identify(cfg, objective, start, pairs.fingerprint, cluster, None)
+    text = plan.describe(cfg, start, pairs, objective, cluster)
+    run = Run(cfg=cfg, start=start, source=pairs, cluster=cluster, identity=identity, dir=job.dir, plan=text)
+    recognise(run)
+    job.dir.mkdir(parents=True, exist_ok=True)
+    open_folder(run)
 
 
 def evaluate(iteration: Iteration, job: Job, before: Policy, counts: Mapping[str, Any], rank: Rank) -> dict[str, Any]:
@@ -172,7 +171,7 @@ def results_of(run: Run, made: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return {name: made[0][name] for name in ("start", "trained", "cost")}
     trained = {name: value for name, value in made[-1].items() if isinstance(value, float)}
     costs = [Cost(**json.loads(iteration.trained.read_text())["cost"]) for iteration in run.iterations[: len(made)]]
-    return {"start": made[0]["start"], "trained": trained, "cost": asdict(together(costs))}
+    return {"start": made[0]["start"], "trained": trained, "cost": asdict(sum(costs, Cost()))}
 
 
 def tell(iteration: Iteration, made: Sequence[Mapping[str, Any]], tracker: Tracker) -> None:

@@ -15,42 +15,37 @@ from align.model.load import Start
 from align.onpolicy.scorers.base import Identity, Kind
 from align.train import memory
 from align.train.job import total_steps
-from align.train.memory import ENOUGH_TOKENS, GIB, longest_pair, micro_batch_that_fits, setup
+from align.train.memory import GIB, longest_pair, micro_batch_that_fits
 from objectives import Objective, Response
 
 
 def describe(cfg: RunConfig, start: Start, pairs: Pairs, objective: Objective, cluster: Cluster) -> str:
     """Return the plan of a run, as it is printed and saved."""
-    step, lengths = cfg.train.pairs_per_step, pair_lengths(pairs.train)
-    wanted, layout = cfg.engine.tokens_per_micro_batch, cfg.engine.layout
-    budget = wanted if isinstance(wanted, int) else micro_batch_that_fits(cfg, start, pairs, cluster)
+    step, layout, lengths = cfg.train.pairs_per_step, cfg.engine.layout, pair_lengths(pairs.train)
+    longest = longest_pair(cfg, pairs)
+    budget = micro_batch_that_fits(cfg, start, cluster, longest)
+    samplers = {kind: StepSampler(lengths, kind, step, cluster.world, 0, budget, cfg.seed) for kind in Layout}
+    shares = {kind: list(islice(sampler.epoch(0), 50)) for kind, sampler in samplers.items()}
+    micro = [len(share) for share in shares[layout]]
 
-    def sampler(layout: Layout) -> StepSampler:
-        return StepSampler(
-            lengths, layout, pairs_per_step=step, world=cluster.world, rank=0, budget=budget, seed=cfg.seed
-        )
+    def tokens_of(kind: Layout) -> str:
+        batches = [batch.pairs for share in shares[kind] for batch in share]
+        return f"{sum(fed_tokens([lengths[i] for i in b], kind) for b in batches) / sum(map(len, batches)):,.0f}"
 
-    def tokens_per_pair(layout: Layout) -> float:
-        batches = [batch.pairs for share in islice(sampler(layout).epoch(0), 50) for batch in share]
-        return sum(fed_tokens([lengths[i] for i in b], layout) for b in batches) / sum(map(len, batches))
-
-    micro = [len(share) for share in islice(sampler(layout).epoch(0), 50)]
-    measured = wanted == "auto" and cluster.device == "cuda" and cluster.strategy in (Strategy.single, Strategy.ddp)
-    by_memory = ", or what the GPU turns out to hold" if measured else ""
-    tokens = {kind: tokens_per_pair(kind) for kind in dict.fromkeys([layout, *Layout])}
-    others = ", ".join(f"{kind.name} {count:,.0f}" for kind, count in tokens.items() if kind is not layout)
+    automatic = cfg.engine.tokens_per_micro_batch == "auto" and cluster.device == "cuda"
+    measured = automatic and cluster.strategy in (Strategy.single, Strategy.ddp)
+    others = ", ".join(f"{kind.name} {tokens_of(kind)}" for kind in Layout if kind is not layout)
     lines = [
-        f"objective   {objective}",
-        f"model       {cfg.model.name}: {start.path}" + (f", LoRA {cfg.model.lora}" if cfg.model.lora else ""),
+        *_subject(cfg, start, objective),
         f"data        {cfg.dataset.name}: {_counts(pairs, 'train')}",
         f"held out    {_counts(pairs, 'held_out')}",
-        *(f"lengths     {name}: {_quantiles(pairs, column)}" for name, column in _COLUMNS.items()),
-        f"steps       {total_steps(cfg, len(lengths))} of {step} pairs ({len(sampler(layout))} an epoch)",
+        *(f"lengths     {name}: {_quantiles(pairs, f'{name}_ids')}" for name in ("prompt", "chosen", "rejected")),
+        f"steps       {total_steps(cfg, len(lengths))} of {step} pairs ({len(samplers[layout])} an epoch)",
         f"processes   {_processes(cluster)}",
         f"a step      {step // cluster.world} pairs a process, in {fmean(micro):.1f} micro-batches (at most "
-        f"{max(micro)}) of up to {budget:,} tokens{by_memory}",
-        f"layout      {layout.name}: {tokens[layout]:,.0f} tokens a pair go through the model ({others})",
-        *_memory(cfg, start, cluster, longest_pair(cfg, pairs), budget),
+        f"{max(micro)}) of up to {budget:,} tokens{', or what the GPU turns out to hold' if measured else ''}",
+        f"layout      {layout.name}: {tokens_of(layout)} tokens a pair go through the model ({others})",
+        *_memory(cfg, start, cluster, longest),
         f"first loss  {first_loss(objective, pairs)}",
     ]
     return "\n".join(lines)
@@ -78,18 +73,12 @@ def describe_selfplay(
     plain = sum(isinstance(prompt.text, str) for prompt in prompts.all) if start.tokenizer.chat_template else 0
     responses, longest_response = asked * sampling.samples, sampling.max_new_tokens
     compared = min(evaluation.prompts, held_out)
+    scored, read, what = responses, mean_prompt + longest_response, "responses"
     if scorer.kind is Kind.pairwise:
-        scored = responses * (sampling.samples - 1)
-        scoring = f"{scored:,} ordered pairs, up to {scored * (mean_prompt + 2 * longest_response):,.0f} tokens"
-    else:
-        scoring = f"{responses:,} responses, up to {responses * (mean_prompt + longest_response):,.0f} tokens"
-    steps = total_steps(cfg, of_iteration)
-    wanted = cfg.engine.tokens_per_micro_batch
-    budget = wanted if isinstance(wanted, int) else min(longest, ENOUGH_TOKENS)
+        scored, read, what = responses * (sampling.samples - 1), read + longest_response, "ordered pairs"
     others = "".join(f"; {name} answers {count:,} prompts" for name, count in prompts.answered().items())
     lines = [
-        f"objective   {objective}",
-        f"model       {cfg.model.name}: {start.path}" + (f", LoRA {cfg.model.lora}" if cfg.model.lora else ""),
+        *_subject(cfg, start, objective),
         f"self-play   {cfg.iterations} iterations of {of_iteration:,} training prompts"
         + (" each, none twice" if cfg.source.split_prompts else ", the same ones each time"),
         f"prompts     {cfg.dataset.name}: {mean_prompt:,.0f} tokens on average; {held_out:,} held out; "
@@ -98,17 +87,19 @@ def describe_selfplay(
         f"sample      {responses:,} responses an iteration by {sampling.backend.name}: {sampling.samples} to a prompt, "
         f"temperature {sampling.temperature:g}, top_p {sampling.top_p:g}; {asked * mean_prompt:,.0f} tokens of prompts, up to "
         f"{responses * longest_response:,} to sample{others}",
-        f"score       {scorer.name}: {scoring} an iteration",
-        f"train       at most {steps} steps of {cfg.train.pairs_per_step} pairs an iteration",
+        f"score       {scorer.name}: {scored:,} {what}, up to {scored * read:,.0f} tokens an iteration",
+        f"train       at most {total_steps(cfg, of_iteration)} steps of {cfg.train.pairs_per_step} pairs an iteration",
         f"compare     {compared} held-out prompts, {evaluation.samples_per_prompt} responses of each policy, up to "
         f"{compared * evaluation.samples_per_prompt * evaluation.max_new_tokens:,} tokens an iteration",
         f"processes   {_processes(cluster)}",
-        *_memory(cfg, start, cluster, longest, budget),
+        *_memory(cfg, start, cluster, longest),
     ]
     return "\n".join(lines)
 
 
-_COLUMNS = {"prompt": "prompt_ids", "chosen": "chosen_ids", "rejected": "rejected_ids"}
+def _subject(cfg: RunConfig, start: Start, objective: Objective) -> tuple[str, str]:
+    adapter = f", LoRA {cfg.model.lora}" if cfg.model.lora else ""
+    return f"objective   {objective}", f"model       {cfg.model.name}: {start.path}{adapter}"
 
 
 def _processes(cluster: Cluster) -> str:
@@ -135,10 +126,10 @@ def _quantiles(pairs: Pairs, column: str) -> str:
     return f"half at most {half}, 90% at most {most}, 99% at most {nearly_all}, longest {lengths[-1]} tokens"
 
 
-def _memory(cfg: RunConfig, start: Start, cluster: Cluster, longest: int, budget: int) -> list[str]:
-    """Estimate the memory of a process, and name the strategies that fit; `longest` and `budget` are tokens."""
-    made = setup(cfg, start, cluster)
-    need = memory.need(made, cluster.strategy, max(budget, longest))
+def _memory(cfg: RunConfig, start: Start, cluster: Cluster, longest: int) -> list[str]:
+    """Estimate the memory of a process, and name the strategies that fit; `longest` is the longest pair's tokens."""
+    made = memory.setup(cfg, start, cluster)
+    need = memory.need(made, cluster.strategy, max(micro_batch_that_fits(cfg, start, cluster, longest), longest))
     parts = {
         "weights": need.weights, "gradients": need.gradients, made.optimizer: need.optimizer, "buckets": need.buckets,
         "gathered": need.passing, "head": need.head, "activations about": need.activations, "the step": need.step,

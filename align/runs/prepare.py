@@ -21,13 +21,12 @@ from align.onpolicy.sample import answering_cluster
 from align.onpolicy.scorers import registry
 from align.onpolicy.scorers.base import Identity
 from align.runs import plan
-from align.runs.folder import identify, recognise
-from align.runs.run import Run
+from align.runs.folder import Run, identify, recognise
 from align.say import UserError, closest, resolve, say
 from align.tracking import trackers
 from align.train import memory
 from align.train.job import build_objective, check_batch
-from align.train.memory import longest_pair, settle_strategy, too_large
+from align.train.memory import longest_pair, too_large
 from align.train.optim import check_optimizer, high_learning_rate
 from objectives import Objective
 
@@ -41,7 +40,9 @@ def prepare(cfg: RunConfig) -> Run:
     cluster = answering_cluster(cfg) if is_selfplay else cluster_of(cfg.cluster, cfg.plan)
     start = start_model(cfg, Path(cfg.cache_dir).expanduser())
     source, longest = (_prompts if is_selfplay else _pairs)(cfg, objective, start, cluster)
-    cluster = settle_strategy(cfg, start, cluster, longest)
+    if cluster.strategy is Strategy.auto:
+        needs = memory.setup(cfg, start, cluster)
+        cluster = replace(cluster, strategy=memory.choose(needs, cluster.memory, longest))
     _check_machine(cfg, start, cluster, longest)
     known = who if is_selfplay or cfg.scorer.name is not None else None  # else dataset.judge is there
     identity = identify(cfg, objective, start, source.fingerprint, cluster, known)
@@ -167,11 +168,3 @@ def check_data(cfg: RunConfig, objective: Objective, start: Start, pairs: Pairs,
                 f"{cfg.dataset.name} lack: give rows chosen_win_prob and rejected_win_prob (dataset.columns renames), or "
                 "for sppo take the labels as certain with objective.target=hard"
             )
-
-
-def prepare_answers(cfg: RunConfig) -> tuple[Start, Prompts, Cluster]:
-    """Return the start model, the prompts and the processes of a stage that samples by itself."""
-    cluster = answering_cluster(cfg)
-    cache = Path(cfg.cache_dir).expanduser()
-    start = start_model(cfg, cache)
-    return start, load_prompts(cfg, start, cache), cluster

@@ -21,9 +21,8 @@ from align.launch.local import each
 from align.launch.rank import Rank, alone, free, inside
 from align.model.load import trained_from
 from align.runs import iteration as stages
-from align.runs.folder import link_to_group, owned
+from align.runs.folder import Iteration, Run, link_to_group, owned
 from align.runs.prepare import as_resolved, prepare
-from align.runs.run import Iteration, Run
 from align.say import UserError, closest, is_first, quieten, say
 from align.tracking import trackers
 from align.tracking.trackers import Stretch, Tracker
@@ -75,20 +74,19 @@ def iterate(run: Run) -> None:
             stages.begin(iteration, rank)
             if iteration.summary.exists():
                 made.append(stages.complete(iteration, rank))
-                continue
-            pairs, counts = stages.pairs_of(iteration, policy, rank)
-            job = stages.training(iteration, policy, pairs)
-            if not iteration.trained.exists():
-                stages.open_training(iteration, job, rank)
-                with _numbered(iteration, steps_before):
-                    train(job, Stretch(tracker, steps_before))
-                free()
-            made.append({"steps": job.steps, **stages.evaluate(iteration, job, policy, counts, rank)})
+            else:
+                pairs, counts = stages.pairs_of(iteration, policy, rank)
+                job = stages.training(iteration, policy, pairs)
+                if not iteration.trained.exists():
+                    stages.open_training(iteration, job, rank)
+                    with _numbered(iteration, steps_before):
+                        train(job, Stretch(tracker, steps_before))
+                    free()
+                made.append({"steps": job.steps, **stages.evaluate(iteration, job, policy, counts, rank)})
+                stages.tell(iteration, made, tracker)
             if rank.is_first:
                 results.update(stages.results_of(run, made))
-                stages.tell(iteration, made, tracker)
         if rank.is_first:
-            results.update(stages.results_of(run, made))
             stages.finish(run, made)
 
 
@@ -130,7 +128,7 @@ def report(run: Run) -> float | None:
     trained: dict[str, float] = results["trained"]
     say(card.text_table(results["start"], trained))
     say(f"cost     {card.cost_line(results['cost'])}")
-    say(f"model    {run.policy}\nmetrics  {run.metrics}")
+    say(f"model    {run.policy}\nmetrics  {run.dir / ('iter_*' if run.is_selfplay else '') / 'metrics.jsonl'}")
     metric = run.cfg.optimized_metric or ("win_rate" if "win_rate" in trained else "accuracy/mean_logp")
     if metric not in trained:
         near, names = closest(metric, list(trained)), ", ".join(trained)

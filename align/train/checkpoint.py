@@ -32,9 +32,8 @@ from align.files import write_json
 from align.launch import strategy
 from align.launch.rank import Cluster
 from align.say import UserError
-from align.train.cost import Cost
 from align.train.loop import Loop
-from align.train.metrics import SO_FAR
+from align.train.metrics import SO_FAR, Cost
 
 #: The file of a checkpoint that says by which strategy, on how many processes, it was written.
 MADE_BY = "made_by.json"

@@ -1,15 +1,24 @@
-"""A training that is checked and prepared, its objective and its number of steps."""
+"""A training that is checked and prepared: its steps, its objective, and its pairs as tensors.
+
+The pairs come a micro-batch at a time, or all of them without gradients, by all processes in step.
+"""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
 
 import objectives
+from align.choices import Layout
 from align.config import RunConfig
-from align.data.pairs import Pairs
-from align.engine.batching import steps_per_epoch
-from align.launch.rank import Cluster
+from align.data.pairs import Pairs, as_group, pair_lengths
+from align.engine import Batch, collate, to_device
+from align.engine.batching import FORWARD_ONLY, MicroBatch, deal, steps_per_epoch
+from align.launch.rank import Cluster, Rank
 from align.model.load import Start
 from align.say import UserError
 from objectives import Objective
@@ -35,17 +44,20 @@ def total_steps(cfg: RunConfig, pairs: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A training that is checked and prepared, as it is handed to the processes that train."""
+    """A training that is checked and prepared, as it is handed to the processes that train.
+
+    Attributes:
+        dir: the folder of its files, `policy` that of the trained policy.
+        figures: the file of the figures before and after, written when the policy is there.
+    """
 
     cfg: RunConfig
     start: Start
     pairs: Pairs
     cluster: Cluster
-    identity: dict[str, Any]
     dir: Path
-    policy: Path  # the folder of the trained policy
-    figures: Path  # the file of what it has come to, written when the policy is there
-    plan: str
+    policy: Path
+    figures: Path
 
     @property
     def steps(self) -> int:
@@ -66,3 +78,74 @@ def build_objective(cfg: RunConfig) -> Objective:
         return objectives.build(values)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+# Pairs as tensors -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PairBatch:
+    """A micro-batch of b pairs, on its device."""
+
+    responses: Batch  # 2b of them: each chosen one, and its rejected one behind it
+    row_ids: tuple[str, ...]
+    counted: Tensor  # [b] 1; 0 for a pair that only keeps this rank in step with the others
+    truncated: Tensor  # [b] 1 where the prompt or a response was cut
+    columns: dict[str, Tensor]  # [b, 2] statistics that come with the data: win_prob, ref_logp
+    pairs_in_step: int  # what the sum of losses is divided by
+
+
+class PairData:
+    """The pairs of a split, and their reference column `ref_logp`: `[N, 2]` nats once there is one.
+
+    Args:
+        layout: that the policy is attached in.
+    """
+
+    def __init__(self, pairs: datasets.Dataset, layout: Layout, pad_token_id: int) -> None:
+        self.pairs, self.layout, self.pad_token_id = pairs, layout, pad_token_id
+        self.lengths = pair_lengths(pairs)
+        self.ref_logp: Tensor | None = None
+
+    def batch(self, micro_batch: MicroBatch, device: torch.device) -> PairBatch:
+        """Collate the pairs of a micro-batch."""
+        index = list(micro_batch.pairs)
+        rows = self.pairs.select(index).to_list()
+        responses = collate([as_group(row) for row in rows], self.layout, self.pad_token_id)
+        columns = {"win_prob": torch.tensor([[row["chosen_win_prob"], row["rejected_win_prob"]] for row in rows])}
+        if self.ref_logp is not None:
+            columns["ref_logp"] = self.ref_logp[index]
+        truncated = torch.tensor([float(row["cut_tokens"] + row["cut_prompt_tokens"] > 0) for row in rows])
+        return PairBatch(
+            responses=responses.to(device),
+            row_ids=tuple(row["row_id"] for row in rows),
+            counted=to_device(torch.tensor(micro_batch.counted, dtype=torch.float32), device),
+            truncated=to_device(truncated, device),
+            columns={name: to_device(values, device) for name, values in columns.items()},
+            pairs_in_step=micro_batch.pairs_in_step,
+        )
+
+    def column(
+        self, numbers: Sequence[int], values_of: Callable[[PairBatch], Tensor], budget: int, rank: Rank
+    ) -> Tensor:
+        """Return `[len(numbers), k]`: the values `[b, k]` of these pairs, which are dealt to all processes.
+
+        Args:
+            values_of: needs no gradients; `budget` is a training micro-batch's.
+        """
+        place = {number: at for at, number in enumerate(numbers)}
+        places, values = [], []
+        for some in deal(numbers, self.lengths, rank.world, self.layout, FORWARD_ONLY * budget)[rank.number]:
+            values.append(values_of(self.batch(some, rank.device)))
+            counted = zip(some.pairs, some.counted, strict=True)
+            places += [place[number] if counts else len(numbers) for number, counts in counted]
+        column = values[0].new_zeros(len(numbers) + 1, *values[0].shape[1:])  # the last row takes what is not counted
+        column[places] = torch.cat(values)
+        return summed(column, rank)[:-1]
+
+
+def summed(values: Tensor, rank: Rank) -> Tensor:
+    """Return the sum of every process's tensor; all of them call it."""
+    if rank.world > 1:
+        torch.distributed.all_reduce(values)
+    return values

@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 from align.choices import Strategy
 from align.config import OptimizerConfig
 from align.engine import COMPUTED, evaluating, response_statistics
-from align.engine.batching import FORWARD_ONLY, MicroBatch, deal, plan_micro_batches
+from align.engine.batching import MicroBatch, plan_micro_batches
 from align.launch.rank import Rank
 from align.say import UserError
-from align.train.batches import PairBatch, PairData
-from align.train.metrics import BY_PAIR, Tally, pair_metrics, sides, summed
+from align.train.job import PairBatch, PairData
+from align.train.metrics import BY_PAIR, Tally, pair_metrics, sides
 from align.train.optim import build_optimizer, build_schedule
 from align.train.sentinel import CollapsedError
 from objectives import Objective
@@ -124,20 +124,18 @@ def evaluate(loop: Loop, held_out: PairData) -> tuple[dict[str, float], dict[str
         implicit reward; and the accuracies of `BY_PAIR` of every pair.
     """
     rank, tally = loop.rank, Tally()
-    by_pair = torch.zeros(len(held_out), len(BY_PAIR), device=rank.device, dtype=torch.double)
-    shares = deal(range(len(held_out)), held_out.lengths, rank.world, held_out.layout, FORWARD_ONLY * loop.budget)
+
+    def accuracies(batch: PairBatch) -> Tensor:
+        statistics = pair_statistics(loop.model, batch, loop.objective.needs, rank)
+        result = loop.objective(*sides(statistics, loop.objective.needs))
+        metrics = pair_metrics(result, statistics, batch.truncated)
+        tally.add(metrics, batch)
+        return torch.stack([metrics[name] for name in BY_PAIR], 1)  # [b, len(BY_PAIR)]
+
     loop.optimizer.eval()
     with evaluating(loop.model):
-        for some in shares[rank.number]:
-            batch = held_out.batch(some, rank.device)
-            statistics = pair_statistics(loop.model, batch, loop.objective.needs, rank)
-            result = loop.objective(*sides(statistics, loop.objective.needs))
-            metrics = pair_metrics(result, statistics, batch.truncated)
-            tally.add(metrics, batch)
-            values = torch.stack([metrics[name] for name in BY_PAIR], 1).double()  # [b, len(BY_PAIR)]
-            counted = [at for at, counts in enumerate(some.counted) if counts]
-            by_pair[[some.pairs[at] for at in counted]] = values[counted]
-    of_pairs = dict(zip(BY_PAIR, summed(by_pair, rank).T.tolist(), strict=True))
+        by_pair = held_out.column(range(len(held_out.pairs)), accuracies, loop.budget, rank)
+    of_pairs = dict(zip(BY_PAIR, by_pair.T.tolist(), strict=True))
     means, _, _ = tally.means(loop.objective, rank)
     groups = list(held_out.pairs["group"])
     for group in sorted(set(groups) - {""}):

@@ -103,8 +103,11 @@ class Need:
         return self.weights + self.gradients + self.optimizer + self.buckets + max(micro_batch, self.step)
 
 
-def _table(setup: Setup) -> dict[Strategy, tuple[int, ...]]:
-    """Return the bytes of a process by strategy, without head and activations. docs/memory.md derives each entry."""
+def need(setup: Setup, strategy: Strategy, tokens: int) -> Need:
+    """Calculate the bytes of a process with micro-batches of `tokens` tokens. More tokens never need less.
+
+    docs/memory.md derives each entry of the table.
+    """
     shape, p, t, s, d = setup.shape, setup.shape.parameters, setup.trained, setup.state, setup.share
     c = 2 if setup.bf16 else 4  # bytes of a weight in the computation of a layer
     layer, head = min(t, shape.layer), min(t, shape.head)  # trained weights of a layer, of the head
@@ -117,23 +120,18 @@ def _table(setup: Setup) -> dict[Strategy, tuple[int, ...]]:
     roots = 4 * t if setup.on_gpu and not in_place else 0
     masters = 4 * t if setup.bf16 or setup.offload else 0
     # fmt: off
-    return {  #         weights    masters     gradients state buckets          passing   step      buffers on the host
+    weights, masters, gradients, state, buckets, passing, step, buffers = {
+        #                weights    masters     gradients state buckets          passing   step      buffers on the host
         Strategy.single: (4 * p,    0,          4 * t,    s,    0,               cast,     roots,    0),
         Strategy.ddp:    (4 * p,    0,          4 * t,    s,    4 * t,           cast,     roots,    0),
         Strategy.fsdp:   (d(4 * p), 0,          d(4 * t), d(s), 0,               gathered, d(roots), 0),
         Strategy.zero2:  (c * p,    d(4 * t),   d(4 * t), d(s), 2 * c * _BUCKET, summed,   d(4 * t), d((4 + c) * t)),
         Strategy.zero3:  (d(c * p), d(masters), d(4 * t), d(s), c * _BUCKET,     alive,    d(4 * t), d(4 * t)),
-    }
+    }[strategy]
     # fmt: on
-
-
-def need(setup: Setup, strategy: Strategy, tokens: int) -> Need:
-    """Calculate the bytes of a process with micro-batches of `tokens` tokens. More tokens never need less."""
-    assert strategy is not Strategy.auto, "choose a strategy first"
-    assert not setup.offload or strategy in _DIVIDING, f"{strategy.value} has nothing on the host"
-    shape, host = setup.shape, 0
-    weights, masters, gradients, state, buckets, passing, step, buffers = _table(setup)[strategy]
+    host = 0
     if setup.offload:  # to the host: all that stays from step to step, but for ZeRO-2's 16 bit weights
+        assert strategy in _DIVIDING, f"{strategy.value} has nothing on the host"
         staying = weights if strategy is Strategy.zero2 else 0
         host = weights - staying + masters + gradients + state + buffers
         weights, masters, gradients, state, step = staying, 0, 0, 0, 0
@@ -145,7 +143,7 @@ def need(setup: Setup, strategy: Strategy, tokens: int) -> Need:
         optimizer=state,
         buckets=buckets,
         passing=passing,
-        head=_LOGIT_BYTES * tile + 4 * min(setup.trained, shape.head),
+        head=_LOGIT_BYTES * tile + 4 * head,
         activations=tokens * shape.hidden * (_LAYER_BYTES[setup.bf16] * layers + _RESIDUAL_BYTES * residuals),
         step=step,
         host=host,
@@ -198,13 +196,6 @@ def setup(cfg: RunConfig, start: Start, cluster: Cluster) -> Setup:
     )
 
 
-def settle_strategy(cfg: RunConfig, start: Start, cluster: Cluster, longest: int) -> Cluster:
-    """Return the cluster with `auto` resolved; `longest` is the tokens of the longest pair."""
-    if cluster.strategy is not Strategy.auto:
-        return cluster
-    return replace(cluster, strategy=choose(setup(cfg, start, cluster), cluster.memory, longest))
-
-
 def too_large(cfg: RunConfig, start: Start, cluster: Cluster, longest: int) -> str | None:
     """Warn if the GPUs will probably not hold the run; `longest` is the tokens of the longest pair."""
     run = setup(cfg, start, cluster)
@@ -219,26 +210,24 @@ def too_large(cfg: RunConfig, start: Start, cluster: Cluster, longest: int) -> s
     )
 
 
-def micro_batch_that_fits(cfg: RunConfig, start: Start, pairs: Pairs, cluster: Cluster) -> int:
-    """Calculate the tokens of a micro-batch that a process of the cluster holds; on a CPU a fixed number."""
+def micro_batch_that_fits(cfg: RunConfig, start: Start, cluster: Cluster, longest: int) -> int:
+    """Return `engine.tokens_per_micro_batch`, where it is auto by calculation; `longest` is the longest pair's tokens."""
+    wanted = cfg.engine.tokens_per_micro_batch
+    if isinstance(wanted, int):
+        return wanted
     if cluster.memory is None:
         return CPU_TOKENS
     fitting = tokens_that_fit(setup(cfg, start, cluster), cluster.strategy, cluster.memory)
-    return max(longest_pair(cfg, pairs), min(ENOUGH_TOKENS, fitting))
+    return max(longest, min(ENOUGH_TOKENS, fitting))
 
 
 def token_budget(
-    policy: PreTrainedModel,
-    groups: Sequence[Group],
-    layout: Layout,
-    statistics: Sequence[str],
-    rank: Rank,
-    later: int,
+    policy: PreTrainedModel, groups: Sequence[Group], layout: Layout, statistics: Sequence[str], rank: Rank, later: int
 ) -> int:
-    """Measure the tokens of a micro-batch for a policy that is `attach`ed in `layout` and on its device.
+    """Measure the tokens of a micro-batch for a policy that is `attach`ed in `layout` and on its GPU.
 
     Two micro-batches of different sizes run forward and backward; the difference of their peaks is the cost of a token.
-    A CPU has a fixed number. Not for sharded weights: a policy that is not wrapped yet does not gather any.
+    Not for sharded weights: a policy that is not wrapped yet does not gather any.
 
     Args:
         groups: groups of the data, the longest first; repeated if they are fewer than some thousand tokens.
@@ -248,20 +237,17 @@ def token_budget(
     Raises:
         UserError: the longest group does not fit.
     """
-    device = rank.device
-    if device.type != "cuda":
-        return CPU_TOKENS
     policy.train()
     peaks: list[tuple[int, int]] = []
     for tokens in _PROBES:
         some = [groups[0]]
         while sum(len(p) + sum(map(len, rs)) for p, rs in some) < tokens:
             some.append(groups[len(some) % len(groups)])
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(rank.device)
+        before = torch.cuda.memory_allocated(rank.device)
         try:
             with rank.autocast():
-                batch = collate(some, layout, pad_token_id=0).to(device)
+                batch = collate(some, layout, pad_token_id=0).to(rank.device)
                 response_statistics(policy, batch, statistics)["logp"].sum().backward()
         except torch.cuda.OutOfMemoryError as error:
             if peaks:
@@ -272,10 +258,9 @@ def token_budget(
             ) from error
         finally:
             policy.zero_grad(set_to_none=True)
-        peaks.append((batch.input_ids.numel(), torch.cuda.max_memory_allocated(device) - before))
+        peaks.append((batch.input_ids.numel(), torch.cuda.max_memory_allocated(rank.device) - before))
     torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info(device)[0] - later
-    return fitting_tokens(peaks, int(USABLE * free))
+    return fitting_tokens(peaks, int(USABLE * (torch.cuda.mem_get_info(rank.device)[0] - later)))
 
 
 def fitting_tokens(peaks: Sequence[tuple[int, int]], free: int) -> int:
@@ -295,24 +280,19 @@ def longest_pair(cfg: RunConfig, pairs: Pairs) -> int:
 def shape(cfg: ModelConfig, start: Start) -> Shape:
     """Return the measures of a model: those that `model.shape` has, and the others by its config.json."""
     values, known = dict(cfg.shape), [field.name for field in fields(Shape)]
-    for name in values:
-        if name not in known:
-            raise UserError(unknown_key(f"model.shape.{name}", known))
-    if len(values) < len(known):
-        code = cfg.trust_remote_code
-        try:
-            config = AutoConfig.from_pretrained(start.path, revision=cfg.revision, trust_remote_code=code)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"model.path={start.path} has no usable config.json: {reason}") from error
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=code)
-        text = config.get_text_config()
-        values = {
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "layers": text.num_hidden_layers,
-            "hidden": text.hidden_size,
-            "vocabulary": model.get_input_embeddings().num_embeddings,
-            **values,
-        }
-    return Shape(**values)
+    if others := values.keys() - {*known}:
+        raise UserError(unknown_key(f"model.shape.{min(others)}", known))
+    if len(values) == len(known):
+        return Shape(**values)
+    code = cfg.trust_remote_code
+    try:
+        config = AutoConfig.from_pretrained(start.path, revision=cfg.revision, trust_remote_code=code)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"model.path={start.path} has no usable config.json: {reason}") from error
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=code)
+    text, vocabulary = config.get_text_config(), model.get_input_embeddings().num_embeddings
+    parameters = sum(p.numel() for p in model.parameters())
+    found = Shape(parameters=parameters, layers=text.num_hidden_layers, hidden=text.hidden_size, vocabulary=vocabulary)
+    return replace(found, **values)

@@ -1,7 +1,11 @@
-"""The metrics of pairs, their means, and the metrics of a training as they come."""
+"""What a training measures: metrics of pairs and their means, as they come and as they are reported, and its cost."""
 
+import contextlib
 import json
-from collections.abc import Collection, Mapping
+import resource
+import time
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +16,7 @@ from align.files import write_text
 from align.launch.rank import Rank
 from align.metrics import shown
 from align.tracking.trackers import Tracker
-from align.train.batches import PairBatch
+from align.train.job import PairBatch, summed
 from objectives import Objective, PairLoss, Response
 
 #: What evaluation keeps of each held-out pair.
@@ -81,13 +85,6 @@ class Tally:
         return {**means, **summary}, pairs, tokens
 
 
-def summed(values: Tensor, rank: Rank) -> Tensor:
-    """Return the sum of every process's tensor; all of them call it."""
-    if rank.world > 1:
-        torch.distributed.all_reduce(values)
-    return values
-
-
 def sides(statistics: Mapping[str, Tensor], names: Collection[str]) -> tuple[Response, Response]:
     """Return the chosen and the rejected responses of `[b, 2]` statistics, with those statistics only."""
     chosen, rejected = ({name: statistics[name][:, side] for name in names} for side in (0, 1))
@@ -128,3 +125,76 @@ def pair_metrics(result: PairLoss, statistics: Mapping[str, Tensor], truncated: 
     metrics["entropy"] = (statistics["entropy"] / statistics["length"]).mean(1)
     metrics["truncated"] = truncated
     return {name: values.detach() for name, values in metrics.items()}
+
+
+# Cost ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """The cost of the steps that a policy is made of, in all stretches of a run that was stopped.
+
+    Checkpoints between the steps count; evaluation, the reference pass, start-up and steps lost to a kill do not.
+    """
+
+    seconds: float = 0.0
+    tokens: int = 0  # fed by all processes, padding left out
+    peak_memory_gib: float = 0.0  # of the process that needed most: torch's on a GPU, resident on a CPU
+    processes: int = 1
+
+    def __add__(self, later: "Cost") -> "Cost":
+        return Cost(
+            seconds=self.seconds + later.seconds,
+            tokens=self.tokens + later.tokens,
+            peak_memory_gib=max(self.peak_memory_gib, later.peak_memory_gib),
+            processes=max(self.processes, later.processes),
+        )
+
+
+class Meter:
+    """Count the cost of a training on this process from here on; time in `paused` does not count.
+
+    Args:
+        before: the cost of earlier stretches of the run.
+    """
+
+    def __init__(self, rank: Rank, before: Cost) -> None:
+        self._rank, self._before = rank, before
+        self.tokens = 0  # of this process
+        self._began = self._lap_began = time.perf_counter()
+        if rank.device.type == "cuda":  # memory that an earlier run of this process has used does not count
+            torch.cuda.reset_peak_memory_stats(rank.device)
+        else:
+            with contextlib.suppress(OSError):  # no Linux, or a system that does not let us
+                Path("/proc/self/clear_refs").write_text("5")
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what is done meanwhile."""
+        at = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - at
+        self._began, self._lap_began = self._began + seconds, self._lap_began + seconds
+
+    def lap(self) -> float:
+        """Return the seconds since this was last asked."""
+        began, self._lap_began = self._lap_began, time.perf_counter()
+        return self._lap_began - began
+
+    def cost(self) -> Cost:
+        """Return the cost up to now. Every process calls it."""
+        seconds = time.perf_counter() - self._began
+        peaks, tokens = zip(*self._rank.gathered([(_peak_memory(self._rank.device), self.tokens)]), strict=True)
+        now = Cost(seconds=seconds, tokens=sum(tokens), peak_memory_gib=max(peaks) / 2**30)
+        return replace(self._before + now, processes=self._rank.world)
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Return the bytes since the meter began; where a CPU's system cannot forget, since the process did."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

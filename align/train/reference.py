@@ -11,20 +11,19 @@ was killed goes on.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-import datasets
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from align.choices import Layout
-from align.data.pairs import as_group
-from align.engine import collate, evaluating, response_statistics
-from align.engine.batching import FORWARD_ONLY, Lengths, deal, fed_tokens
+from align.engine import evaluating, response_statistics
+from align.engine.batching import fed_tokens
 from align.files import Shards, fingerprint, say_made
 from align.launch.rank import Rank
+from align.train.job import PairBatch, PairData
 
 _SHARD_PAIRS = 256  # what a killed pass loses at most
 _VERSION = 3  # of what a shard holds and in what order: raise it when that changes
@@ -33,14 +32,11 @@ _VERSION = 3  # of what a shard holds and in what order: raise it when that chan
 def reference_logps(
     policy: PreTrainedModel,
     weights: str,
-    pairs: datasets.Dataset,
+    data: PairData,
     pairs_fingerprint: str,
-    lengths: Sequence[Lengths],
     rank: Rank,
     *,
-    layout: Layout,
     budget: int,
-    pad_token_id: int,
     cache: Path,
     name: str,
     between: Callable[[], None] = lambda: None,
@@ -50,11 +46,13 @@ def reference_logps(
     Collective: every process of the run calls it. Raises `UserError` if the cache cannot be written.
 
     Args:
-        policy: `engine.attach`ed in `layout`, at step 0, wrapped as in training; `weights` tells it from others.
-        lengths: `(prompt, chosen, rejected)` tokens of each pair; `budget` is a training micro-batch's.
+        policy: `engine.attach`ed in the layout of `data`, at step 0, wrapped as in training; `weights` tells it from
+            others.
+        budget: tokens of a training micro-batch.
         name: of the split, for the progress bar and the file.
         between: called by every process before each shard; it may raise to stop.
     """
+    lengths, count = data.lengths, len(data.pairs)
     inputs = {
         "version": _VERSION,
         "pairs_per_shard": _SHARD_PAIRS,
@@ -62,52 +60,32 @@ def reference_logps(
         "pairs": pairs_fingerprint,
         "split": name,
         "numerics": rank.numerics,
-        "layout": layout.name,
+        "layout": data.layout.name,
     }
-    by_length = sorted(range(len(pairs)), key=lambda i: (-fed_tokens([lengths[i]], Layout.shared), i))
-    chunks = [by_length[at : at + _SHARD_PAIRS] for at in range(0, len(pairs), _SHARD_PAIRS)]
+    by_length = sorted(range(count), key=lambda i: (-fed_tokens([lengths[i]], Layout.shared), i))
+    chunks = [by_length[at : at + _SHARD_PAIRS] for at in range(0, count, _SHARD_PAIRS)]
     shards = Shards(
         folder=cache / "reference" / fingerprint(inputs),
         what="reference log-probabilities",
         count=len(chunks),
-        rows=len(pairs),
+        rows=count,
         remedy="; set cache_dir= or ALIGN_CACHE",
     )
+
+    def logps_of(batch: PairBatch) -> Tensor:
+        return response_statistics(policy, batch.responses, ())["logp"].view(-1, 2)
+
     rank.from_first(lambda: shards.begin(inputs))
     began, made = time.perf_counter(), 0
     for number in shards.claim(f"reference log-probabilities, {name}" if rank.is_first else "", rank.from_first):
         between()
-        logps = _compute(policy, pairs, chunks[number], lengths, rank, layout, budget, pad_token_id)
+        with evaluating(policy), rank.autocast():
+            logps = data.column(chunks[number], logps_of, budget, rank)
         made += len(logps)
         if rank.is_first:
             shards.write(number, [{"chosen": chosen, "rejected": rejected} for chosen, rejected in logps.tolist()])
     if made and rank.is_first:
         say_made(f"reference log-probabilities of {made:,} {name} pairs", began, shards.folder)
-    column = torch.empty(len(pairs), 2)
+    column = torch.empty(count, 2)
     column[by_length] = rank.from_first(lambda: torch.tensor(shards.read(lambda row: (row["chosen"], row["rejected"]))))
     return column
-
-
-def _compute(
-    policy: PreTrainedModel,
-    pairs: datasets.Dataset,
-    chunk: Sequence[int],
-    lengths: Sequence[Lengths],
-    rank: Rank,
-    layout: Layout,
-    budget: int,
-    pad_token_id: int,
-) -> Tensor:
-    """Return `[len(chunk), 2]` for the pairs whose numbers are in `chunk`, by all processes in step."""
-    logps = torch.zeros(len(chunk), 2, device=rank.device)
-    row = {pair: at for at, pair in enumerate(chunk)}
-    with evaluating(policy), rank.autocast():
-        for some in deal(chunk, lengths, rank.world, layout, FORWARD_ONLY * budget)[rank.number]:
-            groups = [as_group(pair) for pair in pairs.select(list(some.pairs)).to_list()]
-            batch = collate(groups, layout, pad_token_id).to(rank.device)
-            values = response_statistics(policy, batch, ())["logp"].view(-1, 2)
-            counted = [at for at, counts in enumerate(some.counted) if counts]
-            logps[[row[some.pairs[at]] for at in counted]] = values[counted]
-    if rank.world > 1:
-        torch.distributed.all_reduce(logps)
-    return logps.cpu()

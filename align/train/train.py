@@ -25,7 +25,7 @@ from transformers.trainer_utils import align_special_tokens
 from align import engine
 from align.choices import Layout, Strategy
 from align.data.pairs import as_group, pair_lengths
-from align.engine.batching import CPU_TOKENS, StepSampler
+from align.engine.batching import StepSampler
 from align.files import whole, write_json, write_text
 from align.launch import strategy
 from align.launch.rank import Rank, StopRequest, free, heeding_signals, join, leave
@@ -33,13 +33,11 @@ from align.model.load import load_policy, policy_fingerprint
 from align.say import Stopped, UserError, say
 from align.tracking.trackers import Tracker
 from align.train import memory, reference
-from align.train.batches import PairData
 from align.train.checkpoint import COST, last_checkpoint, load_checkpoint, save_checkpoint, save_policy, step_of
-from align.train.cost import Cost, Meter
-from align.train.job import Job, build_objective
+from align.train.job import Job, PairData, build_objective
 from align.train.loop import Loop, check_step_zero, evaluate
-from align.train.memory import micro_batch_that_fits, token_budget
-from align.train.metrics import Report, Tally
+from align.train.memory import longest_pair, micro_batch_that_fits, token_budget
+from align.train.metrics import Cost, Meter, Report, Tally
 from align.train.sentinel import sentinel_of
 from objectives import Objective
 
@@ -59,7 +57,10 @@ def train(job: Job, tracker: Tracker) -> None:
         rank, knobs, checkpoints = join(job.cluster), job.cfg.train, job.dir / "checkpoints"
         checkpoint = common_checkpoint(job, rank)
         loop, splits = prepare(job, rank)
-        sampler = step_sampler(job, loop, splits["train"])
+        pairs, held_out = splits["train"], splits["held_out"]
+        sampler = StepSampler(
+            pairs.lengths, pairs.layout, knobs.pairs_per_step, rank.world, rank.number, loop.budget, job.cfg.seed
+        )
         report = Report(job.dir / "metrics.jsonl", tracker, rank, job.steps, checkpoint, step_of(checkpoint))
         at_the_end.callback(report.close)
         with heeding_signals() as request:
@@ -67,10 +68,10 @@ def train(job: Job, tracker: Tracker) -> None:
             watch = sentinel_of(job, loop.accelerator.unwrap_model(loop.model), start["eval/mean_logp/chosen"], rank)
             meter = Meter(rank, Cost(**json.loads((checkpoint / COST).read_text())) if checkpoint else Cost())
             for share in itertools.islice(sampler.after(loop.done), job.steps - loop.done):
-                batches = [splits["train"].batch(some, rank.device) for some in share]
+                batches = [pairs.batch(some, rank.device) for some in share]
                 update = loop.step(batches)
                 meter.tokens += sum(batch.responses.fed_tokens for batch in batches)
-                stops, last = asked_to_stop(request, rank), loop.done == job.steps
+                stops, last = not rank.least(int(not request.came)), loop.done == job.steps
                 if stops or loop.done % knobs.log_every_steps == 0:
                     metrics = step_metrics(loop, meter, update, len(sampler))
                     with meter.paused():
@@ -79,13 +80,13 @@ def train(job: Job, tracker: Tracker) -> None:
                     watch.check(loop.done, metrics)
                 if knobs.eval_every_steps and loop.done % knobs.eval_every_steps == 0 and not last:
                     with meter.paused():
-                        report(loop.done, evaluate(loop, splits["held_out"])[0])
+                        report(loop.done, evaluate(loop, held_out)[0])
                 if stops or last or loop.done % knobs.save_every_steps == 0:
                     save_checkpoint(loop, checkpoints, meter.cost(), knobs.keep_checkpoints)
                 if stops and not last:
                     raise Stopped(f"at step {loop.done} of {job.steps}, with a checkpoint", request.time_is_up)
         cost = meter.cost()
-        trained, of_pairs = evaluate(loop, splits["held_out"])
+        trained, of_pairs = evaluate(loop, held_out)
         report(loop.done, trained)
         sides = {"start": start, "trained": trained}
         figures = {side: {k.removeprefix("eval/"): v for k, v in metrics.items()} for side, metrics in sides.items()}
@@ -105,11 +106,6 @@ def common_checkpoint(job: Job, rank: Rank) -> Path | None:
     if not rank.least(int(known.exists())):
         raise UserError(f"run_dir: some processes do not see {known}; all nodes must share the folder of the run")
     return checkpoint
-
-
-def asked_to_stop(request: StopRequest, rank: Rank) -> bool:
-    """Return the same on all processes: they stop after the same step, or none does."""
-    return not rank.least(int(not request.came))
 
 
 # Before the steps ----------------------------------------------------------------------------------------------------
@@ -174,17 +170,14 @@ def settle(job: Job, policy: PreTrainedModel, rank: Rank) -> tuple[Layout, str, 
 
 def tokens_per_micro_batch(job: Job, policy: PreTrainedModel, objective: Objective, layout: Layout, rank: Rank) -> int:
     """Return the setting, or what fits every process's device."""
-    wanted = job.cfg.engine.tokens_per_micro_batch
-    if isinstance(wanted, int):
-        return wanted
-    if rank.device.type == "cpu":
-        return CPU_TOKENS
-    if rank.sharded or rank.strategy is Strategy.zero2:
-        fits = micro_batch_that_fits(job.cfg, job.start, job.pairs, job.cluster)
-    else:
-        lengths = pair_lengths(job.pairs.train)
+    pairs = job.pairs.train
+    fits = micro_batch_that_fits(job.cfg, job.start, job.cluster, longest_pair(job.cfg, job.pairs))
+    if isinstance(job.cfg.engine.tokens_per_micro_batch, int) or rank.device.type == "cpu":
+        return fits
+    if not rank.sharded and rank.strategy is not Strategy.zero2:
+        lengths = pair_lengths(pairs)
         longest = sorted(range(len(lengths)), key=lambda i: -sum(lengths[i]))[:8]
-        groups = [as_group(job.pairs.train[i]) for i in longest]
+        groups = [as_group(pairs[i]) for i in longest]
         needs = sorted(objective.needs & engine.COMPUTED - {"logp", "length"})
         need = memory.need(memory.setup(job.cfg, job.start, job.cluster), rank.strategy, 1)
         fits = token_budget(policy, groups, layout, needs, rank, later=need.optimizer + need.buckets)
@@ -193,25 +186,12 @@ def tokens_per_micro_batch(job: Job, policy: PreTrainedModel, objective: Objecti
     return fits
 
 
-def step_sampler(job: Job, loop: Loop, pairs: PairData) -> StepSampler:
-    """Return the sampler of this rank's micro-batches."""
-    return StepSampler(
-        pairs.lengths,
-        pairs.layout,
-        pairs_per_step=job.cfg.train.pairs_per_step,
-        world=loop.rank.world,
-        rank=loop.rank.number,
-        budget=loop.budget,
-        seed=job.cfg.seed,
-    )
-
-
 def begin(job: Job, loop: Loop, splits: dict[str, PairData], report: Report, request: StopRequest) -> dict[str, float]:
     """Make the reference column, check step zero, and return the start policy's figures."""
     rank = loop.rank
 
     def between_shards() -> None:
-        if asked_to_stop(request, rank):
+        if not rank.least(int(not request.came)):  # all processes stop, or none does
             raise Stopped("before the first step", request.time_is_up)
 
     # Held-out pairs always get the column: they are few, and what is comparable across objectives needs it.
@@ -221,13 +201,10 @@ def begin(job: Job, loop: Loop, splits: dict[str, PairData], report: Report, req
         split.ref_logp = reference.reference_logps(
             loop.model,
             policy_fingerprint(job.cfg.model, job.start, job.cfg.seed),
-            split.pairs,
+            split,
             job.pairs.fingerprint,
-            split.lengths,
             rank,
-            layout=split.layout,
             budget=loop.budget,
-            pad_token_id=split.pad_token_id,
             cache=Path(job.cfg.cache_dir).expanduser(),
             name=name,
             between=between_shards,

@@ -1,6 +1,7 @@
 """Batches worked by hand, which layout a model is fed in, and how much at once."""
 
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor
 
 from align import engine
 from align.choices import Layout
+from align.config import EngineConfig
 from align.engine.batching import CPU_TOKENS, fed_tokens
-from align.launch.rank import Rank
+from align.launch.rank import Cluster
 from align.say import UserError
-from align.train.memory import fitting_tokens, token_budget
+from align.train.memory import fitting_tokens, micro_batch_that_fits
 
 # Two pairs: prompts [2, 5] and [2, 6, 7]; the last token of a response is not fed, 40 is a response by itself.
 GROUPS = [([2, 5], [[20, 21, 22], [30, 31]]), ([2, 6, 7], [[40], [50, 51, 52]])]
@@ -207,6 +209,7 @@ def test_the_tokens_that_fit_lie_on_a_line_through_the_probes(peaks, free, token
     assert fitting_tokens(peaks, free) == tokens
 
 
-def test_a_cpu_has_a_fixed_budget_and_runs_no_probe():
-    rank = Rank(device=torch.device("cpu"), bf16=False, number=0, world=1)
-    assert token_budget(None, [], Layout.shared, (), rank, later=0) == CPU_TOKENS
+def test_a_cpu_has_a_fixed_budget_and_a_typed_one_is_taken_as_it_is():
+    for wanted, tokens in (("auto", CPU_TOKENS), (96, 96)):
+        cfg = SimpleNamespace(engine=EngineConfig(tokens_per_micro_batch=wanted))
+        assert micro_batch_that_fits(cfg, None, Cluster(device="cpu"), longest=10**6) == tokens

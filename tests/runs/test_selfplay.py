@@ -487,7 +487,7 @@ score       program:vowels:count: 24 responses, up to 456 tokens an iteration
 train       at most 2 steps of 4 pairs an iteration
 compare     3 held-out prompts, 2 responses of each policy, up to 36 tokens an iteration
 processes   1 on cpu, single, fp32
-memory      0.00 GiB a process: little of each (0.1M weights)
+memory      0.04 GiB a process: little of each (0.1M weights)
 """
 
 

@@ -24,8 +24,10 @@ from align.files import Shards
 from align.launch.rank import Rank
 from align.say import UserError
 from align.train import reference
+from align.train.job import PairData
 
 PAIRS, OF_A_SHARD = 22, 4  # six shards, the last of two pairs
+REST = {"row_id": "", "cut_tokens": 0, "cut_prompt_tokens": 0, "chosen_win_prob": 1.0, "rejected_win_prob": 0.0}
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +40,7 @@ def made_pairs():
     groups = [group(3 + 7 * i % 19, 1 + 5 * i % 11, 1 + 3 * i % 13) for i in range(PAIRS)]
     return datasets.Dataset.from_list(
         [
-            {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+            {**REST, "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
             for prompt, (chosen, rejected) in groups
         ]
     )
@@ -49,17 +51,13 @@ def logps(cache: Path, *, policy=None, layout=Layout.shared, number=0, world=1, 
     if policy is None:
         policy = tiny("llama")
     engine.attach(policy, layout)
-    pairs = made_pairs()
     values = {
         "policy": policy,
         "weights": "of-the-policy",
-        "pairs": pairs,
+        "data": PairData(made_pairs(), layout, pad_token_id=0),
         "pairs_fingerprint": "of-the-pairs",
-        "lengths": pair_lengths(pairs),
         "rank": Rank(device=torch.device("cpu"), bf16=False, number=number, world=world),
-        "layout": layout,
         "budget": 30,  # times four: some pairs in a forward, seldom all of a shard
-        "pad_token_id": 0,
         "cache": cache,
         "name": "train",
     }

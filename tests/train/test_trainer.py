@@ -16,7 +16,7 @@ from conftest import ROOT, pair_row, quick, save_tiny, write_jsonl
 from safetensors.torch import load_file
 
 from align.engine.batching import StepSampler, deal
-from align.train import loop, reference
+from align.train import job, reference
 from align.train import train as train_module
 from align.train.checkpoint import last_checkpoint
 from align.train.loop import Loop
@@ -97,8 +97,7 @@ def test_pairs_that_only_fill_a_step_up_weigh_nothing(align, monkeypatch, tmp_pa
             yield [micro for share in shares for micro in share]
 
     monkeypatch.setattr(StepSampler, "epoch", steps_of_all_ranks)
-    for module in (loop, reference):
-        monkeypatch.setattr(module, "deal", of_all_ranks)
+    monkeypatch.setattr(job, "deal", of_all_ranks)
     monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))  # a reference column of its own
     filled = first_gradients(align, monkeypatch, tmp_path / "filled", tiny_gemma2, train_file, *words)
 
