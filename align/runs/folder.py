@@ -132,9 +132,6 @@ class Iteration:
         return self.folder / ("summary.json" if self.run.is_selfplay else "results.json")
 
 
-# The folder ----------------------------------------------------------------------------------------------------------
-
-
 def link_to_group(run: Run) -> Path | None:
     """Link the run into the folder of its group, and return the link; None for a run without a group."""
     if run.cfg.tracker.group is None or not is_first():

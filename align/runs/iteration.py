@@ -144,25 +144,29 @@ def evaluate(iteration: Iteration, job: Job, before: Policy, counts: Mapping[str
     results = training | {side: training[side] | metrics for side, metrics in sides.items()}
     text = card.model_card(job.cfg, config.plain(job.cfg), job.start, job.pairs, results)
     write_text(iteration.policy / "README.md", text)
-    if not run.is_selfplay:
-        write_json(iteration.summary, results)
-        return results
-    shared = {name: training["trained"][name] for name in ("accuracy/mean_logp", "rewards/accuracies")}
-    made = {"iteration": iteration.number, "steps": job.steps, "data": counts, **sides["trained"], **shared}
-    made["start"] = sides["start"]
-    write_json(iteration.summary, made)
-    print(figures.line(made), flush=True)
-    _tidy(iteration)
-    return made
+    if run.is_selfplay:
+        shared = {name: training["trained"][name] for name in ("accuracy/mean_logp", "rewards/accuracies")}
+        named = {"iteration": iteration.number, "steps": job.steps, "data": counts}
+        results = {**named, **sides["trained"], **shared, "start": sides["start"]}
+    write_json(iteration.summary, results)
+    if run.is_selfplay:
+        _end(iteration, results)
+    return results
 
 
 def complete(iteration: Iteration, rank: Rank) -> dict[str, Any]:
     """Return the figures of an iteration that was complete before."""
     made: dict[str, Any] = json.loads(iteration.summary.read_text())
     if rank.is_first:
-        print(f"is complete: {iteration.folder}\n{figures.line(made)}", flush=True)
-        _tidy(iteration)
+        print(f"is complete: {iteration.folder}", flush=True)
+        _end(iteration, made)
     return made
+
+
+def _end(iteration: Iteration, made: Mapping[str, Any]) -> None:
+    """Print the figures, and remove the checkpoints of an iteration, which are several times the policy's size."""
+    print(figures.line(made), flush=True)
+    shutil.rmtree(iteration.folder / "checkpoints", ignore_errors=True)
 
 
 def results_of(run: Run, made: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -196,8 +200,3 @@ def _asked(run: Run) -> list[PromptRow]:
     if isinstance(run.source, Prompts):
         return [replace(prompt, candidates=()) for prompt in run.source.held_out[:limit]]
     return judging.prompts_of_pairs(run.source, limit)
-
-
-def _tidy(iteration: Iteration) -> None:
-    """Remove the checkpoints of a complete iteration of self-play, which are several times the policy's size."""
-    shutil.rmtree(iteration.folder / "checkpoints", ignore_errors=True)

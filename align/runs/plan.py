@@ -8,7 +8,7 @@ import torch
 from align.choices import Layout, Strategy
 from align.config import RunConfig
 from align.data.pairs import Pairs, pair_lengths, token_counts
-from align.data.prompts import Prompts
+from align.data.prompts import Prompts, prompts_of
 from align.engine.batching import StepSampler, fed_tokens
 from align.launch.rank import Cluster
 from align.model.load import Start
@@ -55,20 +55,15 @@ def describe_selfplay(
     cfg: RunConfig,
     start: Start,
     prompts: Prompts,
-    of_iteration: int,
     scorer: Identity,
     objective: Objective,
     cluster: Cluster,
     longest: int,
 ) -> str:
-    """Return the plan of self-play.
-
-    Args:
-        of_iteration: how many of the training prompts an iteration asks.
-        longest: tokens of the longest pair that can come out.
-    """
+    """Return the plan of self-play; `longest` is the tokens of the longest pair that can come out."""
     sampling, evaluation = cfg.sampling, cfg.evaluation
     held_out, mean_prompt = len(prompts.held_out), fmean(prompts.tokens.values())
+    of_iteration = asked_by(cfg, prompts)
     asked = of_iteration + held_out
     plain = sum(isinstance(prompt.text, str) for prompt in prompts.all) if start.tokenizer.chat_template else 0
     responses, longest_response = asked * sampling.samples, sampling.max_new_tokens
@@ -95,6 +90,11 @@ def describe_selfplay(
         *_memory(cfg, start, cluster, longest),
     ]
     return "\n".join(lines)
+
+
+def asked_by(cfg: RunConfig, prompts: Prompts) -> int:
+    """Return the number of training prompts of the last iteration, whose share is the smallest."""
+    return len(prompts_of(cfg, prompts, cfg.iterations)) - len(prompts.held_out)
 
 
 def _subject(cfg: RunConfig, start: Start, objective: Objective) -> tuple[str, str]:

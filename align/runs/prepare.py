@@ -11,7 +11,7 @@ from align import config, metrics
 from align.choices import Launcher, Precision, Source, Strategy
 from align.config import RunConfig, ScorerConfig
 from align.data.pairs import Pairs, check_bos, prepare_pairs
-from align.data.prompts import Prompts, load_prompts, prompts_of
+from align.data.prompts import Prompts, load_prompts
 from align.evaluation import judging
 from align.files import fingerprint
 from align.launch import slurm, strategy
@@ -50,7 +50,7 @@ def prepare(cfg: RunConfig) -> Run:
     folder = Path(cfg.run_dir or f"runs/{names}-{fingerprint(identity)[:6]}").expanduser()
     if isinstance(source, Prompts):
         assert who is not None
-        text = plan.describe_selfplay(cfg, start, source, _asked(cfg, source), who, objective, cluster, longest)
+        text = plan.describe_selfplay(cfg, start, source, who, objective, cluster, longest)
         folder = folder.resolve()  # as the trainings of the iterations remember where their policies and pairs are
     else:
         text = plan.describe(cfg, start, source, objective, cluster)
@@ -69,7 +69,7 @@ def _pairs(cfg: RunConfig, objective: Objective, start: Start, cluster: Cluster)
 def _prompts(cfg: RunConfig, objective: Objective, start: Start, cluster: Cluster) -> tuple[Pairs | Prompts, int]:
     """Return the prompts of self-play, checked, and the tokens of the longest pair that can come of them."""
     prompts = load_prompts(cfg, start, Path(cfg.cache_dir).expanduser())
-    asked = _asked(cfg, prompts)
+    asked = plan.asked_by(cfg, prompts)
     if asked < cfg.train.pairs_per_step:
         shared = f" shared out over {cfg.iterations} iterations (source.split_prompts),"
         raise UserError(
@@ -79,11 +79,6 @@ def _prompts(cfg: RunConfig, objective: Objective, start: Start, cluster: Cluste
         )
     check_batch(cfg, asked, cluster.world)
     return prompts, max(prompts.tokens.values()) + 2 * min(cfg.sampling.max_new_tokens, cfg.train.max_length)
-
-
-def _asked(cfg: RunConfig, prompts: Prompts) -> int:
-    """Return the number of training prompts of the last iteration, whose share is the smallest."""
-    return len(prompts_of(cfg, prompts, cfg.iterations)) - len(prompts.held_out)
 
 
 def _check_machine(cfg: RunConfig, start: Start, cluster: Cluster, longest: int) -> None:

@@ -80,9 +80,6 @@ def build_objective(cfg: RunConfig) -> Objective:
         raise UserError(str(error)) from error
 
 
-# Pairs as tensors -----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PairBatch:
     """A micro-batch of b pairs, on its device."""

@@ -13,14 +13,15 @@ from dataclasses import dataclass, fields, replace
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from align.choices import Layout, Strategy
+from align.choices import Strategy
 from align.config import ModelConfig, RunConfig
-from align.data.pairs import Pairs, pair_lengths
-from align.engine import Group, collate, response_statistics
+from align.data.pairs import Pairs, as_group, pair_lengths
+from align.engine import collate, response_statistics
 from align.engine.batching import CPU_TOKENS, fed_tokens
 from align.launch.rank import Cluster, Rank
 from align.model.load import Start
 from align.say import UserError, unknown_key
+from align.train.job import PairData
 
 GIB = 2**30
 USABLE = 0.85  # of a device's memory: the rest is CUDA's, NCCL's, and gaps between allocations
@@ -70,10 +71,6 @@ class Setup:
     world: int = 1
     offload: bool = False
 
-    def share(self, size: int) -> int:
-        """Return the part of one process; that of the last may be smaller."""
-        return -(-size // self.world)
-
     @property
     def state(self) -> int:
         """Bytes of optimizer state for all trained weights; for an unknown optimizer those of Adam."""
@@ -108,7 +105,11 @@ def need(setup: Setup, strategy: Strategy, tokens: int) -> Need:
 
     docs/memory.md derives each entry of the table.
     """
-    shape, p, t, s, d = setup.shape, setup.shape.parameters, setup.trained, setup.state, setup.share
+    shape, p, t, s = setup.shape, setup.shape.parameters, setup.trained, setup.state
+
+    def d(size: int) -> int:  # the part of one process; that of the last may be smaller
+        return -(-size // setup.world)
+
     c = 2 if setup.bf16 else 4  # bytes of a weight in the computation of a layer
     layer, head = min(t, shape.layer), min(t, shape.head)  # trained weights of a layer, of the head
     casts = p if t == p or not setup.checkpointing else shape.layer + shape.head
@@ -221,33 +222,33 @@ def micro_batch_that_fits(cfg: RunConfig, start: Start, cluster: Cluster, longes
     return max(longest, min(ENOUGH_TOKENS, fitting))
 
 
-def token_budget(
-    policy: PreTrainedModel, groups: Sequence[Group], layout: Layout, statistics: Sequence[str], rank: Rank, later: int
-) -> int:
-    """Measure the tokens of a micro-batch for a policy that is `attach`ed in `layout` and on its GPU.
+def token_budget(policy: PreTrainedModel, data: PairData, statistics: Sequence[str], rank: Rank, later: int) -> int:
+    """Measure the tokens of a micro-batch for a policy that is `attach`ed in the layout of `data` and on its GPU.
 
     Two micro-batches of different sizes run forward and backward; the difference of their peaks is the cost of a token.
     Not for sharded weights: a policy that is not wrapped yet does not gather any.
 
     Args:
-        groups: groups of the data, the longest first; repeated if they are fewer than some thousand tokens.
+        data: pairs, of which the longest are fed, repeated if they are fewer than some thousand tokens.
         statistics: those that the objective needs.
         later: bytes of training that are not there yet in a forward and backward: optimizer state, buckets.
 
     Raises:
-        UserError: the longest group does not fit.
+        UserError: the longest pair does not fit.
     """
+    lengths = data.lengths
+    longest = sorted(range(len(lengths)), key=lambda i: -sum(lengths[i]))[:8]
     policy.train()
     peaks: list[tuple[int, int]] = []
     for tokens in _PROBES:
-        some = [groups[0]]
-        while sum(len(p) + sum(map(len, rs)) for p, rs in some) < tokens:
-            some.append(groups[len(some) % len(groups)])
+        some = [longest[0]]
+        while sum(sum(lengths[i]) for i in some) < tokens:
+            some.append(longest[len(some) % len(longest)])
         torch.cuda.reset_peak_memory_stats(rank.device)
         before = torch.cuda.memory_allocated(rank.device)
         try:
             with rank.autocast():
-                batch = collate(some, layout, pad_token_id=0).to(rank.device)
+                batch = collate([as_group(data.pairs[i]) for i in some], data.layout, pad_token_id=0).to(rank.device)
                 response_statistics(policy, batch, statistics)["logp"].sum().backward()
         except torch.cuda.OutOfMemoryError as error:
             if peaks:

@@ -36,7 +36,7 @@ class Report:
         self, file: Path, tracker: Tracker, rank: Rank, steps: int, checkpoint: Path | None, done: int
     ) -> None:
         self._file, self._tracker, self._rank = file, tracker, rank
-        self._bar = tqdm(
+        self.bar = tqdm(
             total=steps, initial=done, desc="training", unit="step", disable=None if rank.is_first else True
         )
         if rank.is_first:
@@ -50,13 +50,9 @@ class Report:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._tracker.log(step, metrics)
         if "train/loss" in metrics:
-            self._bar.update(step - self._bar.n)
+            self.bar.update(step - self.bar.n)
             told = {"loss": metrics["train/loss"], "accuracy": metrics["train/rewards/accuracies"]}
-            self._bar.set_postfix({name: f"{value:.3f}" for name, value in told.items()})
-
-    def close(self) -> None:
-        """Leave the progress bar as it stands."""
-        self._bar.close()
+            self.bar.set_postfix({name: f"{value:.3f}" for name, value in told.items()})
 
 
 class Tally:
@@ -125,9 +121,6 @@ def pair_metrics(result: PairLoss, statistics: Mapping[str, Tensor], truncated: 
     metrics["entropy"] = (statistics["entropy"] / statistics["length"]).mean(1)
     metrics["truncated"] = truncated
     return {name: values.detach() for name, values in metrics.items()}
-
-
-# Cost ----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from transformers.trainer_utils import align_special_tokens
 
 from align import engine
 from align.choices import Layout, Strategy
-from align.data.pairs import as_group, pair_lengths
+from align.data.pairs import as_group
 from align.engine.batching import StepSampler
 from align.files import whole, write_json, write_text
 from align.launch import strategy
@@ -62,7 +62,7 @@ def train(job: Job, tracker: Tracker) -> None:
             pairs.lengths, pairs.layout, knobs.pairs_per_step, rank.world, rank.number, loop.budget, job.cfg.seed
         )
         report = Report(job.dir / "metrics.jsonl", tracker, rank, job.steps, checkpoint, step_of(checkpoint))
-        at_the_end.callback(report.close)
+        at_the_end.callback(report.bar.close)
         with heeding_signals() as request:
             start = resume(job, loop, splits, checkpoint) if checkpoint else begin(job, loop, splits, report, request)
             watch = sentinel_of(job, loop.accelerator.unwrap_model(loop.model), start["eval/mean_logp/chosen"], rank)
@@ -115,12 +115,12 @@ def prepare(job: Job, rank: Rank) -> tuple[Loop, dict[str, PairData]]:
     """Return the loop at step 0, and the pairs of both splits."""
     cfg, objective, tokenizer = job.cfg, build_objective(job.cfg), job.start.tokenizer
     policy, layout, accelerator = build_policy(job, rank)
-    budget = tokens_per_micro_batch(job, policy, objective, layout, rank)
+    splits = {"train": job.pairs.train, "held_out": job.pairs.held_out}
+    data = {name: PairData(pairs, layout, tokenizer.pad_token_id) for name, pairs in splits.items()}
+    budget = tokens_per_micro_batch(job, policy, objective, data["train"], rank)
     align_special_tokens(policy, tokenizer)  # as they are saved with it
     set_seed(cfg.seed)
-    loop = Loop(policy, objective, cfg.optimizer, job.steps, budget, accelerator, rank)
-    splits = {"train": job.pairs.train, "held_out": job.pairs.held_out}
-    return loop, {name: PairData(pairs, layout, tokenizer.pad_token_id) for name, pairs in splits.items()}
+    return Loop(policy, objective, cfg.optimizer, job.steps, budget, accelerator, rank), data
 
 
 def build_policy(job: Job, rank: Rank) -> tuple[PreTrainedModel, Layout, Accelerator]:
@@ -168,19 +168,15 @@ def settle(job: Job, policy: PreTrainedModel, rank: Rank) -> tuple[Layout, str, 
         return engine.settle(policy, groups, job.cfg.engine.layout, job.cfg.model.attn_implementation)
 
 
-def tokens_per_micro_batch(job: Job, policy: PreTrainedModel, objective: Objective, layout: Layout, rank: Rank) -> int:
+def tokens_per_micro_batch(job: Job, policy: PreTrainedModel, objective: Objective, data: PairData, rank: Rank) -> int:
     """Return the setting, or what fits every process's device."""
-    pairs = job.pairs.train
     fits = micro_batch_that_fits(job.cfg, job.start, job.cluster, longest_pair(job.cfg, job.pairs))
     if isinstance(job.cfg.engine.tokens_per_micro_batch, int) or rank.device.type == "cpu":
         return fits
     if not rank.sharded and rank.strategy is not Strategy.zero2:
-        lengths = pair_lengths(pairs)
-        longest = sorted(range(len(lengths)), key=lambda i: -sum(lengths[i]))[:8]
-        groups = [as_group(pairs[i]) for i in longest]
         needs = sorted(objective.needs & engine.COMPUTED - {"logp", "length"})
         need = memory.need(memory.setup(job.cfg, job.start, job.cluster), rank.strategy, 1)
-        fits = token_budget(policy, groups, layout, needs, rank, later=need.optimizer + need.buckets)
+        fits = token_budget(policy, data, needs, rank, later=need.optimizer + need.buckets)
     fits = rank.least(fits)
     say(f"engine.tokens_per_micro_batch={fits}, by free memory")
     return fits
