@@ -203,7 +203,7 @@ def _difficulties(
 def _outputs(evaluation: Evaluation[AlpacaEvalConfig]) -> list[Row]:
     """Return the answers in AlpacaEval's format."""
     suite, generator = evaluation.suite, evaluation.run.name
-    said = base.answers(evaluation, _texts(suite))
+    said = base.answers(evaluation)
     return [
         {
             "dataset": row.get("dataset", ""),
@@ -241,7 +241,7 @@ def _annotations(evaluation: Evaluation[AlpacaEvalConfig], outputs: Sequence[Row
 
 def _both(evaluation: Evaluation[AlpacaEvalConfig], reference: Mapping[str, Row]) -> list[ResponseRow]:
     """Return both answers to each instruction, for a scorer: one that compares sees them in both orders."""
-    ours = base.answers(evaluation, _texts(evaluation.suite))
+    ours = base.answers(evaluation)
     theirs = [replace(row, response=reference[text]["output"], response_ids=[]) for text, row in ours.items()]
     return side_by_side({OURS: list(ours.values()), THEIRS: theirs}, 1)
 

@@ -48,7 +48,7 @@ def measure(evaluation: Evaluation[ArenaHardConfig]) -> tuple[dict[str, float], 
     """Write the answers; count the judgments, where there are some."""
     suite, name = evaluation.suite, evaluation.run.name
     asked = _questions(suite)
-    said = {text: row.response for text, row in answers(evaluation, [text for _, text in asked]).items()}
+    said = {text: row.response for text, row in answers(evaluation).items()}
     file = evaluation.folder / "model_answer" / f"{name}.jsonl"
     file.parent.mkdir(exist_ok=True)
     rows = [json.dumps(_answer(question, said[text], name), ensure_ascii=False) for question, text in asked]

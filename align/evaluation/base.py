@@ -32,6 +32,7 @@ from align.launch.rank import Cluster, Rank
 from align.model.load import Policy, start_model, trained_from
 from align.onpolicy.sample import ResponseRow, read_samples
 from align.onpolicy.scorers import registry
+from align.onpolicy.scorers.base import last_turn
 from align.say import UserError
 
 OURS, THEIRS = "policy", "opponent"  # origins of answers
@@ -141,11 +142,10 @@ def ask(evaluation: Evaluation[Any], texts: Sequence[str], rank: Rank) -> None:
     answer(policy, prompts, evaluation.cfg, evaluation.cfg.sampling, rank)
 
 
-def answers(evaluation: Evaluation[Any], texts: Sequence[str]) -> dict[str, ResponseRow]:
+def answers(evaluation: Evaluation[Any]) -> dict[str, ResponseRow]:
     """Return the policy's answer to each question that `ask` has put, without white space at its ends."""
-    by_id = {row.prompt_id: row for row in read_samples(evaluation.folder / "responses")}
-    rows = {text: by_id[fingerprint(text)] for text in texts}
-    return {text: replace(row, response=row.response.strip()) for text, row in rows.items()}
+    rows = read_samples(evaluation.folder / "responses")
+    return {last_turn(row.prompt): replace(row, response=row.response.strip()) for row in rows}
 
 
 def package(name: str, remedy: str) -> Any:
@@ -174,14 +174,6 @@ def existing(key: str, path: str) -> Path:
     return place
 
 
-def check_place(key: str, path: str) -> None:
-    """Raise for a misspelled path: what is not there, and looks more like a file than like owner/name of the hub."""
-    place = Path(path).expanduser()
-    in_a_folder = "/" in path and place.parent.is_dir()
-    if place.suffix in TABLES or path.count("/") > 1 or "\\" in path or in_a_folder:
-        existing(key, path)
-
-
 def read_table(key: str, path: str, columns: Sequence[str]) -> list[dict[str, Any]]:
     """Return the rows of a .json, .jsonl or .parquet file, each of which has these columns."""
     existing(key, path)  # read_rows would look for it on the hub, which has none of these
@@ -195,9 +187,17 @@ def read_table(key: str, path: str, columns: Sequence[str]) -> list[dict[str, An
 
 
 @contextlib.contextmanager
-def in_words_of(suite: str) -> Iterator[None]:
-    """Name the suite's knob, in place of the dataset's that it stands for, in errors of the block."""
+def in_place_of_dataset(key: str, path: str | None) -> Iterator[None]:
+    """Name a knob of the suite, in place of dataset.path for which it stands, in errors of the block.
+
+    A path that is not there and looks more like a file than like owner/name of the hub is misspelled.
+    """
+    if path is not None:
+        place = Path(path).expanduser()
+        in_a_folder = "/" in path and place.parent.is_dir()
+        if place.suffix in TABLES or path.count("/") > 1 or "\\" in path or in_a_folder:
+            existing(key, path)
     try:
         yield
     except UserError as error:
-        raise UserError(str(error).replace("dataset.path", suite).replace("dataset.", "suite.")) from error
+        raise UserError(str(error).replace("dataset.path", key).replace("dataset.", "suite.")) from error

@@ -172,7 +172,6 @@ def _prompts(evaluation: Evaluation[JudgeConfig]) -> list[PromptRow]:
         return judging.prompts_of_pairs(pairs, suite.limit or cfg.evaluation.prompts)
     dataset = cfg.dataset
     if suite.prompts is not None:
-        base.check_place("suite.prompts", suite.prompts)
         start, path = evaluation.policy.start, suite.prompts
         dataset = DatasetConfig(
             name=suite.name, path=path, eval_path=path, wrap_plain=suite.wrap_plain, eval_limit=None
@@ -180,7 +179,7 @@ def _prompts(evaluation: Evaluation[JudgeConfig]) -> list[PromptRow]:
     cfg = replace(
         cfg, dataset=dataset, source=PairSourceConfig(candidates={THEIRS: str(suite.against)} if by_file else {})
     )
-    with base.in_words_of("suite.prompts"):
+    with base.in_place_of_dataset("suite.prompts", suite.prompts):
         asked = load_prompts(cfg, start, evaluation.run.cache, ("held_out",)).held_out
     if by_file:
         asked = [prompt for prompt in asked if prompt.candidates]

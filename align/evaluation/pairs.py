@@ -18,7 +18,7 @@ from align import engine
 from align.config import DatasetConfig
 from align.data.pairs import Pairs, as_group, prepare_pairs, token_counts
 from align.engine.batching import CPU_TOKENS
-from align.evaluation.base import Evaluation, check_place, in_words_of
+from align.evaluation.base import Evaluation, in_place_of_dataset
 from align.evaluation.settings import PairsConfig
 from align.files import whole, writing
 from align.launch.rank import Rank, free
@@ -83,7 +83,6 @@ def _pairs(evaluation: Evaluation[PairsConfig]) -> Pairs:
     suite, cfg, run = evaluation.suite, evaluation.cfg, evaluation.run
     dataset, limit = cfg.dataset, cfg.dataset.eval_limit
     if suite.path is not None:
-        check_place("suite.path", suite.path)
         source = {"path": suite.path, "eval_path": suite.path, "split": suite.split, "eval_split": suite.split}
         shape: dict[str, Any] = {**source, "columns": suite.columns, "wrap_plain": suite.wrap_plain}
         dataset, limit = DatasetConfig(name=suite.name, limit=1, **shape), None
@@ -92,7 +91,7 @@ def _pairs(evaluation: Evaluation[PairsConfig]) -> Pairs:
         dataset, limit = DatasetConfig(name=suite.name, limit=1, path=train, eval_path=held_out), None
     dataset = replace(dataset, eval_limit=suite.limit or limit, group_by=suite.group_by)
     start = run.start().start  # whom the built-in task's pairs come from
-    with in_words_of("suite.path"):
+    with in_place_of_dataset("suite.path", suite.path):
         return prepare_pairs(dataset, cfg.train, cfg.model.system_message, start, evaluation.run.cache)
 
 
