@@ -267,10 +267,8 @@ def _whiskers(rows: Sequence[Whisker], label: str, line: float | None, hollow: S
                 axes.text(0.005, at - 0.25, names[at], **beside)
         if line is not None:
             axes.axvline(line, color=_MUTED, linewidth=1, linestyle=(0, (3, 3)))
-        if above:
-            axes.set_yticks([])
-        else:
-            axes.set_yticks(range(len(rows)), [name for _, name, _ in rows])
+        beside_axis = [] if above else names
+        axes.set_yticks(range(len(beside_axis)), beside_axis)
         axes.tick_params(axis="y", labelcolor=_INK)
         axes.set_ylim(len(rows) - 0.4, -0.9 if above else -0.6)
         axes.grid(axis="y", visible=False)

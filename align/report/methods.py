@@ -87,7 +87,8 @@ def shares(runs: Sequence[Run]) -> tuple[float, float, float] | None:
     """Return (wins, ties, losses) against the start model, the mean over runs; None without a judge."""
     if not all(run.answers for run in runs):
         return None
-    wins, ties = (fmean(fmean(getattr(one, of) for one in run.answers) for run in runs) for of in ("wins", "ties"))
+    ties = fmean(fmean(one.ties for one in run.answers) for run in runs)
+    wins = fmean(fmean(one.win_rate - one.ties / 2 for one in run.answers) for run in runs)
     return wins, ties, 1 - wins - ties
 
 

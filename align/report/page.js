@@ -78,10 +78,10 @@ const showAnswers = () => {
   at("asked").textContent = data.answers.prompts[number];
   const start = chosen.find((run) => run.said[number]);
   at("answers").replaceChildren(
-    ...(start ? [article("start model", start.said[number].start, start.said[number].start_scores, "")] : []),
+    ...(start ? [article("start model", start.said[number].start, start.said[number].scores.start, "")] : []),
     ...chosen.filter((run) => run.said[number]).map((run) => {
       const said = run.said[number];
-      return article(run.label, said.policy, said.policy_scores, `seed ${run.seed}, win rate here ${said.win_rate.toFixed(2)}`);
+      return article(run.label, said.policy, said.scores.policy, `seed ${run.seed}, win rate here ${said.win_rate.toFixed(2)}`);
     }),
   );
 };

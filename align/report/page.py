@@ -34,10 +34,8 @@ def report(words: Sequence[str]) -> Path:
         UserError: anything the user can put right.
     """
     options = dict(word.split("=", 1) for word in words if "=" in word and not Path(word).exists())
-    if unknown := options.keys() - {"out"}:
-        raise UserError(
-            f"unknown option {', '.join(sorted(unknown))}: python -m align report [folder ...] [out=folder]"
-        )
+    if unknown := ", ".join(sorted(options.keys() - {"out"})):
+        raise UserError(f"unknown option {unknown}: python -m align report [folder ...] [out=folder]")
     folders = [Path(word).expanduser() for word in words if "=" not in word or Path(word).exists()] or [Path("runs")]
     made = study(read_runs(folders))
     common = Path(os.path.commonpath([folder.resolve() for folder in folders]))
@@ -56,7 +54,7 @@ def report(words: Sequence[str]) -> Path:
 
 def page(study: Study, made_by: str) -> str:
     """Write report.html; `made_by` says when and by what."""
-    answers, known = _answers(study), study.known
+    known = study.known
     first = study.labels[known[0].dir] if known else ""
     return _written(
         "page.html.j2",
@@ -64,11 +62,10 @@ def page(study: Study, made_by: str) -> str:
         made_by,
         sweeps=[drawn for sweep in study.sweeps if (drawn := charts.of_sweep(study, sweep))],
         matrix=_MATRIX,
-        answers=answers,
         names=[f"{study.name(run)} ({run.name})" for run in known],
         other=next((i for i, run in enumerate(known) if study.labels[run.dir] != first), 1),  # not a seed of the same
         same={key: value for key, value in known[0].config.items() if key not in study.varied} if known else {},
-        data=_data(study, answers),
+        data=_data(study),
         mark=lambda method: charts.key_of(method.number),
         file_beside=lambda name: (_HERE / name).read_text(encoding="utf-8"),
         p_value=p_value,
@@ -98,7 +95,7 @@ def _written(template: str, study: Study, made_by: str, **more: Any) -> str:
     )
 
 
-def _data(study: Study, answers: dict[str, Any]) -> dict[str, Any]:
+def _data(study: Study) -> dict[str, Any]:
     """Return what the script shows."""
     decides = {key for run in study.runs for key in run.identity} | {"iterations"}
     return {
@@ -115,7 +112,7 @@ def _data(study: Study, answers: dict[str, Any]) -> dict[str, Any]:
         "settings": [
             [value_text(run.config[key]) if key in run.config else "–" for key in study.varied] for run in study.known
         ],
-        "answers": answers,
+        "answers": _answers(study),
     }
 
 
@@ -125,10 +122,8 @@ def _answers(study: Study) -> dict[str, Any]:
     by_prompt = [{answers.prompt: answers for answers in run.answers} for _, run in runs]
     prompts = list(dict.fromkeys(prompt for of_run in by_prompt for prompt in of_run))
     total = sum(len(text) for of_run in by_prompt for one in of_run.values() for text in one.start + one.policy)
-    kept = prompts
-    if total > _SHOWN_ANSWERS:
-        many = max(1, int(len(prompts) * _SHOWN_ANSWERS / total))
-        kept = [prompts[i * len(prompts) // many] for i in range(many)]
+    many = max(1, int(len(prompts) * _SHOWN_ANSWERS / total)) if total > _SHOWN_ANSWERS else len(prompts)
+    kept = [prompts[i * len(prompts) // many] for i in range(many)]
     return {
         "prompts": kept,
         "of": len(prompts),
@@ -145,7 +140,7 @@ def _answers(study: Study) -> dict[str, Any]:
 
 
 def _as_data(answers: Answers | None) -> dict[str, Any] | None:
-    names = ("start", "policy", "start_scores", "policy_scores", "win_rate")
+    names = ("start", "policy", "scores", "win_rate")
     return {name: getattr(answers, name) for name in names} if answers else None
 
 

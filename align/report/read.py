@@ -51,8 +51,7 @@ class Answers:
     prompt: str
     start: list[str]
     policy: list[str]
-    start_scores: list[float]  # empty where the scorer only compares
-    policy_scores: list[float]
+    scores: Mapping[str, list[float]]  # of "start" and "policy"; empty where the scorer only compares
     chances: list[list[float]]  # [K][K] P(the policy's i-th answer beats the start model's j-th); a tie is one half
 
     @property
@@ -64,11 +63,6 @@ class Answers:
     def ties(self) -> float:
         """The share of pairs of answers that are equally good."""
         return fmean(chance == 0.5 for row in self.chances for chance in row)
-
-    @property
-    def wins(self) -> float:
-        """The share of pairs in which the policy's answer is the better one."""
-        return self.win_rate - self.ties / 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,7 +260,8 @@ def _answers(folder: Path) -> tuple[list[Answers], str]:
 
 def _answers_of(row: Values) -> Answers | None:
     """Parse the answers to one prompt; None where the judge has no number for one, as in the win rate."""
-    scores = row.get("scores") or {"start": [], "policy": []}  # none where the scorer only compares
+    given = row.get("scores") or {}  # none where the scorer only compares
+    scores = {side: given.get(side, []) for side in ("start", "policy")}
     certain = [[(a > b) + 0.5 * (a == b) for b in scores["start"]] for a in scores["policy"]]
     chances = row.get("chances", certain)
     if [len(of) for of in chances] != [len(row["start"])] * len(row["policy"]) or not any(chances):
@@ -274,14 +269,7 @@ def _answers_of(row: Values) -> Answers | None:
     numbers = all(map(math.isfinite, scores["start"] + scores["policy"]))
     if not numbers or not all(0 <= chance <= 1 for of in chances for chance in of):
         return None
-    return Answers(
-        prompt=row["prompt"],
-        start=row["start"],
-        policy=row["policy"],
-        start_scores=scores["start"],
-        policy_scores=scores["policy"],
-        chances=chances,
-    )
+    return Answers(prompt=row["prompt"], start=row["start"], policy=row["policy"], scores=scores, chances=chances)
 
 
 def _held_out(folder: Path) -> dict[str, dict[str, float]]:

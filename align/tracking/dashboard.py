@@ -48,8 +48,7 @@ class View:
     @property
     def less_is_better(self) -> bool:
         """True where the least value is the best one."""
-        known = metrics.find(self.metric)
-        return known is not None and known.goal == "minimize"
+        return getattr(metrics.find(self.metric), "goal", None) == "minimize"
 
 
 def view(words: Sequence[str]) -> View:
@@ -117,13 +116,12 @@ def workspace(wanted: View) -> Any:
     """Build the saved view of the project: all panels, runs grouped by objective, the best first."""
     import wandb_workspaces.workspaces as ws
 
+    panels = _panels(wanted)
     return ws.Workspace(
         entity=wanted.entity,
         project=wanted.project,
         name=wanted.name,
-        sections=[
-            ws.Section(name=name, panels=panels, is_open=name != "Cost") for name, panels in _panels(wanted).items()
-        ],
+        sections=[ws.Section(name=name, panels=some, is_open=name != "Cost") for name, some in panels.items()],
         settings=ws.WorkspaceSettings(x_axis=trackers.X_AXIS, max_runs=100),
         runset_settings=ws.RunsetSettings(
             filters=_filter(wanted),
@@ -178,25 +176,21 @@ def _panels(wanted: View) -> dict[str, list[Any]]:
     metric = wr.SummaryMetric(wanted.metric)
     grouped = {"groupby": wr.Config(_BY), "groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
     results = {wanted.metric: wanted.title, **_titles("result", "answers", "pairs")}
+    curves = {**_titles("eval", "pairs"), **_titles("train", "pairs")}
+    against = {"result/sample_length": "length", "result/kl_policy_start": "KL from the start model"}
+    scatter = [
+        wr.ScatterPlot(title=f"{wanted.title}, against {words}", x=wr.SummaryMetric(name), y=metric)
+        for name, words in against.items()
+    ]
+    axes = [wr.ParallelCoordinatesPlotColumn(wr.Config(name), log=log) for name, log in _SETTINGS.items()]
+    axes.append(wr.ParallelCoordinatesPlotColumn(metric, inverted=wanted.less_is_better))
 
     def bars(titles: Mapping[str, str]) -> list[Any]:
         return [wr.BarPlot(title=title, metrics=[name], **grouped) for name, title in titles.items()]
 
-    axes = [wr.ParallelCoordinatesPlotColumn(wr.Config(name), log=log) for name, log in _SETTINGS.items()]
-    curves = {**_titles("eval", "pairs"), **_titles("train", "pairs")}
-    against = {"result/sample_length": "length", "result/kl_policy_start": "KL from the start model"}
     return {
-        "Results": bars(results)
-        + [
-            wr.ScatterPlot(title=f"{wanted.title}, against {words}", x=wr.SummaryMetric(name), y=metric)
-            for name, words in against.items()
-        ],
-        "Hyperparameters": [
-            wr.ParallelCoordinatesPlot(
-                title=f"Settings and {wanted.title}",
-                columns=[*axes, wr.ParallelCoordinatesPlotColumn(metric, inverted=wanted.less_is_better)],
-            ),
-        ],
+        "Results": bars(results) + scatter,
+        "Hyperparameters": [wr.ParallelCoordinatesPlot(title=f"Settings and {wanted.title}", columns=axes)],
         "Training": [
             wr.LinePlot(title=title, x=trackers.X_AXIS, y=[name], **grouped) for name, title in curves.items()
         ],

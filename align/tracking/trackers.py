@@ -267,10 +267,7 @@ def _tags(cfg: RunConfig) -> list[str]:
 
 
 def _first_answers(file: Path) -> list[list[Any]]:
-    """Read rows of `_SAMPLE_COLUMNS`: to each prompt the first answer of start model and policy, and the judge's word.
-
-    That is a score of each, or P(the policy's wins) where the judge only compares.
-    """
+    """Read rows of `_SAMPLE_COLUMNS`: each prompt's first answers, with scores or, of a judge that compares, a chance."""
     rows = []
     with file.open() as lines:
         for row in map(json.loads, islice(lines, _SAMPLES)):

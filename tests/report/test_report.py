@@ -19,6 +19,7 @@ from filelock import FileLock
 
 from align import metrics
 from align.__main__ import main
+from align.report.methods import shares
 from align.report.page import markdown, page, report
 from align.report.read import State, read_runs
 from align.report.study import Study, study
@@ -258,8 +259,8 @@ def test_wins_ties_and_win_rate_are_those_of_the_samples(tmp_path):
     (read,) = read_runs([run])
     scores = [json.loads(line)["scores"] for line in (run / "samples.jsonl").read_text().splitlines()]
     pairs = [(a, b) for of in scores for a in of["policy"] for b in of["start"]]
-    assert fmean(answers.wins for answers in read.answers) == pytest.approx(fmean(a > b for a, b in pairs))
-    assert fmean(answers.ties for answers in read.answers) == pytest.approx(fmean(a == b for a, b in pairs))
+    wins, ties, losses = (fmean(won) for won in zip(*((a > b, a == b, a < b) for a, b in pairs), strict=True))
+    assert shares([read]) == pytest.approx((wins, ties, losses))
     assert fmean(answers.win_rate for answers in read.answers) == pytest.approx(read.trained["win_rate"])
 
 
@@ -534,7 +535,7 @@ def test_a_judge_that_only_compares_leaves_chances_and_the_report_reads_them(tmp
     row = {"prompt": "p", "start": ["a", "b"], "policy": ["c", "d"], "chances": chances}
     (run / "samples.jsonl").write_text(json.dumps(row) + "\n")
     (answers,) = read_runs([run])[0].answers
-    assert (answers.win_rate, answers.ties, answers.policy_scores) == (pytest.approx(0.55), 0.5, [])
+    assert (answers.win_rate, answers.ties, answers.scores["policy"]) == (pytest.approx(0.55), 0.5, [])
 
 
 def test_cost_ties_repetition_and_entropy_stand_beside_the_win_rate(study_folder):
