@@ -6,6 +6,7 @@ import gc
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 from hydra._internal.utils import create_config_search_path
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, flag_override
@@ -154,9 +156,14 @@ def align(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], t
 
 
 @pytest.fixture(scope="session")
-def composition() -> Callable[..., DictConfig]:
+def loader() -> compose.Loader:
+    """What composes the words of a command."""
+    return compose.Loader(create_config_search_path(str(compose.CONF)))
+
+
+@pytest.fixture(scope="session")
+def composition(loader) -> Callable[..., DictConfig]:
     """Words -> what `align <words>` composes, Hydra's own node too. Nothing runs, and the same words are composed once."""
-    loader = compose.Loader(create_config_search_path(str(compose.CONF)))
 
     @functools.cache
     def node(*words: str) -> DictConfig:
@@ -167,13 +174,21 @@ def composition() -> Callable[..., DictConfig]:
 
 
 @pytest.fixture(scope="session")
-def composed(composition) -> Callable[..., RunConfig]:
-    """Words -> the settings of a run that they compose."""
+def composed(composition, loader) -> Callable[..., RunConfig]:
+    """Words -> the settings of a run that they compose: a choice of groups once, then the values, as Hydra does it."""
+    folders = [*compose.CONF.iterdir(), *compose.shipped("experiments").iterdir()]
+    groups = [folder.name for folder in folders if folder.is_dir()]
 
     def settings(*words: str) -> RunConfig:
-        node = composition(*words).copy()
+        keys = {word: word.partition("=")[0] for word in words}
+        chosen = [word for word, key in keys.items() if key.strip("+~") in groups or "/" in key]
+        typed = [re.sub(compose._OPEN["config"], r"++\1", word) for word in words if word not in chosen]
+        values = OverridesParser.create().parse_overrides(typed)
+        loader.validate_sweep_overrides_legal(values, RunMode.RUN, from_shell=True)
+        node = composition(*chosen).copy()
         with flag_override(node, ["readonly", "struct"], False):
             del node["hydra"]
+        loader._apply_overrides_to_config(values, node)
         return OmegaConf.to_object(node)
 
     return settings

@@ -76,6 +76,7 @@ def test_a_schedule_is_the_trainers(tmp_path, kind, arguments, warmup):
         ours.step(), theirs.lr_scheduler.step()
 
 
+@pytest.mark.slow
 def test_training_does_not_import_the_trainer():
     code = "import sys, align.train.train; print('transformers.trainer' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, pair_row, quick, save_tiny, write_jsonl
+from conftest import ROOT, freeze, pair_row, quick, save_tiny, write_jsonl
 from safetensors.torch import load_file
 
 from align.engine.batching import StepSampler, deal
+from align.runs.spine import carry_out
 from align.train import job, reference
 from align.train import train as train_module
 from align.train.checkpoint import last_checkpoint
@@ -35,13 +36,14 @@ def timeless(lines: list[dict]) -> list[dict]:
     return [{k: v for k, v in line.items() if not k.endswith("_per_second")} for line in lines]
 
 
-def train(align, folder, model, pairs, *more) -> Path:
-    result = align(*quick(model, pairs, f"run_dir={folder}", *more))
-    assert result.status == 0, result.err
+def train(composed, folder, model, pairs, *more) -> Path:
+    """Carry out what the words compose; composing them as they are typed takes longer than a tiny run."""
+    carry_out(composed(*quick(model, pairs, f"run_dir={folder}", "tracker=none", *more)))
+    freeze("align.runs.spine" in sys.modules)
     return folder
 
 
-def first_gradients(align, monkeypatch, folder, model, pairs, *more) -> dict[str, torch.Tensor]:
+def first_gradients(composed, monkeypatch, folder, model, pairs, *more) -> dict[str, torch.Tensor]:
     """Every weight's gradient at step 1, before clipping."""
     seen: dict[str, torch.Tensor] = {}
     original = Loop.update
@@ -53,21 +55,21 @@ def first_gradients(align, monkeypatch, folder, model, pairs, *more) -> dict[str
         return original(self, losses)
 
     monkeypatch.setattr(Loop, "update", record)
-    train(align, folder, model, pairs, *more)
+    train(composed, folder, model, pairs, *more)
     monkeypatch.setattr(Loop, "update", original)
     return seen
 
 
 @pytest.mark.parametrize("objective", ["dpo", "simpo", "sppo", "wpo"])
 def test_one_micro_batch_of_eight_pairs_equals_eight_of_one(
-    align, monkeypatch, tmp_path, tiny_gemma2, pairs_file, objective
+    composed, monkeypatch, tmp_path, tiny_gemma2, pairs_file, objective
 ):
     words = [f"objective={objective}", "optimizer.max_steps=1"]
     whole = first_gradients(
-        align, monkeypatch, tmp_path / "a", tiny_gemma2, pairs_file, *words, "engine.tokens_per_micro_batch=100000"
+        composed, monkeypatch, tmp_path / "a", tiny_gemma2, pairs_file, *words, "engine.tokens_per_micro_batch=100000"
     )
     split = first_gradients(
-        align, monkeypatch, tmp_path / "b", tiny_gemma2, pairs_file, *words, "engine.tokens_per_micro_batch=1"
+        composed, monkeypatch, tmp_path / "b", tiny_gemma2, pairs_file, *words, "engine.tokens_per_micro_batch=1"
     )
     assert (whole.pop("micro_batches"), split.pop("micro_batches")) == (1, 8)
     scale = max(gradient.norm() for gradient in whole.values())
@@ -76,12 +78,12 @@ def test_one_micro_batch_of_eight_pairs_equals_eight_of_one(
 
 
 @pytest.mark.parametrize("world", [3, 11])  # fewer than the pairs of a step, and more
-def test_pairs_that_only_fill_a_step_up_weigh_nothing(align, monkeypatch, tmp_path, tiny_gemma2, world):
+def test_pairs_that_only_fill_a_step_up_weigh_nothing(composed, monkeypatch, tmp_path, tiny_gemma2, world):
     """One process is fed the shares of all ranks, fillers too, in steps, evaluation and reference: nothing changes."""
     held = write_jsonl(tmp_path / "held.jsonl", [pair_row(i, group="odd" if i % 2 else "even") for i in range(50, 57)])
     train_file = write_jsonl(tmp_path / "train.jsonl", [pair_row(i, group="even") for i in range(40)])
     words = ["objective=wpo", f"dataset.eval_path={held}", "dataset.group_by=group", "optimizer.max_steps=2"]
-    whole = first_gradients(align, monkeypatch, tmp_path / "whole", tiny_gemma2, train_file, *words)
+    whole = first_gradients(composed, monkeypatch, tmp_path / "whole", tiny_gemma2, train_file, *words)
 
     original, fillers = StepSampler.epoch, []
 
@@ -99,7 +101,7 @@ def test_pairs_that_only_fill_a_step_up_weigh_nothing(align, monkeypatch, tmp_pa
     monkeypatch.setattr(StepSampler, "epoch", steps_of_all_ranks)
     monkeypatch.setattr(job, "deal", of_all_ranks)
     monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))  # a reference column of its own
-    filled = first_gradients(align, monkeypatch, tmp_path / "filled", tiny_gemma2, train_file, *words)
+    filled = first_gradients(composed, monkeypatch, tmp_path / "filled", tiny_gemma2, train_file, *words)
 
     assert len(fillers) >= 6 and all(fillers)  # two columns, two evaluations, two steps: none could be dealt evenly
     assert whole.pop("micro_batches") < filled.pop("micro_batches")
@@ -113,10 +115,10 @@ def test_pairs_that_only_fill_a_step_up_weigh_nothing(align, monkeypatch, tmp_pa
             assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
 
 
-def test_layouts_and_checkpointing_change_a_run_only_by_rounding(align, tmp_path, tiny_gemma2, pairs_file):
+def test_layouts_and_checkpointing_change_a_run_only_by_rounding(composed, tmp_path, tiny_gemma2, pairs_file):
     words = {"a": ["shared"], "b": ["packed", "engine.gradient_checkpointing=true"], "c": ["padded"]}
     runs = [
-        metrics(train(align, tmp_path / name, tiny_gemma2, pairs_file, f"engine.layout={layout}", *more))
+        metrics(train(composed, tmp_path / name, tiny_gemma2, pairs_file, f"engine.layout={layout}", *more))
         for name, (layout, *more) in words.items()
     ]
     assert len(runs[0]) == 2
@@ -134,9 +136,9 @@ def test_a_model_that_cannot_run_the_layout_takes_another_and_says_why(align, tm
     assert metrics(tmp_path / "run")[0]["train/loss"] == pytest.approx(0.6931472, abs=1e-5)  # -log s(0)
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(align, tmp_path, tiny_llama, pairs_file):
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(composed, tmp_path, tiny_llama, pairs_file):
     a, b, c = (
-        train(align, tmp_path / name, tiny_llama, pairs_file, f"seed={seed}")
+        train(composed, tmp_path / name, tiny_llama, pairs_file, f"seed={seed}")
         for name, seed in (("a", 1), ("b", 1), ("c", 2))
     )
     assert timeless(metrics(a)) == timeless(metrics(b))
@@ -145,18 +147,18 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(align, tmp_pa
     assert any(not torch.equal(value, weights(c)[name]) for name, value in weights(a).items())
 
 
-def test_the_first_loss_of_dpo_is_ln_2_and_its_log_ratios_are_0(align, tmp_path, tiny_llama, pairs_file):
-    first = metrics(train(align, tmp_path / "a", tiny_llama, pairs_file))[0]
+def test_the_first_loss_of_dpo_is_ln_2_and_its_log_ratios_are_0(composed, tmp_path, tiny_llama, pairs_file):
+    first = metrics(train(composed, tmp_path / "a", tiny_llama, pairs_file))[0]
     assert first["train/loss"] == pytest.approx(0.6931472, abs=1e-5)  # -log s(0)
     assert first["train/log_ratio/chosen"] == pytest.approx(0, abs=1e-4)
     assert first["train/kl_start_policy"] == pytest.approx(0, abs=1e-4)
 
 
-def test_every_objective_reports_the_same_metrics(align, tmp_path, tiny_llama, pairs_file):
+def test_every_objective_reports_the_same_metrics(composed, tmp_path, tiny_llama, pairs_file):
     names = {}
     for objective in ("dpo", "sppo", "wpo", "simpo", "ipo", "plus_sft"):
         folder = train(
-            align, tmp_path / objective, tiny_llama, pairs_file, f"objective={objective}", "optimizer.max_steps=1"
+            composed, tmp_path / objective, tiny_llama, pairs_file, f"objective={objective}", "optimizer.max_steps=1"
         )
         names[objective] = {name for name in metrics(folder)[0] if "/objective/" not in name}
     of_reference = {
@@ -174,13 +176,15 @@ def test_every_objective_reports_the_same_metrics(align, tmp_path, tiny_llama, p
     assert {f"train/{name}" for name in wanted.split()} <= names["dpo"]
 
 
-def test_wpo_reports_its_weights_and_sppo_its_scaled_loss(align, tmp_path, tiny_llama, pairs_file):
-    wpo = metrics(train(align, tmp_path / "wpo", tiny_llama, pairs_file, "objective=wpo"))[0]
+def test_wpo_reports_its_weights_and_sppo_its_scaled_loss(composed, tmp_path, tiny_llama, pairs_file):
+    wpo = metrics(train(composed, tmp_path / "wpo", tiny_llama, pairs_file, "objective=wpo"))[0]
     weight, squared = wpo["train/objective/weight"], wpo["train/objective/weight_squared"]
     assert 0 < weight <= 1 and 0 <= wpo["train/objective/weight_clamped"] <= 1
     assert wpo["train/objective/effective_sample_share"] == pytest.approx(weight**2 / squared)
     assert wpo["train/objective/unweighted_loss"] == pytest.approx(0.6931472, abs=1e-5)
-    sppo = metrics(train(align, tmp_path / "sppo", tiny_llama, pairs_file, "objective=sppo", "objective.beta=0.01"))[0]
+    sppo = metrics(train(composed, tmp_path / "sppo", tiny_llama, pairs_file, "objective=sppo", "objective.beta=0.01"))[
+        0
+    ]
     assert sppo["train/objective/scaled_loss"] == pytest.approx(1e-4 * sppo["train/loss"])  # beta^2 = 1e-4
 
 
@@ -236,15 +240,15 @@ def test_a_trainable_weight_without_a_gradient_is_refused(align, monkeypatch, tm
     assert result.status == 1 and "get no gradient: spare" in result.err
 
 
-def test_held_out_means_are_exact_whatever_the_micro_batches(align, tmp_path, tiny_llama):
+def test_held_out_means_are_exact_whatever_the_micro_batches(composed, tmp_path, tiny_llama):
     pairs_file = write_jsonl(tmp_path / "train.jsonl", [pair_row(i, group="even") for i in range(40)])
     held = write_jsonl(
         tmp_path / "held.jsonl", [pair_row(i, group="even" if i % 2 == 0 else "odd") for i in range(50, 57)]
     )
     words = [f"dataset.eval_path={held}", "dataset.group_by=group", "optimizer.max_steps=1"]
     words.append("optimizer.warmup_steps=0")  # a step that moves: where nothing has, rounding would decide the ties
-    a = train(align, tmp_path / "a", tiny_llama, pairs_file, *words, "engine.tokens_per_micro_batch=1")
-    b = train(align, tmp_path / "b", tiny_llama, pairs_file, *words, "engine.tokens_per_micro_batch=100000")
+    a = train(composed, tmp_path / "a", tiny_llama, pairs_file, *words, "engine.tokens_per_micro_batch=1")
+    b = train(composed, tmp_path / "b", tiny_llama, pairs_file, *words, "engine.tokens_per_micro_batch=100000")
     one, other = metrics(a, "eval/loss")[-1], metrics(b, "eval/loss")[-1]
     assert one == pytest.approx(other, abs=1e-5)
     # 4 of the 7 rows are even: the groups' accuracies make up the whole's.
@@ -252,9 +256,9 @@ def test_held_out_means_are_exact_whatever_the_micro_batches(align, tmp_path, ti
     assert parts == pytest.approx(one["eval/rewards/accuracies"], abs=1e-9)
 
 
-def test_each_held_out_pair_says_whether_it_is_ranked_rightly(align, tmp_path, tiny_llama, pairs_file):
+def test_each_held_out_pair_says_whether_it_is_ranked_rightly(composed, tmp_path, tiny_llama, pairs_file):
     held = write_jsonl(tmp_path / "held.jsonl", [pair_row(i) for i in range(50, 57)])
-    folder = train(align, tmp_path / "run", tiny_llama, pairs_file, f"dataset.eval_path={held}", "objective=simpo")
+    folder = train(composed, tmp_path / "run", tiny_llama, pairs_file, f"dataset.eval_path={held}", "objective=simpo")
     rows = [json.loads(line) for line in (folder / "held_out.jsonl").read_text().splitlines()]
     assert [row["pair"] for row in rows] == [f"row-{i}" for i in range(50, 57)]
     trained = json.loads((folder / "results.json").read_text())["trained"]
@@ -272,7 +276,7 @@ def killed_before_its_end(folder: Path, last_checkpoint: str) -> Path:
     return folder
 
 
-def test_a_run_that_goes_on_adds_up_what_its_stretches_cost(align, monkeypatch, tmp_path, tiny_llama, pairs_file):
+def test_a_run_that_goes_on_adds_up_what_its_stretches_cost(composed, monkeypatch, tmp_path, tiny_llama, pairs_file):
     words = [
         "optimizer.max_steps=5",
         "train.save_every_steps=2",
@@ -285,7 +289,7 @@ def test_a_run_that_goes_on_adds_up_what_its_stretches_cost(align, monkeypatch, 
         return original(self, share)
 
     monkeypatch.setattr(Loop, "step", record)
-    folder = train(align, tmp_path / "run", tiny_llama, pairs_file, *words)
+    folder = train(composed, tmp_path / "run", tiny_llama, pairs_file, *words)
 
     def cost(file: Path) -> dict:
         made = json.loads(file.read_text())
@@ -300,7 +304,7 @@ def test_a_run_that_goes_on_adds_up_what_its_stretches_cost(align, monkeypatch, 
     killed_before_its_end(folder, "checkpoint-5")
     at_four["seconds"] += 1000  # of a slow machine
     (folder / "checkpoints" / "checkpoint-4" / "cost.json").write_text(json.dumps(at_four))
-    again = cost(train(align, folder, tiny_llama, pairs_file, *words) / "results.json")
+    again = cost(train(composed, folder, tiny_llama, pairs_file, *words) / "results.json")
     assert again["tokens"] == whole["tokens"] and len(fed) == 6
     assert at_four["seconds"] < again["seconds"] < at_four["seconds"] + 60
     assert "of training" in (folder / "model" / "README.md").read_text()
@@ -320,16 +324,16 @@ FOUR_STEPS = ["optimizer.max_steps=4", "train.save_every_steps=2", "optimizer.wa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optim", ["rmsprop", "adafactor"])  # of torch, and of transformers
-def test_a_run_that_goes_on_has_the_state_of_its_optimizer(align, tmp_path, tiny_llama, pairs_file, optim):
+def test_a_run_that_goes_on_has_the_state_of_its_optimizer(align, composed, tmp_path, tiny_llama, pairs_file, optim):
     words = [f"optimizer.optim={optim}"]
-    whole = train(align, tmp_path / "whole", tiny_llama, pairs_file, *FOUR_STEPS, *words)
+    whole = train(composed, tmp_path / "whole", tiny_llama, pairs_file, *FOUR_STEPS, *words)
     cut = goes_on(align, whole, tiny_llama, pairs_file, *words)
     assert timeless(metrics(cut)) == timeless(metrics(whole))
     assert all(torch.equal(value, weights(cut)[name]) for name, value in weights(whole).items())
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_on_draws_the_same_random_numbers(align, tmp_path, tiny_llama, pairs_file):
+def test_a_run_that_goes_on_draws_the_same_random_numbers(align, composed, tmp_path, tiny_llama, pairs_file):
     code = tmp_path / "noisy.py"
     code.write_text(
         "import random\nimport torch\n"
@@ -343,16 +347,18 @@ def test_a_run_that_goes_on_draws_the_same_random_numbers(align, tmp_path, tiny_
         "        return PairLoss(loss, chosen.logp.detach(), rejected.logp.detach(), {})\n"
     )
     words = [f"++objective.code={code}", "++objective.name=noisy", "~objective.beta", "~objective.label_smoothing"]
-    whole = train(align, tmp_path / "whole", tiny_llama, pairs_file, *FOUR_STEPS, *words)
+    whole = train(composed, tmp_path / "whole", tiny_llama, pairs_file, *FOUR_STEPS, *words)
     cut = goes_on(align, whole, tiny_llama, pairs_file, *words)
     assert timeless(metrics(cut)) == timeless(metrics(whole))
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_an_adapter_holds_the_adapter_only_and_goes_on(align, tmp_path, tiny_llama, pairs_file):
+def test_a_checkpoint_of_an_adapter_holds_the_adapter_only_and_goes_on(
+    align, composed, tmp_path, tiny_llama, pairs_file
+):
     pytest.importorskip("peft")
     words = ["model.lora={r: 4, target_modules: all-linear}"]
-    whole = train(align, tmp_path / "whole", tiny_llama, pairs_file, *FOUR_STEPS, *words)
+    whole = train(composed, tmp_path / "whole", tiny_llama, pairs_file, *FOUR_STEPS, *words)
     assert all("lora_" in name for name in load_file(whole / "checkpoints" / "checkpoint-2" / "model.safetensors"))
     cut = goes_on(align, whole, tiny_llama, pairs_file, *words)
     assert timeless(metrics(cut)) == timeless(metrics(whole))
