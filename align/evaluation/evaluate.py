@@ -11,7 +11,7 @@ sampled and scored is kept. Left out: SLURM, where the command is put into a job
 import importlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,17 @@ def evaluate(cfg: EvaluateConfig) -> None:
     quieten()
     slurm.take_place()
     evaluation = prepare(cfg)
-    suite, folder = _module(evaluation), evaluation.folder
-    inputs = as_json({**_inputs(evaluation), **suite.inputs(evaluation)})
+    suite, folder = importlib.import_module(f"align.evaluation.{evaluation.suite.kind}"), evaluation.folder
+    sampling = ("samples", "temperature", "top_p", "max_new_tokens")  # how fast answers come decides nothing
+    inputs = as_json(
+        {
+            "suite": asdict(evaluation.suite),
+            "policy": evaluation.policy.fingerprint,
+            "sampling": {name: getattr(evaluation.cfg.sampling, name) for name in sampling},
+            "seed": evaluation.cfg.seed,
+            **suite.inputs(evaluation),
+        }
+    )
     results, settings = folder / "results.json", folder / "settings.json"
     if results.exists():
         _recognise(settings, inputs)
@@ -52,7 +61,7 @@ def evaluate(cfg: EvaluateConfig) -> None:
     else:
         with writing(f"cannot write {folder}", ""):
             folder.mkdir(parents=True, exist_ok=True)
-        each(evaluation.cluster, logs_of(folder), _work, evaluation)
+        each(evaluation.cluster, logs_of(folder), _work, suite.work, evaluation)
         if not is_first():
             return
         with writing(f"cannot write {folder}", ""):
@@ -69,14 +78,9 @@ def evaluate(cfg: EvaluateConfig) -> None:
         say(f"{note}\n{table(json.loads(results.read_text()))}\nresults  {results}")
 
 
-def _module(evaluation: Evaluation[Any]) -> Any:
-    """Return the module of the suite."""
-    return importlib.import_module(f"align.evaluation.{evaluation.suite.kind}")
-
-
-def _work(evaluation: Evaluation[Any]) -> None:
+def _work(work: Callable[..., None], evaluation: Evaluation[Any]) -> None:
     quieten()
-    _module(evaluation).work(evaluation, alone(evaluation.cluster))
+    work(evaluation, alone(evaluation.cluster))
 
 
 def prepare(cfg: EvaluateConfig) -> Evaluation[Any]:
@@ -116,17 +120,6 @@ def prepare(cfg: EvaluateConfig) -> Evaluation[Any]:
         folder=run.dir / "evaluation" / suite.name,
         cluster=answering_cluster(merged),
     )
-
-
-def _inputs(evaluation: Evaluation[Any]) -> dict[str, Any]:
-    """Return the values that decide the results of every suite; how fast they come does not."""
-    sampling = ("samples", "temperature", "top_p", "max_new_tokens")
-    return {
-        "suite": asdict(evaluation.suite),
-        "policy": evaluation.policy.fingerprint,
-        "sampling": {name: getattr(evaluation.cfg.sampling, name) for name in sampling},
-        "seed": evaluation.cfg.seed,
-    }
 
 
 def _recognise(settings: Path, inputs: Mapping[str, Any]) -> None:

@@ -32,7 +32,6 @@ from align.evaluation.judging import Contestant
 from align.evaluation.settings import JudgeConfig
 from align.files import MANIFEST, fingerprint
 from align.launch.rank import Rank
-from align.model.load import Policy
 from align.onpolicy import figures
 from align.onpolicy.sample import ResponseRow, read_samples
 from align.onpolicy.score import score_responses
@@ -118,15 +117,22 @@ def _contestants(evaluation: Evaluation[JudgeConfig]) -> list[Contestant]:
 
     Against the answers of a file there is our policy alone, and the prompts carry them as candidates of THEIRS.
     """
-    run, policy, folder = evaluation.run, evaluation.policy, evaluation.folder
+    run, policy, folder, against = evaluation.run, evaluation.policy, evaluation.folder, evaluation.suite.against
     if _is_own(evaluation):
         policies = run.policies()
         return judging.contestants_of(run.dir, (policies[-1], policies[-2], policies[0]), run.iterations > 0)
     ours = Contestant(name=OURS, policy=policy, stream=policy.iteration, folder=folder / "responses")
-    if _is_file(evaluation.suite.against):
+    if _is_file(against):
         return [ours]
-    folder = folder / f"responses_of_{THEIRS}"
-    return [ours, Contestant(name=THEIRS, policy=_opponent(evaluation), stream=0, folder=folder)]
+    if evaluation.cfg.sampling.backend is Backend.openai:
+        raise UserError(
+            "sampling.backend=openai serves one policy, and the opponent's answers are sampled too: use sampling.backend=hf "
+            "or vllm, or give its answers as a file, suite.against=answers.jsonl"
+        )
+    other = None if against is None else base.trained_run("suite.against", against, run.cache)
+    opponent = other.policies()[-1] if other else run.start()
+    theirs = Contestant(name=THEIRS, policy=opponent, stream=0, folder=folder / f"responses_of_{THEIRS}")
+    return [ours, theirs]
 
 
 def _is_own(evaluation: Evaluation[JudgeConfig]) -> bool:
@@ -149,18 +155,6 @@ def _rows(evaluation: Evaluation[JudgeConfig], contestants: Sequence[Contestant]
 
 def _is_file(against: str | None) -> bool:
     return against is not None and Path(against).suffix in TABLES
-
-
-def _opponent(evaluation: Evaluation[JudgeConfig]) -> Policy:
-    """Return the policy whose answers are sampled too."""
-    if evaluation.cfg.sampling.backend is Backend.openai:
-        raise UserError(
-            "sampling.backend=openai serves one policy, and the opponent's answers are sampled too: use sampling.backend=hf "
-            "or vllm, or give its answers as a file, suite.against=answers.jsonl"
-        )
-    if evaluation.suite.against is None:
-        return evaluation.run.start()
-    return base.trained_run("suite.against", evaluation.suite.against, evaluation.run.cache).policies()[-1]
 
 
 def _prompts(evaluation: Evaluation[JudgeConfig]) -> list[PromptRow]:

@@ -196,23 +196,17 @@ def weigh(policy: Policy, answers: Sequence[ResponseRow], cfg: RunConfig, folder
     model: PreTrainedModel | None = None
     for number in shards.claim():
         if model is None:
-            model, layout = _load(policy, answers, cfg, rank)
-        made = weights(model, policy.start.tokenizer, chunks[number], rank, layout=layout)
-        shards.write(number, map(asdict, made))
+            model, tokenizer = policy.load(rank), policy.start.tokenizer
+            some = [
+                (prompt_ids(row.prompt, tokenizer)[-32:], [list(row.response_ids[:n]) for n in (32, 24)])
+                for row in answers[:2]
+            ]
+            with rank.autocast():
+                layout, _, _ = engine.settle(model, some, cfg.engine.layout, cfg.model.attn_implementation)
+        shards.write(number, map(asdict, weights(model, tokenizer, chunks[number], rank, layout=layout)))
     del model
     free()
     return shards.read(lambda row: Weight(**row))
-
-
-def _load(policy: Policy, answers: Sequence[ResponseRow], cfg: RunConfig, rank: Rank) -> tuple[PreTrainedModel, Layout]:
-    """Load a policy, attached in a layout in which the engine computes what the model's own logits say."""
-    model = policy.load(rank)
-    groups = [
-        (prompt_ids(row.prompt, policy.start.tokenizer)[-32:], [list(row.response_ids[:n]) for n in (32, 24)])
-        for row in answers[:2]
-    ]
-    with rank.autocast():
-        return model, engine.settle(model, groups, cfg.engine.layout, cfg.model.attn_implementation)[0]
 
 
 def weights(
