@@ -37,7 +37,7 @@ from align.onpolicy.score import read_scores, score_responses
 from align.onpolicy.scorers import registry
 from align.onpolicy.scorers.base import last_turn
 from align.onpolicy.select import ScoredPrompt, scored_prompts
-from align.say import UserError
+from align.say import UserError, say
 
 START, POLICY = "start", "policy"  # the two sides of samples.jsonl
 _SHARD = 16  # prompts: few, so that many processes share them
@@ -122,13 +122,9 @@ def judge(
     Raises:
         UserError: the scorer fails, or has no finite score for any prompt.
     """
-    if rank.is_first:
-        who = registry.build(registry.scorer_of(cfg), rank).identity.name
-        print(
-            f"{cfg.evaluation.samples_per_prompt} answers each of {', '.join(c.name for c in contestants)} to "
-            f"{len(prompts)} held-out prompts, judged by {who}",
-            flush=True,
-        )
+    who = registry.build(registry.scorer_of(cfg), rank).identity.name
+    names, each = ", ".join(contestant.name for contestant in contestants), cfg.evaluation.samples_per_prompt
+    say(f"{each} answers each of {names} to {len(prompts)} held-out prompts, judged by {who}")
     settings = sampling_of(cfg.evaluation, cfg.sampling.tokens_per_batch)
     rows = figures.side_by_side({c.name: answer(c, prompts, cfg, settings, rank) for c in contestants}, iteration)
     ours, start = contestants[0], contestants[-1]
@@ -179,7 +175,7 @@ def judged_prompts(rows: Sequence[ResponseRow], scores: Path, who: str) -> list[
     if not usable:
         raise UserError(f"{who} has no finite score for any of the {len(scored)} prompts: see {scores}")
     if len(usable) < len(scored):
-        print(f"{who} could not judge {len(scored) - len(usable)} of {len(scored)} prompts", flush=True)
+        say(f"{who} could not judge {len(scored) - len(usable)} of {len(scored)} prompts")
     return usable
 
 
