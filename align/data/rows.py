@@ -180,11 +180,7 @@ def _read_parquet(file: Path) -> datasets.Dataset:
 
 
 def _renamed(rows: Rows, source: SourceConfig, key: str, content: Content) -> Rows:
-    """Rename columns to ours.
-
-    Raises:
-        UserError: the source has no rows, or lacks columns that are renamed or read.
-    """
+    """Rename columns to ours. Raises `UserError` if there are no rows, or columns that are renamed or read are absent."""
     if len(rows.rows) == 0:
         raise UserError(f"{rows.where} is empty")
     names = list(rows.rows[0])
@@ -300,8 +296,6 @@ def _split_common(chosen: str, rejected: str) -> tuple[str, str, str]:
 
 
 def _split_answer(messages: list[Any]) -> tuple[Conversation, str]:
-    if not messages:
-        raise BadRow("empty response")
     conversation = [_message(message) for message in messages]
     if conversation[-1]["role"] != "assistant":
         raise BadRow("the last turn is not the assistant's")

@@ -73,12 +73,9 @@ def settle(
     device = next(model.parameters()).device
     for candidate in list(Layout)[list(Layout).index(layout) :]:
         with torch.autocast(device.type, enabled=False):
-            exact = backends(device, "sdpa")[0]
-            attach(model, candidate, exact)
-            fault = _fault(model, groups, candidate)
+            fault = _fault(model, groups, candidate, backends(device, "sdpa")[0])
         for name in backends(device, attention) if fault is None else []:
-            attach(model, candidate, name)
-            if (fault := _fault(model, groups, candidate)) is None:
+            if (fault := _fault(model, groups, candidate, name)) is None:
                 why = why and f"engine.layout={candidate.name}, not {layout.name}, for {type(model).__name__}: {why}"
                 return candidate, name, why
         why = why or fault
@@ -144,8 +141,9 @@ class _Scoring:
         return sums
 
 
-def _fault(model: nn.Module, groups: Sequence[Group], layout: Layout) -> str | None:
-    """Explain why an attached model cannot run in this layout; None if its numbers equal the model's own."""
+def _fault(model: nn.Module, groups: Sequence[Group], layout: Layout, attention: str) -> str | None:
+    """`attach` in a layout, and explain why the model cannot run so; None if its numbers equal the model's own."""
+    attach(model, layout, attention)
     device = next(model.parameters()).device
     batch, padded = (collate(groups, kind, pad_token_id=0).to(device) for kind in (layout, Layout.padded))
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
