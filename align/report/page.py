@@ -24,7 +24,6 @@ from align.say import UserError
 
 _HERE = Path(__file__).parent
 _SHOWN_ANSWERS = 1_000_000  # characters of answers on the page, at most
-_MATRIX = 8  # methods, at most, of which every two are in a table
 
 
 def report(words: Sequence[str]) -> Path:
@@ -61,12 +60,10 @@ def page(study: Study, made_by: str) -> str:
         study,
         made_by,
         sweeps=[drawn for sweep in study.sweeps if (drawn := charts.of_sweep(study, sweep))],
-        matrix=_MATRIX,
         names=[f"{study.name(run)} ({run.name})" for run in known],
         other=next((i for i, run in enumerate(known) if study.labels[run.dir] != first), 1),  # not a seed of the same
         same={key: value for key, value in known[0].config.items() if key not in study.varied} if known else {},
         data=_data(study),
-        mark=lambda method: charts.key_of(method.number),
         file_beside=lambda name: (_HERE / name).read_text(encoding="utf-8"),
         p_value=p_value,
         signed=signed,

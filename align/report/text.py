@@ -50,8 +50,8 @@ def findings(study: Study) -> list[str]:
         said += _about_the_best(study, ranked)
     if start := study.start("sample_length"):
         lengths = [(method.label, method.figures.get("sample_length")) for method in study.methods]
-        times = {label: value.mean / start for label, value in lengths if value}
-        if longer := [f"{label} ({many:.2f} times)" for label, many in times.items() if many > _LONGER]:
+        times = [(label, value.mean / start) for label, value in lengths if value]
+        if longer := [f"{label} ({many:.2f} times)" for label, many in times if many > _LONGER]:
             said.append(f"Answers much longer than the start model's, and judges like long answers: {_few(longer)}.")
     if len(study.methods) > 1:
         for what, values in study.shared.items():
@@ -79,21 +79,19 @@ def _about_the_best(study: Study, ranked: list[Method]) -> list[str]:
     bounds = f"{number(max(0.0, value.low))} to {number(min(1.0, value.high))}"  # of a share, as in the tables
     over = "" if value.over == "nothing" else f" (95%: {bounds})"
     if len(ranked) == 1:
-        half = study.judged and over
-        tells = "differs significantly" if not value.low <= 0.5 <= value.high else "does not differ significantly"
-        return [f"{best.label}: {what} {number(value.mean)}{over}{f': it {tells} from one half' if half else ''}."]
+        tells = "does not differ" if value.low <= 0.5 <= value.high else "differs"
+        half = f": it {tells} significantly from one half" if study.judged and over else ""
+        return [f"{best.label}: {what} {number(value.mean)}{over}{half}."]
     luck = f" The highest of {len(ranked)} is partly luck: train it with other seeds." if len(ranked) > _MANY else ""
     said = [f"Highest {what}: {best.label}, {number(value.mean)}{over}.{luck}"]
-    against = [(method, main.between(best, method)) for method in ranked[1:]]
-    if apart := [method.label for method, one in against if one is None]:
+    against = [(method.label, main.between(best, method)) for method in ranked[1:]]
+    if apart := [label for label, one in against if one is None]:
         which = f"{_few(apart)} {'is' if len(apart) == 1 else 'are'}" if len(apart) < len(against) else "the others are"
         said.append(f"Whether {which} below it cannot be told: they have no {main.items} in common.")
-    same = [method.label for method, one in against if one and not one.result.significant]
-    below = [method.label for method, one in against if one and one.result.significant]
-    if same and not below and not apart:
-        said.append(f"No method is significantly below it: {_few(same)}.")
-    elif same:
-        said.append(f"Not significantly below it: {_few(same)}.")
+    same = [label for label, one in against if one and not one.result.significant]
+    below = [label for label, one in against if one and one.result.significant]
+    if same:
+        said.append(f"{'Not' if below or apart else 'No method is'} significantly below it: {_few(same)}.")
     if below:
         said.append(f"Significantly below it: {_few(below)}.")
     return said

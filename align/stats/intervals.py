@@ -129,12 +129,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     If results with at most 0.05 are called significant, at most 5% of families have a mistake, however they depend.
     """
-    adjusted = [0.0] * len(p_values)
-    so_far = 0.0
-    for rank, at in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        so_far = max(so_far, min(1.0, (len(p_values) - rank) * p_values[at]))
-        adjusted[at] = so_far
-    return adjusted
+    p = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p)
+    rising = np.maximum.accumulate(np.minimum(1.0, np.arange(p.size, 0, -1) * p[order]))
+    return rising[np.argsort(order)].tolist()
 
 
 def t_quantile(degrees_of_freedom: int, inside: ArrayLike = LEVEL) -> Floats:

@@ -148,7 +148,7 @@ class WandbTracker(Tracker):
 
         if samples:
             table = wandb.Table(columns=_SAMPLE_COLUMNS, data=list(samples))
-            self._run.log({"samples": table, X_AXIS: self.step})
+            self._run.log({"samples": table, X_AXIS: self.step or 0})
         self._run.summary.update(dict(results))
         self._run.finish(exit_code=int(failed))
 
