@@ -13,7 +13,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +45,15 @@ _ENDING = 5.0  # seconds in which the processes of a run that was killed are gon
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run that is checked and prepared.
-
-    Attributes:
-        source: the pairs of a dataset, or the prompts that self-play makes pairs of.
-        plan: what would run, in words.
-    """
+    """A run that is checked and prepared."""
 
     cfg: RunConfig
     start: Start
-    source: Pairs | Prompts
+    source: Pairs | Prompts  # the pairs of a dataset, or the prompts that self-play makes pairs of
     cluster: Cluster
     identity: dict[str, Any]
     dir: Path
-    plan: str
+    plan: str  # what would run, in words
 
     @property
     def is_selfplay(self) -> bool:
@@ -84,11 +78,6 @@ class Run:
         return self.done >= self.cfg.iterations
 
     @property
-    def policy(self) -> Path:
-        """The folder of the trained policy that results.json is about."""
-        return Iteration(run=self, number=max(self.done, self.cfg.iterations)).policy
-
-    @property
     def start_policy(self) -> Policy:
         """The start model as a policy."""
         return Policy(iteration=0, cfg=self.cfg.model, start=self.start)
@@ -111,7 +100,7 @@ class Iteration:
     run: Run
     number: int
 
-    @cached_property
+    @property
     def folder(self) -> Path:
         """The folder of its files: the run folder itself where the pairs are given."""
         return self.run.dir / f"iter_{self.number}" if self.run.is_selfplay else self.run.dir
@@ -231,9 +220,7 @@ def identify(
 ) -> dict[str, Any]:
     """Return the values that decide the result of a run, by key; what only decides how fast it comes is left out.
 
-    Args:
-        data: fingerprint of the pairs, or of the prompts.
-        scorer: who scores in self-play, or judges in place of the dataset's judge.
+    `data` is the fingerprint of the pairs or prompts; `scorer` scores in self-play, or judges in place of the dataset's.
     """
     everything = config.plain(cfg)
     settings = {name: value for name, value in everything.items() if name not in (*_INDIFFERENT, *_OF_SELFPLAY)}

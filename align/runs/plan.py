@@ -32,9 +32,9 @@ def describe(cfg: RunConfig, start: Start, pairs: Pairs, objective: Objective, c
         batches = [batch.pairs for share in shares[kind] for batch in share]
         return f"{sum(fed_tokens([lengths[i] for i in b], kind) for b in batches) / sum(map(len, batches)):,.0f}"
 
+    others = ", ".join(f"{kind.name} {tokens_of(kind)}" for kind in Layout if kind is not layout)
     automatic = cfg.engine.tokens_per_micro_batch == "auto" and cluster.device == "cuda"
     measured = automatic and cluster.strategy in (Strategy.single, Strategy.ddp)
-    others = ", ".join(f"{kind.name} {tokens_of(kind)}" for kind in Layout if kind is not layout)
     lines = [
         *_subject(cfg, start, objective),
         f"data        {cfg.dataset.name}: {_counts(pairs, 'train')}",

@@ -38,8 +38,15 @@ def prepare(cfg: RunConfig) -> Run:
     scorer = registry.scorer_of(cfg) if is_selfplay else judging.scorer_of(cfg)
     who = who_scores(cfg, scorer) if scorer is not None else None
     cluster = answering_cluster(cfg) if is_selfplay else cluster_of(cfg.cluster, cfg.plan)
-    start = start_model(cfg, Path(cfg.cache_dir).expanduser())
-    source, longest = (_prompts if is_selfplay else _pairs)(cfg, objective, start, cluster)
+    cache = Path(cfg.cache_dir).expanduser()
+    start = start_model(cfg, cache)
+    source: Pairs | Prompts
+    if is_selfplay:
+        source, longest = _prompts(cfg, start, cluster)
+    else:
+        source = prepare_pairs(cfg.dataset, cfg.train, cfg.model.system_message, start, cache)
+        check_data(cfg, objective, start, source, cluster)
+        longest = longest_pair(cfg, source)
     if cluster.strategy is Strategy.auto:
         needs = memory.setup(cfg, start, cluster)
         cluster = replace(cluster, strategy=memory.choose(needs, cluster.memory, longest))
@@ -59,14 +66,7 @@ def prepare(cfg: RunConfig) -> Run:
     return run
 
 
-def _pairs(cfg: RunConfig, objective: Objective, start: Start, cluster: Cluster) -> tuple[Pairs | Prompts, int]:
-    """Return the dataset's pairs, checked, and the tokens of the longest."""
-    pairs = prepare_pairs(cfg.dataset, cfg.train, cfg.model.system_message, start, Path(cfg.cache_dir).expanduser())
-    check_data(cfg, objective, start, pairs, cluster)
-    return pairs, longest_pair(cfg, pairs)
-
-
-def _prompts(cfg: RunConfig, objective: Objective, start: Start, cluster: Cluster) -> tuple[Pairs | Prompts, int]:
+def _prompts(cfg: RunConfig, start: Start, cluster: Cluster) -> tuple[Prompts, int]:
     """Return the prompts of self-play, checked, and the tokens of the longest pair that can come of them."""
     prompts = load_prompts(cfg, start, Path(cfg.cache_dir).expanduser())
     asked = plan.asked_by(cfg, prompts)

@@ -10,7 +10,7 @@ the openai backend, which whoever started them has to start again with the next 
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from align.choices import Launcher
@@ -65,59 +65,54 @@ def iterate(run: Run) -> None:
     rank = alone(run.cluster)
     tracker = trackers.start(run.cfg, run.dir, rank.number)
     policy = run.start_policy
-    made: list[dict[str, Any]] = []  # the figures of each iteration; on other processes than the first its steps only
-    with _reported(run, tracker, rank) as results:
+    with _reported(run, tracker, rank) as made:
         for iteration in run.iterations:
             if iteration.number > 1:
                 policy = trained_from(policy, run.iterations[iteration.number - 2].policy, run.cache)
-            steps_before = sum(of_one["steps"] for of_one in made)
             stages.begin(iteration, rank)
             if iteration.summary.exists():
                 made.append(stages.complete(iteration, rank))
-            else:
-                pairs, counts = stages.pairs_of(iteration, policy, rank)
-                job = stages.training(iteration, policy, pairs)
-                if not iteration.trained.exists():
-                    stages.open_training(iteration, job, rank)
-                    with _numbered(iteration, steps_before):
-                        train(job, Stretch(tracker, steps_before))
-                    free()
-                made.append({"steps": job.steps, **stages.evaluate(iteration, job, policy, counts, rank)})
-                stages.tell(iteration, made, tracker)
-            if rank.is_first:
-                results.update(stages.results_of(run, made))
+                continue
+            pairs, counts = stages.pairs_of(iteration, policy, rank)
+            job = stages.training(iteration, policy, pairs)
+            if not iteration.trained.exists():
+                stages.open_training(iteration, job, rank)
+                train(job, Stretch(tracker, _steps(made)))
+                free()
+            made.append({"steps": job.steps, **stages.evaluate(iteration, job, policy, counts, rank)})
+            stages.tell(iteration, made, tracker)
         if rank.is_first:
             stages.finish(run, made)
 
 
 @contextlib.contextmanager
-def _reported(run: Run, tracker: Tracker, rank: Rank) -> Iterator[dict[str, Any]]:
-    """Tell the tracker how the run ended, and mark a collapse. Yields the results to tell, which the block fills in."""
-    results: dict[str, Any] = {}
+def _reported(run: Run, tracker: Tracker, rank: Rank) -> Iterator[list[dict[str, Any]]]:
+    """Tell the tracker how the run ended, and mark a collapse.
+
+    Yields the list in which the block puts the figures of each iteration; on processes but the first, its steps only.
+    """
+    made: list[dict[str, Any]] = []
     failed = True
     try:
-        yield results
+        yield made
         failed = False
     except KeyboardInterrupt:
         failed = False
         raise
-    except CollapsedError as end:
+    except CollapsedError as error:
+        end = error
+        if run.is_selfplay:  # its steps are counted over the whole run
+            end = CollapsedError(_steps(made) + error.step, f"iteration {len(made) + 1}: {error.why}")
         if rank.is_first:
             sentinel.mark(run.dir, end)
-        raise sentinel.with_remedy(end, run.dir) from end
+        raise sentinel.with_remedy(end, run.dir) from error
     finally:
+        results = stages.results_of(run, made) if made and rank.is_first else {}
         tracker.finish(card.summary(results), failed)
 
 
-@contextlib.contextmanager
-def _numbered(iteration: Iteration, steps_before: int) -> Iterator[None]:
-    """Count the step of a collapse over the whole run, and name the iteration."""
-    try:
-        yield
-    except CollapsedError as end:
-        if not iteration.run.is_selfplay:
-            raise
-        raise CollapsedError(steps_before + end.step, f"iteration {iteration.number}: {end.why}") from end
+def _steps(made: Sequence[Mapping[str, Any]]) -> int:
+    return sum(figures["steps"] for figures in made)
 
 
 def report(run: Run) -> float | None:
@@ -128,7 +123,8 @@ def report(run: Run) -> float | None:
     trained: dict[str, float] = results["trained"]
     say(card.text_table(results["start"], trained))
     say(f"cost     {card.cost_line(results['cost'])}")
-    say(f"model    {run.policy}\nmetrics  {run.dir / ('iter_*' if run.is_selfplay else '') / 'metrics.jsonl'}")
+    last = Iteration(run=run, number=max(run.done, run.cfg.iterations))
+    say(f"model    {last.policy}\nmetrics  {run.dir / ('iter_*' if run.is_selfplay else '') / 'metrics.jsonl'}")
     metric = run.cfg.optimized_metric or ("win_rate" if "win_rate" in trained else "accuracy/mean_logp")
     if metric not in trained:
         near, names = closest(metric, list(trained)), ", ".join(trained)

@@ -35,10 +35,8 @@ from align.say import UserError
 from align.train.loop import Loop
 from align.train.metrics import SO_FAR, Cost
 
-#: The file of a checkpoint that says by which strategy, on how many processes, it was written.
-MADE_BY = "made_by.json"
-#: The file of a checkpoint that says what the steps up to it have cost.
-COST = "cost.json"
+MADE_BY = "made_by.json"  # the file of a checkpoint that says by which strategy, on how many processes, it was written
+COST = "cost.json"  # what the steps up to it have cost
 _ZERO = (Strategy.zero2, Strategy.zero3)
 _TRAINED = states.StateDictOptions(ignore_frozen_params=True, strict=False)
 
@@ -144,8 +142,7 @@ def _shards(loop: Loop) -> dict[str, Any]:
 def save_policy(loop: Loop, folder: Path, checkpoints: Path) -> None:
     """Write the policy as a Hugging Face model that one process can load, in float32. Every process calls it.
 
-    Args:
-        checkpoints: that of the last step is among them. DeepSpeed's has the weights in float32.
+    DeepSpeed's float32 weights are those of the last step's checkpoint, which is among `checkpoints`.
     """
     in_deepspeed = loop.rank.strategy in _ZERO
     weights = {} if in_deepspeed else loop.accelerator.get_state_dict(loop.model)

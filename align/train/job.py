@@ -44,20 +44,15 @@ def total_steps(cfg: RunConfig, pairs: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A training that is checked and prepared, as it is handed to the processes that train.
-
-    Attributes:
-        dir: the folder of its files, `policy` that of the trained policy.
-        figures: the file of the figures before and after, written when the policy is there.
-    """
+    """A training that is checked and prepared, as it is handed to the processes that train."""
 
     cfg: RunConfig
     start: Start
     pairs: Pairs
     cluster: Cluster
     dir: Path
-    policy: Path
-    figures: Path
+    policy: Path  # the folder of the trained policy
+    figures: Path  # the file of the figures before and after, written when the policy is there
 
     @property
     def steps(self) -> int:
@@ -66,11 +61,7 @@ class Job:
 
 
 def build_objective(cfg: RunConfig) -> Objective:
-    """Return the objective that the configuration names.
-
-    Raises:
-        UserError: an unknown name or hyperparameter, or a value out of range.
-    """
+    """Return the objective that the configuration names, or raise `UserError` for its name, a key or a value."""
     values = dict(cfg.objective)
     try:
         if code := values.pop("code", None):
@@ -93,16 +84,12 @@ class PairBatch:
 
 
 class PairData:
-    """The pairs of a split, and their reference column `ref_logp`: `[N, 2]` nats once there is one.
-
-    Args:
-        layout: that the policy is attached in.
-    """
+    """The pairs of a split, for a policy that is attached in `layout`, and their reference column."""
 
     def __init__(self, pairs: datasets.Dataset, layout: Layout, pad_token_id: int) -> None:
         self.pairs, self.layout, self.pad_token_id = pairs, layout, pad_token_id
         self.lengths = pair_lengths(pairs)
-        self.ref_logp: Tensor | None = None
+        self.ref_logp: Tensor | None = None  # [N, 2] nats, once there is one
 
     def batch(self, micro_batch: MicroBatch, device: torch.device) -> PairBatch:
         """Collate the pairs of a micro-batch."""

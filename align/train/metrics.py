@@ -19,10 +19,8 @@ from align.tracking.trackers import Tracker
 from align.train.job import PairBatch, summed
 from objectives import Objective, PairLoss, Response
 
-#: What evaluation keeps of each held-out pair.
-BY_PAIR = tuple(metric.name for metric in shown("held_out"))
-#: The file of a checkpoint that holds the lines of metrics.jsonl up to it.
-SO_FAR = "metrics_so_far.jsonl"
+BY_PAIR = tuple(metric.name for metric in shown("held_out"))  # what evaluation keeps of each held-out pair
+SO_FAR = "metrics_so_far.jsonl"  # the file of a checkpoint with the lines of metrics.jsonl up to it
 
 
 class Report:

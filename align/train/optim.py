@@ -1,8 +1,7 @@
-"""The optimizer and its schedule, by the names that transformers.TrainingArguments gives them.
+"""The optimizer and its schedule, by the names that transformers.TrainingArguments gives them, as the Trainer makes them.
 
-torch's own optimizers are made here. All others are made by transformers.Trainer, which is imported for them only: it
-takes seconds. Left out: optimizers that change weights inside the backward pass (LOMO, layer-wise ones), as a step here
-has several micro-batches and keeps nothing where a loss is not finite; schedules that follow an evaluation.
+Left out: optimizers that change weights inside the backward pass (LOMO, layer-wise ones), as a step here has several
+micro-batches and keeps nothing where a loss is not finite; schedules that follow an evaluation.
 """
 
 import math
@@ -13,8 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_scheduler
-from transformers.trainer_pt_utils import get_parameter_names
+from transformers import Trainer, get_scheduler
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
@@ -43,16 +41,14 @@ OWNED = {
 }
 _OPTIMIZERS = [name.value for name in OptimizerNames if "lomo" not in name.value and "_layerwise" not in name.value]
 _SCHEDULES = [kind.value for kind in SchedulerType if kind.value not in ("reduce_lr_on_plateau", "greedy")]
-_FLAGS = ("nesterov", "centered")
-#: Optimizers of torch -> their class, and the options that `optim_args` may set.
-_TORCH: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "adamw_torch": (torch.optim.AdamW, ()),
-    "adamw_torch_fused": (torch.optim.AdamW, ()),
-    "sgd": (torch.optim.SGD, ("momentum", "dampening", "nesterov")),
-    "adagrad": (torch.optim.Adagrad, ("lr_decay", "eps")),
-    "rmsprop": (torch.optim.RMSprop, ("momentum", "alpha", "eps", "centered")),
+#: Options that `optim_args` may set, for the optimizers of which the Trainer passes over any other.
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    "adamw_torch": (),
+    "adamw_torch_fused": (),
+    "sgd": ("momentum", "dampening", "nesterov"),
+    "adagrad": ("lr_decay", "eps"),
+    "rmsprop": ("momentum", "alpha", "eps", "centered"),
 }
-_NOT_DECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]  # as the Trainer has it
 _BIG = 1e9  # weights
 _HIGH_LEARNING_RATE = 1e-5
 
@@ -85,62 +81,28 @@ def high_learning_rate(cfg: OptimizerConfig, parameters: int) -> str | None:
 
 
 def build_optimizer(cfg: OptimizerConfig, model: nn.Module, steps: int) -> torch.optim.Optimizer:
-    """Make the optimizer of a model's trainable weights. Norms and biases are not decayed.
-
-    Raises:
-        UserError: its package is absent, or it does not take these values.
-    """
-    try:
-        return _of_torch(cfg, model) if cfg.optim in _TORCH else _of_transformers(cfg, model, steps)
-    except (ImportError, TypeError, ValueError) as error:
-        raise UserError(f"optimizer.optim={cfg.optim}: {' '.join(str(error).split())}") from error
-
-
-def _of_torch(cfg: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
-    kind, known = _TORCH[cfg.optim]
-    options: dict[str, Any] = {}
-    for name, _, value in (pair.partition("=") for pair in (cfg.optim_args or "").replace(" ", "").split(",") if pair):
-        if name not in known:
-            raise ValueError(f"optimizer.optim_args={cfg.optim_args}, but it takes {', '.join(known) or 'none'}")
-        options[name] = value.lower() in ("true", "1", "yes") if name in _FLAGS else float(value)
-    if kind is torch.optim.AdamW:
-        options = {"betas": (cfg.adam_beta1, cfg.adam_beta2), "eps": cfg.adam_epsilon}
-        options |= {"fused": True} if cfg.optim == "adamw_torch_fused" else {}
-    decayed = set(get_parameter_names(model, [nn.LayerNorm], _NOT_DECAYED))
-    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    groups = [
-        {"params": [w for name, w in trained if name in decayed], "weight_decay": cfg.weight_decay},
-        {"params": [w for name, w in trained if name not in decayed], "weight_decay": 0.0},
-    ]
-    made: torch.optim.Optimizer = kind(groups, lr=cfg.learning_rate, **options)
-    return made
-
-
-def _of_transformers(cfg: OptimizerConfig, model: nn.Module, steps: int) -> torch.optim.Optimizer:
-    """The Trainer's own way to an optimizer, without the rest of a Trainer."""
-    from transformers import Trainer
-
+    """Make the optimizer of a model's trainable weights, or raise `UserError`. Norms and biases are not decayed."""
+    known = _OPTIONS.get(cfg.optim)
+    typed = [pair.partition("=")[0].strip() for pair in (cfg.optim_args or "").split(",") if pair]
+    if known is not None and not {*typed} <= {*known}:
+        takes = ", ".join(known) or "none"
+        raise UserError(f"optimizer.optim={cfg.optim}: optimizer.optim_args={cfg.optim_args}, but it takes {takes}")
     arguments = {field.name: getattr(cfg, field.name) for field in fields(cfg)}
     arguments |= {"optim": OptimizerNames(cfg.optim), "warmup_steps": warmup_steps(cfg, steps)}
-    trainer: Any = Trainer.__new__(Trainer)
+    trainer: Any = Trainer.__new__(Trainer)  # its own way to an optimizer, without the rest of it
     vars(trainer).update(model=model, args=SimpleNamespace(**arguments), optimizer=None, optimizer_cls_and_kwargs=None)
-    made: torch.optim.Optimizer = trainer.create_optimizer()
+    try:
+        made: torch.optim.Optimizer = trainer.create_optimizer()
+    except (ImportError, TypeError, ValueError) as error:
+        raise UserError(f"optimizer.optim={cfg.optim}: {' '.join(str(error).split())}") from error
     return made
 
 
 def build_schedule(cfg: OptimizerConfig, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
-    """Make the schedule of a training of so many steps.
-
-    Raises:
-        UserError: it does not take these arguments.
-    """
+    """Make the schedule of a training of so many steps, or raise `UserError` for arguments that it does not take."""
     try:
         made: LRScheduler = get_scheduler(
-            cfg.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=warmup_steps(cfg, steps),
-            num_training_steps=steps,
-            scheduler_specific_kwargs=dict(cfg.lr_scheduler_kwargs),
+            cfg.lr_scheduler_type, optimizer, warmup_steps(cfg, steps), steps, dict(cfg.lr_scheduler_kwargs)
         )
     except (TypeError, ValueError) as error:
         raise UserError(

@@ -42,17 +42,12 @@ class CollapsedError(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class Sentinel:
-    """Watch every logged step. Every process asks the same, and all come to the same answer.
-
-    Attributes:
-        start_mean_logp: of chosen held-out responses under the start model, nats per token.
-        sample: token ids of the policy's answers; called on the first process only.
-    """
+    """Watch every logged step. Every process asks the same, and all come to the same answer."""
 
     cfg: SentinelConfig
     rank: Rank
-    start_mean_logp: float
-    sample: Callable[[], Sequence[Sequence[int]]]
+    start_mean_logp: float  # of chosen held-out responses under the start model, nats per token
+    sample: Callable[[], Sequence[Sequence[int]]]  # token ids of the policy's answers; called on the first process only
 
     def sampled(self, step: int) -> dict[str, float]:
         """Return the metric of answers, at the steps at which they are sampled."""

@@ -48,7 +48,6 @@ def train(job: Job, tracker: Tracker) -> None:
     The policy is then in its folder, and `job.figures` has {"start": figures at step 0, "trained": figures, "cost": cost}.
 
     Raises:
-        UserError: anything the user can put right.
         CollapsedError: the run is beyond hope.
         Stopped: it was asked to stop, and has written a checkpoint.
     """
@@ -96,11 +95,7 @@ def train(job: Job, tracker: Tracker) -> None:
 
 
 def common_checkpoint(job: Job, rank: Rank) -> Path | None:
-    """Return the checkpoint that all processes go on from, if there is one.
-
-    Raises:
-        UserError: some of them do not see it, or not even the folder.
-    """
+    """Return the checkpoint to go on from, if any; raise `UserError` where a process does not see it or the folder."""
     checkpoint: Path | None = rank.from_first(lambda: last_checkpoint(job.dir / "checkpoints"))
     known = checkpoint or job.dir
     if not rank.least(int(known.exists())):
