@@ -27,9 +27,9 @@ STAGES = {
         "evaluate",
         "align.evaluation.settings:EvaluateConfig",
     ),
-    "sample": ("run_dir=<folder>: answer the prompts of the dataset into that folder", "align.cli.stages:sample"),
-    "annotate": ("run_dir=<folder> scorer=<scorer>: score the answers there", "align.cli.stages:annotate"),
-    "select": ("run_dir=<folder>: choose the pairs to train on from the scores there", "align.cli.stages:select"),
+    "sample": ("run_dir=<folder>: answer the prompts of the dataset into that folder", "align.runs.stages:sample"),
+    "annotate": ("run_dir=<folder> scorer=<scorer>: score the answers there", "align.runs.stages:annotate"),
+    "select": ("run_dir=<folder>: choose the pairs to train on from the scores there", "align.runs.stages:select"),
 }
 
 

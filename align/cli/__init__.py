@@ -1,1 +1,1 @@
-"""The command line: Hydra, recipes, sweeps and the verbs beside a run."""
+"""The command line: Hydra, recipes and sweeps."""

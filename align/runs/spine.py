@@ -20,7 +20,7 @@ from align.launch import slurm
 from align.launch.local import each
 from align.launch.rank import Rank, alone, free, inside
 from align.model.load import trained_from
-from align.runs import iteration as stages
+from align.runs import stages
 from align.runs.folder import Iteration, Run, link_to_group, owned
 from align.runs.prepare import as_resolved, prepare
 from align.say import UserError, closest, is_first, quieten, say

@@ -170,16 +170,13 @@ def which_fit(setup: Setup, memory: int, tokens: int) -> list[Strategy]:
 
 
 def choose(setup: Setup, memory: int | None, tokens: int) -> Strategy:
-    """Resolve `auto`: single for one process, DDP if GPUs of `memory` bytes surely hold the run, else FSDP.
-
-    `memory` is None on CPUs, where DDP is chosen, and for unknown GPUs, where FSDP is.
-    """
+    """Resolve `auto`: single for one process, DDP on CPUs and where GPUs of `memory` bytes surely hold it, else FSDP."""
     if setup.offload:
         return Strategy.fsdp
     if setup.world == 1:
         return Strategy.single
-    whole = memory is not None and fits(setup, Strategy.ddp, memory, tokens) if setup.on_gpu else True
-    return Strategy.ddp if whole else Strategy.fsdp
+    held = not setup.on_gpu or (memory is not None and fits(setup, Strategy.ddp, memory, tokens))
+    return Strategy.ddp if held else Strategy.fsdp
 
 
 def setup(cfg: RunConfig, start: Start, cluster: Cluster) -> Setup:

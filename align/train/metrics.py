@@ -26,8 +26,7 @@ SO_FAR = "metrics_so_far.jsonl"  # the file of a checkpoint with the lines of me
 class Report:
     """Write metrics as they come: a line of metrics.jsonl, the tracker, the progress bar. Does nothing but on rank 0.
 
-    Args:
-        file: metrics.jsonl. A run that goes on begins with the lines of its checkpoint, an uninterrupted run's.
+    A run that goes on begins its file with the lines of its checkpoint, which are an uninterrupted run's.
     """
 
     def __init__(
@@ -143,11 +142,7 @@ class Cost:
 
 
 class Meter:
-    """Count the cost of a training on this process from here on; time in `paused` does not count.
-
-    Args:
-        before: the cost of earlier stretches of the run.
-    """
+    """Count the cost of a training from here on, after earlier stretches of the run; time in `paused` does not count."""
 
     def __init__(self, rank: Rank, before: Cost) -> None:
         self._rank, self._before = rank, before

@@ -108,9 +108,8 @@ def refuse(folder: Path) -> None:
     if not (file := folder / FILE).exists():
         return
     try:
-        known = json.loads(file.read_text())
-        end = CollapsedError(known["step"], known["why"])
-    except (ValueError, TypeError, KeyError) as error:
+        end = CollapsedError(**json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
         raise UserError(f"{file} is damaged: delete it, and the run goes on") from error
     raise with_remedy(end, folder)
 

@@ -24,7 +24,7 @@ from align.config import ClusterConfig
 from align.launch.local import each
 from align.launch.rank import Cluster, Rank, alone, cluster_of, join, leave
 from align.model.load import load_policy
-from align.runs.iteration import training
+from align.runs.stages import training
 from align.say import Stopped, UserError
 from align.tracking.trackers import Tracker
 from align.train.train import train

@@ -1,8 +1,9 @@
-"""The stages of an iteration around its training: its pairs before it, its evaluation behind it.
+"""The stages of an iteration around its training, pairs before it and evaluation behind it; three of them run alone too.
 
     pairs       given, or sample -> score -> select (onpolicy/), by the policy that is then trained on them
     training    what train() is handed
     evaluate    the judge, where there is one; the model card; the figures that mark the iteration as complete
+    sample, annotate, select    verbs of the command line: the stages of `pairs`, each on a folder
 
 What is there is kept, so the same command goes on after a kill at any moment. Every process calls these functions;
 sampling, scoring and weighing share the work by files, and only training connects the processes. The reference of an
@@ -13,18 +14,22 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from align import config
+from align.choices import Launcher
 from align.config import DatasetConfig, PairSourceConfig, RunConfig, ScorerConfig
 from align.data.pairs import Pairs, prepare_pairs
-from align.data.prompts import PromptRow, Prompts, prompts_of
+from align.data.prompts import PromptRow, Prompts, load_prompts, prompts_of
 from align.evaluation import card, judging
 from align.files import write_json, write_text
-from align.launch.rank import Rank, free
-from align.model.load import Policy, trained_from
+from align.launch import slurm
+from align.launch.local import each, logs_of
+from align.launch.rank import Cluster, Rank, alone, cluster_of, free
+from align.model.load import Policy, start_model, trained_from
 from align.onpolicy import figures
-from align.onpolicy.sample import read_samples, sample_from
+from align.onpolicy.sample import answering_cluster, read_samples, sample_from
 from align.onpolicy.score import score_responses
 from align.onpolicy.scorers import registry
 from align.onpolicy.scorers.base import Item
@@ -32,7 +37,7 @@ from align.onpolicy.select import SPLITS, describe_counts, write_pairs
 from align.runs import plan
 from align.runs.folder import Iteration, Run, identify, open_folder, recognise
 from align.runs.prepare import check_data
-from align.say import UserError
+from align.say import UserError, quieten, say
 from align.tracking.trackers import Tracker
 from align.train.job import Job, build_objective
 from align.train.metrics import Cost
@@ -200,3 +205,58 @@ def _asked(run: Run) -> list[PromptRow]:
     if isinstance(run.source, Prompts):
         return [replace(prompt, candidates=()) for prompt in run.source.held_out[:limit]]
     return judging.prompts_of_pairs(run.source, limit)
+
+
+# A stage alone, on a folder --------------------------------------------------------------------------------------------
+
+
+def sample(cfg: RunConfig) -> None:
+    """Answer all prompts of the first iteration."""
+    folder, cache = folder_of(cfg), Path(cfg.cache_dir).expanduser()
+    cluster, start = answering_cluster(cfg), start_model(cfg, cache)
+    asked = prompts_of(cfg, load_prompts(cfg, start, cache), 1)
+    policy = Policy(iteration=0, cfg=cfg.model, start=start)
+    each(cluster, logs_of(folder), _sample, cfg, policy, asked, folder / "responses", cluster)
+    say(f"responses  {folder / 'responses'}")
+
+
+def _sample(cfg: RunConfig, policy: Policy, asked: Sequence[PromptRow], responses: Path, cluster: Cluster) -> None:
+    sample_from(policy, asked, cfg, cfg.sampling, responses, 1, "responses", alone(cluster))
+
+
+def annotate(cfg: RunConfig) -> None:
+    """Score all responses."""
+    folder = folder_of(cfg)
+    read_samples(folder / "responses")
+    cluster = cluster_of(cfg.cluster)
+    each(cluster, logs_of(folder), _annotate, cfg, folder, cluster)
+    say(f"scores  {folder / 'scores'}")
+
+
+def _annotate(cfg: RunConfig, folder: Path, cluster: Cluster) -> None:
+    score_responses(read_samples(folder / "responses"), cfg, folder / "scores", alone(cluster))
+
+
+def select(cfg: RunConfig) -> None:
+    """Choose the pair of each prompt."""
+    folder = folder_of(cfg)
+    pairs = folder / "pairs"
+    counts = write_pairs(folder / "responses", folder / "scores", cfg.selection, pairs, seed=cfg.seed + 1)
+    say(f"{describe_counts(counts)}\npairs  {pairs}")
+    say(f"to train: dataset=local dataset.path={pairs / 'train.jsonl'} dataset.eval_path={pairs / 'held_out.jsonl'}")
+
+
+def folder_of(cfg: RunConfig) -> Path:
+    """Check the words of a stage alone, which has no plan and runs where it is typed, and return its folder."""
+    quieten()
+    slurm.take_place()
+    config.check(cfg)
+    if cfg.plan:
+        raise UserError("a stage alone has no plan: leave out plan=true, or plan the whole with python -m align")
+    if cfg.cluster.launcher is Launcher.slurm:
+        raise UserError(
+            "a stage alone runs where it is typed: put the command into a job of yours, with cluster=auto (sbatch, srun)"
+        )
+    if cfg.run_dir is None:
+        raise UserError("a stage alone needs a folder: run_dir=<folder>")
+    return Path(cfg.run_dir).expanduser()
