@@ -28,7 +28,6 @@ from align.stats.length_control import length_controlled_win_rate
 Values = Mapping[str, Any]
 
 _NOT_RUNS = ("checkpoints", "model", "policy", "wandb", "logs", "tensorboard")
-_OF_SUITES = "evaluation/*/results.json"
 _CALL = re.compile(r"^python -m align (--config-dir=\S+ )*")  # before the words of a command
 _PLANNED = re.compile(r"^steps\s+([\d,]+) of ", re.MULTILINE)  # in plan.txt
 _VERSIONS = re.compile(r"^- Made with (.*)$", re.MULTILINE)  # in a model card
@@ -159,7 +158,7 @@ def _read_run(folder: Path, name: str) -> Run:
     last_step = max((points[-1][0] for points in curves.values()), default=0)
     state, note = (State.complete, "") if results else _state(folder, last_step, steps)
     answers, problem = _answers(folder)
-    start, trained = _results(folder, results)
+    start, trained, suites = _results(folder, results)
     if answers and "win_rate" in trained:
         trained.setdefault("lc_win_rate", _length_controlled(answers))
         start.setdefault("lc_win_rate", 0.5)
@@ -178,10 +177,7 @@ def _read_run(folder: Path, name: str) -> Run:
         start=start,
         trained=trained,
         held_out=_held_out(folder),
-        suites={
-            file.parent.name: str(_parsed(file.with_name("settings.json")).get("note", ""))
-            for file in sorted(folder.glob(_OF_SUITES))
-        },
+        suites=suites,
         curves=curves,
         answers=answers,
         iterations=iterations,
@@ -236,18 +232,20 @@ def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return curves
 
 
-def _results(folder: Path, results: Values) -> tuple[dict[str, float], dict[str, float]]:
-    """Return results of start model and policy. A suite's are "alpaca_eval/win_rate", "lm_eval/start/gsm8k"."""
+def _results(folder: Path, results: Values) -> tuple[dict[str, float], dict[str, float], dict[str, str]]:
+    """Return results of start model and policy, and the suites' notes. A suite says "judge/ties", "lm_eval/start/mmlu"."""
     at_start = {name.removeprefix("eval/"): value for name, value in _parsed(folder / "start.json").items()}
     start, trained = _numbers(results.get("start") or at_start), _numbers(results.get("trained"))
     trained |= {f"cost/{name}": value for name, value in _numbers(results.get("cost")).items()}
-    for file in sorted(folder.glob(_OF_SUITES)):
+    suites = {}
+    for file in sorted(folder.glob("evaluation/*/results.json")):
+        suites[file.parent.name] = str(_parsed(file.with_name("settings.json")).get("note", ""))
         for name, value in _numbers(_parsed(file)).items():
             if "/start/" in name:
                 start[name.replace("/start/", "/", 1)] = value
             else:
                 trained[name] = value
-    return start, trained
+    return start, trained, suites
 
 
 def _answers(folder: Path) -> tuple[list[Answers], str]:

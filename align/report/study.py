@@ -160,9 +160,6 @@ def p_value(result: intervals.Comparison) -> str:
     return p.replace(" ", "\N{NO-BREAK SPACE}")
 
 
-# Parts ----------------------------------------------------------------------------------------------------------------
-
-
 def _comparisons(methods: Sequence[Method], name: str) -> Comparisons:
     """Compare every two methods that share enough items, by figures that are one quantity."""
     raw = []

@@ -75,11 +75,9 @@ def mean_over_seeds(values: Sequence[float]) -> Estimate:
     table = np.asarray(values, dtype=np.float64)
     if table.ndim != 1 or not table.size:
         raise ValueError(f"one value per seed is needed, not the shape {list(table.shape)}")
-    mean = float(table.mean())
-    if table.size == 1:
-        return Estimate(mean=mean, low=mean, high=mean, over="nothing")
-    margin = float(t_quantile(table.size - 1)) * float(table.std(ddof=1)) / math.sqrt(table.size)
-    return Estimate(mean=mean, low=mean - margin, high=mean + margin, over="seeds")
+    mean, several = float(table.mean()), table.size > 1
+    margin = float(t_quantile(table.size - 1)) * float(table.std(ddof=1)) / math.sqrt(table.size) if several else 0.0
+    return Estimate(mean=mean, low=mean - margin, high=mean + margin, over="seeds" if several else "nothing")
 
 
 def estimate(scores: ArrayLike) -> Estimate:

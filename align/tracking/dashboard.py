@@ -104,12 +104,8 @@ def dashboard(words: Sequence[str]) -> None:
 
 def spec(built: Any) -> dict[str, Any]:
     """Return a workspace or report as wandb stores it, without what differs at every call."""
-
-    def lasting(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        return {key: value for key, value in pairs if key not in _DRAWN}
-
     stored = built._to_model().model_dump_json(by_alias=True, exclude_none=True)
-    return json.loads(stored, object_pairs_hook=lasting)
+    return json.loads(stored, object_pairs_hook=lambda pairs: {key: value for key, value in pairs if key not in _DRAWN})
 
 
 def workspace(wanted: View) -> Any:
