@@ -2,10 +2,10 @@
 
 The run's answers are written in its format, model_outputs.json. The judge of them against the reference outputs is
 
-    scorer=llm_judge ...            one of our scorers, in both orders: annotations.json is written in AlpacaEval's format
-    suite.annotator=weighted_alpaca_eval_gpt4_turbo    the package alpaca-eval, which asks its judge once, in a random order
-    suite.annotations=annotations.json                 somebody elsewhere, of just these answers
-    nobody                          the answers are written, and what to type next is said
+    scorer=llm_judge ...                one of our scorers, in both orders: annotations.json is written in AlpacaEval's format
+    suite.annotations=annotations.json  any other, of just these answers: the command of the package alpaca-eval (extra
+                                        `alpaca`) asks its judge once, in a random order
+    nobody                              the answers are written, and what to type next is said
 
     win_rate = mean of preference - 1, standard_error = its standard deviation / sqrt(N), length in characters
     lc_win_rate by the published GLM (stats/length_control.py); with suite.difficulties as the leaderboard has it,
@@ -53,15 +53,13 @@ def inputs(evaluation: Evaluation[AlpacaEvalConfig]) -> dict[str, Any]:
     """Return fingerprints of the files' contents, wherever they lie, and the judge."""
     suite = evaluation.suite
     base.check_one_answer(evaluation)
-    if len(judges := _judges(evaluation)) > 1:
-        raise UserError(f"{' and '.join(judges)} both say who judges: give one of them")
+    if suite.annotations is not None and evaluation.scored_by_name:
+        raise UserError("suite.annotations and scorer both say who judges: give one of them")
     contents: dict[str, Any] = {"instructions": fingerprint(_instructions(suite))}
     if suite.annotations is not None:
         contents["annotations"] = fingerprint(base.read_table("suite.annotations", suite.annotations, _ANNOTATION))
-    elif judges:
+    elif evaluation.scored_by_name:
         contents["reference"] = fingerprint(_reference(suite))
-    if suite.annotator is not None:
-        _package(suite)
     if suite.difficulties is not None:
         contents["difficulties"] = file_fingerprint(_file("difficulties", suite.difficulties))
     scorer = base.scorer_identity(evaluation) if evaluation.scored_by_name else None
@@ -81,10 +79,10 @@ def measure(evaluation: Evaluation[AlpacaEvalConfig]) -> tuple[dict[str, float],
     suite, outputs = evaluation.suite, _outputs(evaluation)
     file = evaluation.folder / "model_outputs.json"
     _write(file, outputs)
-    if not _judges(evaluation):
+    if suite.annotations is None and not evaluation.scored_by_name:
         say(
             f"answers  {file}\nNobody has judged them yet. Type the command again with one more word: scorer=llm_judge (with its "
-            "scorer.judge.urls and served_model), suite.annotator=weighted_alpaca_eval_gpt4_turbo, or after\n"
+            "scorer.judge.urls and served_model), or, with the extra alpaca, after\n"
             f"  alpaca_eval --model_outputs {file} --annotators_config weighted_alpaca_eval_gpt4_turbo\n"
             "suite.annotations=<its annotations.json>"
         )
@@ -127,17 +125,6 @@ def figures(
         "reference/length": fmean(theirs),
         "instructions": len(annotations),
     }
-
-
-def _judges(evaluation: Evaluation[AlpacaEvalConfig]) -> list[str]:
-    """Return the words of the command that name a judge."""
-    suite = evaluation.suite
-    words = {
-        "suite.annotations": suite.annotations,
-        "suite.annotator": suite.annotator,
-        "scorer": evaluation.scored_by_name,
-    }
-    return [word for word, value in words.items() if value]
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -226,7 +213,7 @@ def _annotations(evaluation: Evaluation[AlpacaEvalConfig], outputs: Sequence[Row
     """Return AlpacaEval's rows of preferences, by any judge, and write those that are made here."""
     suite = evaluation.suite
     if suite.annotations is None:
-        rows = _by_package(suite, outputs) if suite.annotator else _by_scorer(evaluation, outputs)
+        rows = _by_scorer(evaluation, outputs)
         _write(evaluation.folder / "annotations.json", rows)
         return rows
     rows = base.read_table("suite.annotations", suite.annotations, _ANNOTATION)
@@ -267,28 +254,3 @@ def _by_scorer(evaluation: Evaluation[AlpacaEvalConfig], outputs: Sequence[Row])
         }
         rows.append(row)
     return rows
-
-
-def _package(suite: AlpacaEvalConfig) -> Any:
-    remedy = "which wants an older setuptools: pip install 'alpaca-eval>=0.6.6,<0.7' 'setuptools<81'"
-    return base.package("alpaca_eval", f"suite.annotator={suite.annotator} needs alpaca-eval, {remedy}")
-
-
-def _by_package(suite: AlpacaEvalConfig, outputs: Sequence[Row]) -> list[Row]:
-    """Return annotations by the package alpaca-eval; its figures are left to ours, which need no hub file."""
-    package, reference = _package(suite), _reference(suite)
-    try:
-        _, annotations = package.evaluate(
-            model_outputs=list(outputs),
-            reference_outputs=[reference[row["instruction"]] for row in outputs],
-            annotators_config=suite.annotator,
-            fn_metric="get_winrate",
-            sort_by="win_rate",
-            precomputed_leaderboard=None,
-            output_path=None,
-            is_return_instead_of_print=True,
-        )
-    except Exception as error:  # no key, no such annotator, a server's: they share no base class
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"suite.annotator={suite.annotator}: alpaca-eval fails ({reason})") from error
-    return [dict(row) for row in annotations]

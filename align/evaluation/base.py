@@ -10,7 +10,6 @@ A suite is a module align/evaluation/<kind>.py with three functions:
 """
 
 import contextlib
-import importlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -146,14 +145,6 @@ def answers(evaluation: Evaluation[Any]) -> dict[str, ResponseRow]:
     """Return the policy's answer to each question that `ask` has put, without white space at its ends."""
     rows = read_samples(evaluation.folder / "responses")
     return {last_turn(row.prompt): replace(row, response=row.response.strip()) for row in rows}
-
-
-def package(name: str, remedy: str) -> Any:
-    """Import an optional package of a suite, or say how to install it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f"{remedy} ({error})") from error
 
 
 def scorer_identity(evaluation: Evaluation[Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from align.evaluation.base import Evaluation, package
+from align.evaluation.base import Evaluation
 from align.evaluation.settings import LmEvalConfig
 from align.files import build_once, file_fingerprint, fingerprint, write_json, writing
 from align.launch.rank import Rank, free
@@ -88,7 +88,10 @@ def figures(metrics: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]) -> d
 
 
 def _harness() -> Any:
-    lm_eval = package("lm_eval", "suite=lm_eval needs a package: pip install 'lm-eval>=0.4.9,<1'")
+    try:
+        import lm_eval
+    except ImportError as error:
+        raise UserError(f"suite=lm_eval needs a package: pip install 'lm-eval>=0.4.9,<1' ({error})") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it advises on words that are not the user's
     return lm_eval
 

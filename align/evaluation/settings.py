@@ -62,7 +62,6 @@ class AlpacaEvalConfig(SuiteConfig):
     reference: str = "hub"  # rows of instruction, output and generator, which the answers are compared with
     annotations: str | None = None  # a judge's, in AlpacaEval's format, of the answers written here
     difficulties: str | None = None  # df_gamed.csv, or hub; null: the length-controlled win rate does without
-    annotator: str | None = None  # of the package alpaca-eval, which judges: weighted_alpaca_eval_gpt4_turbo
 
 
 @dataclass

@@ -339,14 +339,12 @@ def test_our_scorer_makes_annotations_in_alpaca_evals_format(alpaca):
     assert "no leaderboard figure" not in read(folder / "settings.json")["note"]
 
 
-def test_alpaca_eval_says_what_is_missing(alpaca, monkeypatch):
+def test_alpaca_eval_says_what_is_missing(alpaca):
     home, words, _ = alpaca
     evaluated = ["run=runs/dpo", "suite=alpaca_eval"]
-    monkeypatch.setitem(sys.modules, "alpaca_eval", None)
-    said = in_one_line(typed(home, *evaluated, *words, "suite.annotator=weighted_alpaca_eval_gpt4_turbo"))
-    assert "pip install 'alpaca-eval>=0.6.6,<0.7' 'setuptools<81'" in said
-    said = in_one_line(typed(home, *evaluated, *words, "suite.annotator=x", "suite.annotations=y.json"))
-    assert "suite.annotations and suite.annotator both say who judges" in said
+    scorer = ["scorer=program", "scorer.path=vowel_share:count"]
+    said = in_one_line(typed(home, *evaluated, *words, *scorer, "suite.annotations=y.json"))
+    assert "suite.annotations and scorer both say who judges" in said
     said = in_one_line(typed(home, *evaluated))
     assert "alpaca_eval.json of tatsu-lab/alpaca_eval cannot be had" in said and "suite.instructions=<file>" in said
     assert logging.getLogger("huggingface_hub").level == logging.ERROR  # or it tells of each of its retries
