@@ -96,13 +96,9 @@ def write_pairs(
 
     Returns for each split `prompts`, `pairs`, and `dropped`, the number of prompts without a pair for each reason.
     """
-    inputs = {
-        "responses": _manifest_of(responses),
-        "scores": _manifest_of(scores),
-        "selection": asdict(settings),
-        "seed": seed,
-        "version": _VERSION,
-    }
+    manifests = {"responses": responses / MANIFEST, "scores": scores / MANIFEST}  # missing where a stage has not begun
+    made_of = {name: fingerprint(file.read_text()) if file.is_file() else None for name, file in manifests.items()}
+    inputs = {**made_of, "selection": asdict(settings), "seed": seed, "version": _VERSION}
 
     def build(into: Path) -> None:
         rows, counts = choose(read_samples(responses), read_scores(scores), settings, seed)
@@ -114,12 +110,6 @@ def write_pairs(
     build_once(folder, build, "name another folder")
     counts: dict[str, dict[str, Any]] = check_manifest(folder, inputs, "pairs")["counts"]
     return counts
-
-
-def _manifest_of(folder: Path) -> str | None:
-    """Return a fingerprint of what the rows of a folder depend on; None where it has not begun."""
-    file = folder / MANIFEST
-    return fingerprint(file.read_text()) if file.is_file() else None
 
 
 def describe_counts(counts: dict[str, dict[str, Any]]) -> str:

@@ -136,7 +136,7 @@ def _answers(asked: list[str], start: Start) -> dict[str, list[str]]:
             "model=tiny, or dataset=local"
         ) from error
     sample = hf_sampler(policy.to("cuda" if torch.cuda.is_available() else "cpu"), start.tokenizer)
-    ids = [prompt_ids(_asked(prompt), start.tokenizer) for prompt in asked]
+    ids = [prompt_ids([{"role": "user", "content": prompt}], start.tokenizer) for prompt in asked]
     seeded = [Prompt(token_ids=i, seeds=seeds(0, 0, p, SAMPLES)) for i, p in zip(ids, asked, strict=True)]
     drawn = sample(seeded, SamplingConfig(temperature=1.0, top_p=1.0, max_new_tokens=64))
     return {prompt: [sample.text for sample in samples] for prompt, samples in zip(asked, drawn, strict=True)}
@@ -149,8 +149,5 @@ def pairs_of(answers: Mapping[str, list[str]]) -> list[dict[str, Any]]:
         for prompt, own in answers.items()
     ]
     pairs, _ = select(scored, SelectionConfig(temperature=0.0, min_gap=MIN_GAP), seed=0)
-    return [{"id": prompt, "prompt": _asked(prompt), **asdict(pair)} for prompt, pair in pairs.items()]
-
-
-def _asked(prompt: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": prompt}]
+    turns = {prompt: [{"role": "user", "content": prompt}] for prompt in pairs}
+    return [{"id": prompt, "prompt": turns[prompt], **asdict(pair)} for prompt, pair in pairs.items()]

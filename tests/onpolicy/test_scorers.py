@@ -174,10 +174,10 @@ def test_a_package_registers_a_scorer_by_entry_point(monkeypatch):
         return [entry] if selection.get("name") in (None, "length") else []
 
     monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
-    assert registry.available() == ["armorm", "length", "llm_judge", "pairrm", "program", "reward_model"]
     made = registry.build(ScorerConfig(name="length", path="2"), RANK)
     assert flat(made([Item(prompt="", responses=["four", "a"])])) == [2.0, 0.5]
-    with pytest.raises(UserError, match=r"scorer.name=lenght is unknown \(did you mean length\?\); there are armorm, "):
+    names = "armorm, length, llm_judge, pairrm, program, reward_model, and module:function"
+    with pytest.raises(UserError, match=rf"scorer.name=lenght is unknown \(did you mean length\?\); there are {names}"):
         registry.build(ScorerConfig(name="lenght"), RANK)
 
 

@@ -47,11 +47,16 @@ class JudgeScorer:
 
     def __init__(self, cfg: ScorerConfig, rank: Rank) -> None:
         if cfg.judge.served_model is None:
-            missing = "scorer.judge.served_model, the name that its server knows it by"
-            raise UserError(f"scorer.name=llm_judge needs {missing}")
+            raise UserError(
+                "scorer.name=llm_judge needs scorer.judge.served_model, the name that its server knows it by"
+            )
         self._cfg = cfg.judge
         self._servers = Servers(cfg.judge.urls, "scorer.judge.urls")
-        self._template = _template(cfg.template)
+        self._template = TEMPLATE if cfg.template is None else read_template("scorer.template", cfg.template)
+        if missing := [place for place in PLACES if place not in self._template]:
+            raise UserError(
+                f"scorer.template lacks {', '.join(missing)}; it must ask for {FIRST} if the first is better, else {SECOND}"
+            )
         self._request = {key: value for key, value in {**_ASK, **cfg.judge.request}.items() if value is not None}
         self.identity = Identity(
             kind=Kind.pairwise,
@@ -139,15 +144,3 @@ def _scores(verdicts: list[list[Verdict]]) -> Scores:
     wins = [[(p[i][j] + 1 - p[j][i]) / 2 for j in range(len(p))] for i in range(len(p))]
     spent = [{name: sum(counts[name] for _, counts in row) for name in _TIE[1]} for row in verdicts]
     return Scores(values=wins, counts=spent)
-
-
-def _template(setting: str | None) -> str:
-    """Return the judge's template: the one above, or that of `scorer.template`, in which no place may be missing."""
-    if setting is None:
-        return TEMPLATE
-    template = read_template("scorer.template", setting)
-    if missing := [place for place in PLACES if place not in template]:
-        raise UserError(
-            f"scorer.template lacks {', '.join(missing)}; it must ask for {FIRST} if the first is better, else {SECOND}"
-        )
-    return template

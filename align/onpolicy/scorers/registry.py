@@ -27,11 +27,6 @@ _BUILT_IN: dict[str, tuple[str, tuple[str, ...]]] = {
 _PAIRWISE = ("pairrm", "llm_judge")
 
 
-def available() -> list[str]:
-    """Return the names of all scorers: ours and those of installed packages."""
-    return sorted({*_BUILT_IN, *(entry.name for entry in importlib.metadata.entry_points(group="align.scorers"))})
-
-
 def scorer_of(cfg: RunConfig) -> ScorerConfig:
     """Return the scorer that is configured, or else the dataset's own judge."""
     if cfg.scorer.name is not None:
@@ -48,6 +43,7 @@ def scorer_of(cfg: RunConfig) -> ScorerConfig:
 def build(cfg: ScorerConfig, rank: Rank) -> Scorer:
     """Build the scorer that the configuration describes, or raise `UserError`; models run on `rank.device`."""
     assert cfg.name is not None, "scorer_of"
+    entries = {entry.name: entry for entry in importlib.metadata.entry_points(group="align.scorers")}
     if ":" in cfg.name:
         make: Callable[..., Any] = resolve(cfg.name, "scorer.name")
     elif cfg.name in _BUILT_IN:
@@ -57,10 +53,10 @@ def build(cfg: ScorerConfig, rank: Rank) -> Scorer:
                 known = ", ".join(reads)
                 raise UserError(f"scorer.{key} does nothing with scorer.name={cfg.name}, which reads {known}")
         make = resolve(f"{_HERE}.{name}", "scorer.name")
-    elif entries := list(importlib.metadata.entry_points(group="align.scorers", name=cfg.name)):
-        make = entries[0].load()
+    elif cfg.name in entries:
+        make = entries[cfg.name].load()
     else:
-        near = closest(cfg.name, names := available())
+        near = closest(cfg.name, names := sorted({*_BUILT_IN, *entries}))
         raise UserError(f"scorer.name={cfg.name} is unknown{near}; there are {', '.join(names)}, and module:function")
     scorer = make(cfg, rank)
     if not callable(scorer) or not isinstance(getattr(scorer, "identity", None), Identity):
