@@ -11,7 +11,6 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -93,12 +92,9 @@ def sample_from(
 def read_samples(folder: Path) -> list[ResponseRow]:
     """Return all rows of a finished folder, in the order of the prompts, the K of each together."""
     remedy = f"type align sample run_dir={folder.parent} first, with model= and dataset= as of this command"
-    return Shards.open(folder, "responses", remedy).read(_parse)
-
-
-def _parse(row: dict[str, Any]) -> ResponseRow:
-    """Return a row with its token ids in an array, as a list of them takes twenty times the room."""
-    return ResponseRow(**{**row, "response_ids": array("i", row["response_ids"])})
+    shards = Shards.open(folder, "responses", remedy)
+    # token ids in an array, as a list of them takes twenty times the room
+    return shards.read(lambda row: ResponseRow(**{**row, "response_ids": array("i", row["response_ids"])}))
 
 
 def _rows(

@@ -5,10 +5,11 @@ often enough that there is something to learn.
 """
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from align.model.chat import prompt_ids
+from align.onpolicy.batches import pad
 from align.playground import task
 
 STEPS, BATCH, LEARNING_RATE = 360, 64, 3e-3
@@ -38,10 +39,10 @@ def _batch(pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> 
     """Return token ids and labels `[b, L]`; the prompt and the padding are not labelled."""
     texts, targets = [], []
     for prompt, answer in pairs:
-        turn = [{"role": "user", "content": prompt}]
-        asked = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
+        asked = prompt_ids([{"role": "user", "content": prompt}], tokenizer)
         response = tokenizer(answer + "<end_of_turn>", add_special_tokens=False).input_ids
-        texts.append(torch.tensor(asked + response))
-        targets.append(torch.tensor([-100] * len(asked) + response))
-    ids = pad_sequence(texts, batch_first=True, padding_value=int(tokenizer.pad_token_id))
-    return ids, pad_sequence(targets, batch_first=True, padding_value=-100)
+        texts.append(asked + response)
+        targets.append([-100] * len(asked) + response)
+    cpu = torch.device("cpu")
+    ids, _ = pad(texts, int(tokenizer.pad_token_id), cpu, side="right")
+    return ids, pad(targets, -100, cpu, side="right")[0]

@@ -103,10 +103,8 @@ def demonstrations(count: int, seed: int) -> Iterator[tuple[str, str]]:
 
 def corpus() -> Iterator[str]:
     """Yield text with every word of the task about equally often, for the tokenizer."""
-    for split in ("train", "test"):
-        yield from (f"user\n{prompt}\nmodel\n" for prompt in prompts(split))
-    for _, answer in demonstrations(2000, seed=0):
-        yield answer
+    yield from (f"user\n{prompt}\nmodel\n" for prompt in prompts("train") + prompts("test"))
+    yield from (answer for _, answer in demonstrations(2000, seed=0))
 
 
 def rows(split: str, start: Start, cache: Path) -> list[dict[str, Any]]:
@@ -149,5 +147,7 @@ def pairs_of(answers: Mapping[str, list[str]]) -> list[dict[str, Any]]:
         for prompt, own in answers.items()
     ]
     pairs, _ = select(scored, SelectionConfig(temperature=0.0, min_gap=MIN_GAP), seed=0)
-    turns = {prompt: [{"role": "user", "content": prompt}] for prompt in pairs}
-    return [{"id": prompt, "prompt": turns[prompt], **asdict(pair)} for prompt, pair in pairs.items()]
+    return [
+        {"id": prompt, "prompt": [{"role": "user", "content": prompt}], **asdict(pair)}
+        for prompt, pair in pairs.items()
+    ]

@@ -31,16 +31,14 @@ def openai_sampler(tokenizer: PreTrainedTokenizerBase, cfg: SamplingConfig, path
     stops = stop_token_ids(tokenizer)
 
     def check(url: str, send: Send, body: Body) -> None:
-        answers = set()
-        for seed in range(_PROBES):
-            choice = _choice(send("/completions", {**body, **_PROBE, "seed": seed}))
-            answers.add((choice.get("text"), str(choice.get("token_ids"))))
-            if len(answers) > 1:
-                return
-        raise UserError(
-            f"{url} gives {_PROBES} equal answers at temperature {_PROBE['temperature']:g}: it decodes greedily, "
-            "whatever it is asked; serve the policy with vLLM or SGLang"
-        )
+        choices = (_choice(send("/completions", {**body, **_PROBE, "seed": seed})) for seed in range(_PROBES))
+        answers = ((choice.get("text"), choice.get("token_ids")) for choice in choices)
+        first = next(answers)
+        if all(answer == first for answer in answers):
+            raise UserError(
+                f"{url} gives {_PROBES} equal answers at temperature {_PROBE['temperature']:g}: it decodes greedily, "
+                "whatever it is asked; serve the policy with vLLM or SGLang"
+            )
 
     servers = Servers(cfg.urls, "sampling.urls", check)
 

@@ -134,7 +134,9 @@ class PointwiseModel(ModelScorer):
 
     def _numbers(self, rows: Sequence[tuple[list[int], int]]) -> list[float]:
         """Return a number for each text, of (its token ids, how many were cut)."""
-        raise NotImplementedError
+        pad_token = self._config.get_text_config().pad_token_id
+        can_pad = pad_token is not None and pad_token >= 0
+        return self._forward([ids for ids, _ in rows], pad_token if can_pad else 0, equal=not can_pad)
 
 
 class RewardModelScorer(PointwiseModel):
@@ -159,11 +161,6 @@ class RewardModelScorer(PointwiseModel):
                 f"the tokenizer of {cfg.path} has no chat template: give scorer.template, a Jinja template or its file, "
                 "that writes the texts as they were in its training"
             )
-
-    def _numbers(self, rows: Sequence[tuple[list[int], int]]) -> list[float]:
-        pad_token = self._config.get_text_config().pad_token_id
-        can_pad = pad_token is not None and pad_token >= 0
-        return self._forward([ids for ids, _ in rows], pad_token if can_pad else 0, equal=not can_pad)
 
 
 def render(item: Item, tokenizer: PreTrainedTokenizerBase, cfg: ScorerConfig) -> list[list[int]]:
