@@ -45,7 +45,7 @@ class Method:
 
     @cached_property
     def terms(self) -> dict[str, str]:
-        """What a fair comparison keeps the same, or tells, in words."""
+        """In words, all that a fair comparison keeps the same or tells."""
         its, config = self.settings, self.runs[0].config
         evaluation = [f"{key[11:]}={value_text(value)}" for key, value in its.items() if key.startswith("evaluation.")]
         scorer = [config.get(f"scorer.{key}") for key in ("name", "path", "judge.served_model")]

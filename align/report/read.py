@@ -258,8 +258,7 @@ def _answers(folder: Path) -> tuple[list[Answers], str]:
 
 def _answers_of(row: Values) -> Answers | None:
     """Parse the answers to one prompt; None where the judge has no number for one, as in the win rate."""
-    given = row.get("scores") or {}  # none where the scorer only compares
-    scores = {side: given.get(side, []) for side in ("start", "policy")}
+    scores = row.get("scores") or {"start": [], "policy": []}  # none where the scorer only compares
     certain = [[(a > b) + 0.5 * (a == b) for b in scores["start"]] for a in scores["policy"]]
     chances = row.get("chances", certain)
     if [len(of) for of in chances] != [len(row["start"])] * len(row["policy"]) or not any(chances):

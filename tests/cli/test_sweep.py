@@ -181,6 +181,7 @@ def test_a_run_returns_the_metric_that_is_named_and_says_which_there_are(align, 
     ("metric", "says"),
     [
         ("accuracy/mean_lopg", "is no metric of results.json (did you mean accuracy/mean_logp?)"),
+        ("log_ratio/chosn", "is no metric of results.json (did you mean log_ratio/chosen?)"),
         ("win_rate", "needs a judge, and there is none: give scorer=..., or optimized_metric=accuracy/mean_logp"),
         ("quality", "is no metric of results.json; there are rewards/accuracies, "),
     ],

@@ -647,24 +647,26 @@ def test_a_prompt_with_a_score_that_is_no_number_is_left_out_as_in_the_win_rate(
 
 
 @pytest.mark.parametrize(
-    "file, line",
+    "file, line, note",
     [
         (
             "samples.jsonl",
             '{"prompt": "where?", "start": ["a"], "policy": ["b"], "scores": {"start": [1], "policy": []}}',
+            "lacks scores of answers to 'where?'",
         ),
-        ("samples.jsonl", '{"prompt": "where?", "start": [], "policy": [], "chances": []}'),
-        ("metrics.jsonl", '{"train/loss": 1.0}'),
-        ("metrics.jsonl", '{"step": null, "train/loss": 1.0}'),
+        ("samples.jsonl", '{"prompt": "where?", "start": [], "policy": [], "chances": []}', "lacks scores of answers"),
+        ("samples.jsonl", '{"prompt": "?", "start": ["a"], "policy": ["b"], "scores": [1]}', "answers cannot be read"),
+        ("metrics.jsonl", '{"train/loss": 1.0}', ""),
+        ("metrics.jsonl", '{"step": null, "train/loss": 1.0}', ""),
     ],
 )
-def test_a_line_that_is_damaged_does_not_end_the_report(tmp_path, file, line):
+def test_a_line_that_is_damaged_does_not_end_the_report(tmp_path, file, line, note):
     run = write_run(tmp_path / "a")
     with (run / file).open("a") as lines:
         lines.write(f"{line}\n")
     (made,) = study_of(tmp_path).runs
     assert made.trained["win_rate"] > 0
-    assert ("lacks scores of answers to 'where?'" in made.note) == (file == "samples.jsonl")
+    assert note in made.note and bool(note) == bool(made.note)
 
 
 @pytest.mark.parametrize(
