@@ -69,11 +69,7 @@ def writing(what: str, remedy: str) -> Iterator[None]:
 def build_once(
     folder: Path, build: Callable[[Path], None], remedy: str = "set cache_dir= or ALIGN_CACHE", what: str = ""
 ) -> Path:
-    """Return `folder`, after `build(temporary folder)` has filled it, now or earlier; `what` is named in a line then.
-
-    Raises:
-        UserError: it cannot be written; the message ends with the remedy.
-    """
+    """Return `folder`, filled by `build(temporary folder)` now or earlier; `what` is named in a line, `remedy` in an error."""
     if folder.is_dir():
         return folder
     with writing(f"cannot write {folder.parent}", f"; {remedy}"):

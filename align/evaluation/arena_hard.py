@@ -67,11 +67,7 @@ def measure(evaluation: Evaluation[ArenaHardConfig]) -> tuple[dict[str, float], 
 
 
 def figures(judgments: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the win rate in [0, 1] of the model that is B in the first game and A in the second. Pure.
-
-    Raises:
-        UserError: no question has two verdicts.
-    """
+    """Return the win rate in [0, 1] of the model that is B in the first game and A in the second; `UserError` without any."""
     by_category: dict[str, list[list[tuple[float, int]]]] = {}
     for row in judgments:
         verdicts = [str((game or {}).get("score")) for game in row["games"]]

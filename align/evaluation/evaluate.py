@@ -35,11 +35,7 @@ _OWN = ("responses", "responses_of_start", "scores", "weights", "weights_of_star
 
 
 def evaluate(cfg: EvaluateConfig) -> None:
-    """Measure a run by a suite, or print what was measured before.
-
-    Raises:
-        UserError: anything the user can put right.
-    """
+    """Measure a run by a suite, or print what was measured before."""
     quieten()
     slurm.take_place()
     evaluation = prepare(cfg)

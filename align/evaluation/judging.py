@@ -165,11 +165,7 @@ def answer(
 
 
 def judged_prompts(rows: Sequence[ResponseRow], scores: Path, who: str) -> list[ScoredPrompt]:
-    """Return the prompts whose answers all have finite scores in the folder `scores`, by the scorer called `who`.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Return the prompts whose answers all have finite scores in `scores`, by the scorer `who`; `UserError` without any."""
     scored = list(scored_prompts(rows, read_scores(scores)))
     usable = figures.usable(scored)
     if not usable:

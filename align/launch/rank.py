@@ -195,11 +195,7 @@ def _strategy(cfg: ClusterConfig, world: int, on_gpu: bool) -> Strategy:
 
 
 def join(cluster: Cluster) -> Rank:
-    """Connect to the other processes, for the first time or again after `leave`. Returns this one's rank.
-
-    Raises:
-        UserError: the processes cannot meet.
-    """
+    """Connect to the other processes, also again after `leave`, and return the rank; `UserError` where they cannot meet."""
     rank = alone(cluster)
     if cluster.strategy is not Strategy.single and not torch.distributed.is_initialized():
         _connect(rank.device)

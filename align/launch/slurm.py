@@ -56,11 +56,7 @@ def discard() -> bool:
 
 
 def submit() -> None:
-    """Submit the queued runs: one job, or an array. Prints the jobs and their logs.
-
-    Raises:
-        UserError: SLURM refuses.
-    """
+    """Submit the queued runs, one job or an array, and print jobs and logs; `UserError` where SLURM refuses."""
     if not _queue:
         return
     import submitit

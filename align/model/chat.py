@@ -12,11 +12,7 @@ from align.say import UserError
 
 
 def read_template(key: str, value: str) -> str:
-    """Return the template that the knob `key` holds, or that of the file which it names.
-
-    Raises:
-        UserError: there is no such file.
-    """
+    """Return the template that the knob `key` holds, or that of the file which it names, or raise `UserError`."""
     if "{" in value:
         return value
     file = Path(value).expanduser()

@@ -43,11 +43,7 @@ class NotHereError(UserError):
 
 
 def prepare_start(cfg: ModelConfig, cache: Path) -> Start:
-    """Load the tokenizer, and initialise and fit the start model if it has no path. Cached.
-
-    Raises:
-        UserError: no such model or tokenizer, or one that cannot be used; the message names the knob.
-    """
+    """Load the tokenizer, and initialise and fit the start model if it has no path (cached), or raise `UserError`."""
     if cfg.path is not None:
         tokenizer = _load_tokenizer(cfg, cfg.tokenizer or cfg.path, cfg.revision if cfg.tokenizer is None else None)
         key = fingerprint(cfg.path, cfg.revision, tokenizer.init_kwargs.get("_commit_hash"))

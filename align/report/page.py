@@ -27,11 +27,7 @@ _SHOWN_ANSWERS = 1_000_000  # characters of answers on the page, at most
 
 
 def report(words: Sequence[str]) -> Path:
-    """Read the folders that the words name and write the three files. Returns the page.
-
-    Raises:
-        UserError: anything the user can put right.
-    """
+    """Read the folders that the words name and write the three files. Returns the page."""
     options = dict(word.split("=", 1) for word in words if "=" in word and not Path(word).exists())
     if unknown := ", ".join(sorted(options.keys() - {"out"})):
         raise UserError(f"unknown option {unknown}: python -m align report [folder ...] [out=folder]")

@@ -95,11 +95,7 @@ class Run:
 
 
 def read_runs(folders: Iterable[Path]) -> list[Run]:
-    """Read all runs in and below the folders, each once, in the order of their paths; then jobs that left no folder.
-
-    Raises:
-        UserError: a folder is not there, or neither a run nor a failed job is in any of them.
-    """
+    """Read all runs in and below the folders, each once, in the order of their paths; then jobs that left no folder."""
     folders = list(folders)
     for folder in folders:
         if not folder.is_dir():

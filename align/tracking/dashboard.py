@@ -52,11 +52,7 @@ class View:
 
 
 def view(words: Sequence[str]) -> View:
-    """Parse the words of the command.
-
-    Raises:
-        UserError: an unknown word, or a metric that is a curve.
-    """
+    """Parse the words of the command; `UserError` for an unknown word, or a metric that is a curve."""
     flags = {word for word in words if word.startswith("-")}
     options = dict(word.split("=", 1) for word in words if "=" in word and word not in flags)
     places = [word for word in words if "=" not in word and word not in flags]
@@ -80,11 +76,7 @@ def view(words: Sequence[str]) -> View:
 
 
 def dashboard(words: Sequence[str]) -> None:
-    """Build workspace and report, and print or save them.
-
-    Raises:
-        UserError: anything the user can put right.
-    """
+    """Build workspace and report, and print or save them."""
     wanted = view(words)
     if importlib.util.find_spec("wandb_workspaces") is None:
         raise UserError("the dashboard needs a package: pip install wandb-workspaces")
