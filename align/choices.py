@@ -25,10 +25,7 @@ class SystemMessage(Enum):
 
 
 class Layout(Enum):
-    """Arrangement of prompts and responses in a batch (align/engine/layout.py).
-
-    Each serves more models than the one above it, and feeds more tokens.
-    """
+    """Arrangement of a batch; each serves more models than the one above it, and feeds more tokens."""
 
     shared = "shared"  # one row without padding, a prompt once per pair
     packed = "packed"  # one row without padding, a prompt with each response

@@ -73,11 +73,7 @@ class Sweep:
             self.groups[self.group].append({"job": words, "why": why})
 
     def end(self, ended_by_jobs: bool) -> None:
-        """Print the result of a search, how to compare, and the jobs that failed.
-
-        Raises:
-            UserError: `ended_by_jobs`, on every process.
-        """
+        """Print the result of a search, how to compare, and which jobs failed; `UserError` if `ended_by_jobs`."""
         some = "; ".join(self.failed[:_SHOWN]) + (" ..." if len(self.failed) > _SHOWN else "")
         failed = (
             f"{len(self.failed)} of {self.jobs} jobs failed: {some}. The same command runs these again, and none that "

@@ -96,12 +96,9 @@ class Text(NamedTuple):
 
 
 def render(pair: tuple[Conversation | str, str, str], rules: Rules, ending: tuple[str, str] | None) -> Text:
-    """Render a pair as text; a conversation, with its system message in place, goes through the chat template.
+    """Render a pair as text, a conversation by the chat template; `BadRow` where that fails or changes the prompt.
 
     `ending` is `end_of_turn(tokenizer)`: a response ends with its first part; the second is cut off.
-
-    Raises:
-        BadRow: the template refuses the conversation, or writes the prompt otherwise when an answer follows.
     """
     prompt, *answers = pair
     if isinstance(prompt, str):
@@ -151,14 +148,11 @@ def tokenise(texts: list[Text], tokenizer: PreTrainedTokenizerBase) -> Iterator[
 def truncate(
     prompt: list[int], chosen: list[int], rejected: list[int], rules: Rules
 ) -> tuple[list[int], list[int], list[int]]:
-    """Cut a pair to `max_length`, by the rule that `truncation` names.
+    """Cut a pair to `max_length`, by the rule that `truncation` names; by `drop` a pair that is too long is a `BadRow`.
 
     `papers` is the rule of trl 0.9.6, with which the SimPO, DPO and WPO models were trained: if prompt and longer
     response exceed `max_length`, keep the prompt's last `max_prompt_length` tokens; if they still do, cut the responses
     to `max_length - max_prompt_length`. One thing differs: a BOS that the cut would lose is kept as the first token.
-
-    Raises:
-        BadRow: under `drop`, a pair that is too long.
     """
     longest, longest_prompt = rules.train.max_length, rules.train.max_prompt_length
     longer = max(len(chosen), len(rejected))

@@ -54,9 +54,7 @@ def attach_head(head: nn.Module) -> None:
     """Teach an output head to return statistics of target tokens when it is given a `target`, in place of logits.
 
     Its class becomes a subclass of itself, and it is still called as a module: the hooks of DDP, FSDP2 and ZeRO-3 fire.
-
-    Raises:
-        ValueError: it is neither linear nor a LoRA of a linear head.
+    Raises `ValueError` for a head that is neither linear nor a LoRA of a linear one.
     """
     wrapped = getattr(head, "modules_to_save", None)  # if peft trains the whole head, its active copy is called
     for module in [head] if wrapped is None else wrapped.values():

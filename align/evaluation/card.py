@@ -52,12 +52,7 @@ def model_card(
     pairs: Pairs,
     measured: Mapping[str, Mapping[str, float]],
 ) -> str:
-    """Return README.md of the trained model.
-
-    Args:
-        config: the resolved configuration, nested.
-        measured: what becomes results.json.
-    """
+    """Return README.md of the trained model; `config` is resolved, `measured` becomes results.json."""
     base = "built in, see `model.init` below" if cfg.model.init else start.path
     base_model = "" if cfg.model.init else f"base_model: {start.path}\n"
     revision = f" at revision {cfg.model.revision}" if cfg.model.revision else ""

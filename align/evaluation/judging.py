@@ -118,9 +118,6 @@ def judge(
     Returns:
         {"start": figures, "trained": figures} on the first process, None on others. The answers of both are then in
         samples.jsonl, beside the folder of the first contestant's files.
-
-    Raises:
-        UserError: the scorer fails, or has no finite score for any prompt.
     """
     who = registry.build(registry.scorer_of(cfg), rank).identity.name
     names, each = ", ".join(contestant.name for contestant in contestants), cfg.evaluation.samples_per_prompt
@@ -189,10 +186,7 @@ def weigh(policy: Policy, answers: Sequence[ResponseRow], cfg: RunConfig, folder
     for number in shards.claim():
         if model is None:
             model, tokenizer = policy.load(rank), policy.start.tokenizer
-            some = [
-                (prompt_ids(row.prompt, tokenizer)[-32:], [list(row.response_ids[:n]) for n in (32, 24)])
-                for row in answers[:2]
-            ]
+            some = [(prompt_ids(row.prompt, tokenizer), [list(row.response_ids)]) for row in answers[:2]]
             with rank.autocast():
                 layout, _, _ = engine.settle(model, some, cfg.engine.layout, cfg.model.attn_implementation)
         shards.write(number, map(asdict, weights(model, tokenizer, chunks[number], rank, layout=layout)))

@@ -101,9 +101,8 @@ def _logps(policy: Policy, pairs: Pairs, evaluation: Evaluation[PairsConfig], ra
     model = load_policy(cfg, policy.start, seed=0).to(rank.device)
     held_out = pairs.held_out
     some = [as_group(pair) for pair in held_out.select(range(min(2, len(held_out))))]
-    groups = [(prompt[-32:], [chosen[:32], rejected[:24]]) for prompt, (chosen, rejected) in some]
     with rank.autocast():
-        layout, _, _ = engine.settle(model, groups, evaluation.cfg.engine.layout, cfg.attn_implementation)
+        layout, _, _ = engine.settle(model, some, evaluation.cfg.engine.layout, cfg.attn_implementation)
     budget = evaluation.cfg.engine.tokens_per_micro_batch
     logps = reference.reference_logps(
         model,

@@ -74,10 +74,7 @@ def build_accelerator(rank: Rank, clip: float) -> Accelerator:
 
 
 def precision_of_fsdp(rank: Rank) -> MixedPrecisionPolicy:
-    """Return the policy by which weights are gathered in bf16 and gradients are summed over ranks in float32.
-
-    Outputs stay as they are: accelerate's own policy would round every sum of log-probabilities to bf16.
-    """
+    """Gather weights in bf16 and sum gradients in float32; outputs, sums of log-probabilities, are not rounded."""
     return MixedPrecisionPolicy(param_dtype=torch.bfloat16 if rank.bf16 else None, reduce_dtype=torch.float32)
 
 

@@ -52,10 +52,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """Split the text that the chat template writes after an answer: (up to its last special token, the rest).
 
     Gemma: ("<end_of_turn>", "\\n"). The rest is never generated, so it is not part of a response. If the template
-    does not close a turn, the first part is the tokenizer's eos token.
-
-    Raises:
-        UserError: the template does not write the assistant's turn.
+    does not close a turn, the first part is the tokenizer's eos token; `UserError` if it writes no such turn.
     """
     probe = "a probe of the template"
     messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": probe}]

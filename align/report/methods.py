@@ -104,10 +104,7 @@ def _outcomes(run: Run, name: str) -> Iterable[tuple[Item, float]]:
 
 
 def shared(methods: Sequence[Method]) -> dict[str, dict[str, list[str]]]:
-    """Return, for all `Method.terms`, the values and which methods have them.
-
-    Learning rates that every objective was swept over are left out: the methods' names tell them.
-    """
+    """Return the values of all `Method.terms` and whose they are, but for learning rates that all were swept over."""
     found: dict[str, dict[str, list[str]]] = {}
     rates: dict[str, set[str]] = {}  # of each objective
     for method in methods:

@@ -81,11 +81,7 @@ def mean_over_seeds(values: Sequence[float]) -> Estimate:
 
 
 def estimate(scores: ArrayLike) -> Estimate:
-    """Estimate the mean score of a method, with its interval over seeds and prompts.
-
-    Args:
-        scores: [seeds, prompts], or [prompts] of one seed; the prompts of all seeds in the same order.
-    """
+    """Estimate the mean of [seeds, prompts] scores, or [prompts] of one seed, with its interval over both."""
     table = _table(scores)
     errors, _, over = _errors([table])
     mean, margin = float(table.mean()), _margin(errors)
@@ -123,10 +119,7 @@ def compare(first: ArrayLike, second: ArrayLike) -> Comparison:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust p-values: the k-th smallest of m times m - k + 1, made monotone, at most 1 (Holm 1979).
-
-    If results with at most 0.05 are called significant, at most 5% of families have a mistake, however they depend.
-    """
+    """Adjust p-values: the k-th smallest of m times m - k + 1, made monotone, at most 1 (Holm 1979)."""
     p = np.asarray(p_values, dtype=np.float64)
     order = np.argsort(p)
     rising = np.maximum.accumulate(np.minimum(1.0, np.arange(p.size, 0, -1) * p[order]))

@@ -63,10 +63,7 @@ class Stretch(Tracker):
 
 
 class _Careful(Tracker):
-    """The tracker of a run folder, which costs the run nothing: its failure is one line, and the run goes on without.
-
-    At a good end it shows the answers in the file `samples`; `kept` says where what was not sent is to be found.
-    """
+    """The tracker of a run folder, which costs the run nothing: if it fails, a line says where all is `kept`."""
 
     def __init__(self, cfg: RunConfig, run_dir: Path, samples: Path | None, kept: str) -> None:
         self._name, self._samples, self._kept = cfg.tracker.name, samples, kept

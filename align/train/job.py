@@ -112,11 +112,7 @@ class PairData:
     def column(
         self, numbers: Sequence[int], values_of: Callable[[PairBatch], Tensor], budget: int, rank: Rank
     ) -> Tensor:
-        """Return `[len(numbers), k]`: the values `[b, k]` of these pairs, which are dealt to all processes.
-
-        Args:
-            values_of: needs no gradients; `budget` is a training micro-batch's.
-        """
+        """Return `[len(numbers), k]`, values of these pairs, dealt to all processes; `budget` is of training."""
         place = {number: at for at, number in enumerate(numbers)}
         places, values = [], []
         for some in deal(numbers, self.lengths, rank.world, self.layout, FORWARD_ONLY * budget)[rank.number]:

@@ -101,10 +101,7 @@ class Need:
 
 
 def need(setup: Setup, strategy: Strategy, tokens: int) -> Need:
-    """Calculate the bytes of a process with micro-batches of `tokens` tokens. More tokens never need less.
-
-    docs/memory.md derives each entry of the table.
-    """
+    """Calculate the bytes of a process with micro-batches of so many tokens, as docs/memory.md derives them."""
     shape, p, t, s = setup.shape, setup.shape.parameters, setup.trained, setup.state
 
     def d(size: int) -> int:  # the part of one process; that of the last may be smaller
@@ -222,16 +219,9 @@ def micro_batch_that_fits(cfg: RunConfig, start: Start, cluster: Cluster, longes
 def token_budget(policy: PreTrainedModel, data: PairData, statistics: Sequence[str], rank: Rank, later: int) -> int:
     """Measure the tokens of a micro-batch for a policy that is `attach`ed in the layout of `data` and on its GPU.
 
-    Two micro-batches of different sizes run forward and backward; the difference of their peaks is the cost of a token.
-    Not for sharded weights: a policy that is not wrapped yet does not gather any.
-
-    Args:
-        data: pairs, of which the longest are fed, repeated if they are fewer than some thousand tokens.
-        statistics: those that the objective needs.
-        later: bytes of training that are not there yet in a forward and backward: optimizer state, buckets.
-
-    Raises:
-        UserError: the longest pair does not fit.
+    Two micro-batches of the longest pairs run forward and backward; the difference of their peaks is the cost of a
+    token. Not for sharded weights: a policy that is not wrapped yet does not gather any. `later` are bytes that come
+    after a backward: optimizer state, buckets. Raises `UserError` where a pair is too long.
     """
     lengths = data.lengths
     longest = sorted(range(len(lengths)), key=lambda i: -sum(lengths[i]))[:8]

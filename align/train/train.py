@@ -158,9 +158,8 @@ def settle_copy(job: Job, rank: Rank) -> tuple[Layout, str, str | None]:
 def settle(job: Job, policy: PreTrainedModel, rank: Rank) -> tuple[Layout, str, str | None]:
     """Choose layout and attention on some tokens of two pairs."""
     some = [as_group(pair) for pair in job.pairs.train.select(range(min(2, len(job.pairs.train))))]
-    groups = [(prompt[-32:], [chosen[:32], rejected[:24]]) for prompt, (chosen, rejected) in some]
     with rank.autocast():
-        return engine.settle(policy, groups, job.cfg.engine.layout, job.cfg.model.attn_implementation)
+        return engine.settle(policy, some, job.cfg.engine.layout, job.cfg.model.attn_implementation)
 
 
 def tokens_per_micro_batch(job: Job, policy: PreTrainedModel, objective: Objective, data: PairData, rank: Rank) -> int:

@@ -98,10 +98,7 @@ class ProgramScorer:
 
 
 def check_preferences(preferences: Matrix, count: int) -> None:
-    """Raise for what cannot be P(i beats j) of `count` candidates, such as a judge asked in one order only.
-
-    Numbers that are not finite pass.
-    """
+    """Raise for what cannot be P(i beats j) of `count` candidates; numbers that are not finite pass."""
     if any(len(side) != count for side in (preferences, *preferences)):
         raise UserError(f"preferences of {count} candidates must be {count} rows of as many numbers")
     for i, row in enumerate(preferences):
