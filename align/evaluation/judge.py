@@ -37,7 +37,7 @@ from align.onpolicy.sample import ResponseRow, read_samples
 from align.onpolicy.score import score_responses
 from align.onpolicy.select import ScoredPrompt
 from align.say import UserError
-from align.stats.length_control import length_controlled_win_rate
+from align.stats.length_control import rate_by_answers
 
 
 def inputs(evaluation: Evaluation[JudgeConfig]) -> dict[str, Any]:
@@ -79,11 +79,13 @@ def compared(
 ) -> dict[str, float]:
     """Return the metrics of our answers against theirs, by their origins. Pure."""
     by_prompt = figures.win_rates(scored, ours, theirs)
+    texts = [{name: [c.text for c in p.candidates if c.origin == name] for name in (ours, theirs)} for p in scored]
+    games = ((figures.chances(p, ours, theirs), of[ours], of[theirs]) for p, of in zip(scored, texts, strict=True))
     results = {
         "win_rate": fmean(by_prompt),
         "standard_error": standard_error(by_prompt),
         "ties": figures.ties(scored, ours, theirs),
-        "lc_win_rate": length_controlled_win_rate(*zip(*_games(scored, ours, theirs), strict=True)).rate,
+        "lc_win_rate": rate_by_answers(games),
     }
     for name, prefix in ((ours, ""), (theirs, "opponent/")):
         of_side = figures.figures(rows, scored, name)
@@ -95,16 +97,6 @@ def compared(
         if "judge_score" in of_side:
             results[f"{prefix}score"] = of_side["judge_score"]
     return {**results, "prompts": len(by_prompt)}
-
-
-def _games(scored: Sequence[ScoredPrompt], ours: str, theirs: str) -> list[tuple[float, int, int]]:
-    """Return of every pair of answers to a prompt the chance that ours wins, and the characters of both."""
-    games = []
-    for prompt in scored:
-        lengths = {name: [len(c.text) for c in prompt.candidates if c.origin == name] for name in (ours, theirs)}
-        for mine, row in zip(lengths[ours], figures.chances(prompt, ours, theirs), strict=True):
-            games += [(chance, mine, other) for other, chance in zip(lengths[theirs], row, strict=True)]
-    return games
 
 
 def standard_error(values: Sequence[float]) -> float:

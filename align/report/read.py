@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from align.files import flat
 from align.say import UserError
-from align.stats.length_control import length_controlled_win_rate
+from align.stats.length_control import rate_by_answers
 
 Values = Mapping[str, Any]
 
@@ -156,7 +156,8 @@ def _read_run(folder: Path, name: str) -> Run:
     answers, problem = _answers(folder)
     start, trained, suites = _results(folder, results)
     if answers and "win_rate" in trained:
-        trained.setdefault("lc_win_rate", _length_controlled(answers))
+        games = ((one.chances, one.policy, one.start) for one in answers)
+        trained.setdefault("lc_win_rate", rate_by_answers(games))
         start.setdefault("lc_win_rate", 0.5)
     saved = [folder / "model", folder / "policy", *(own / "policy" for own in reversed(_iterations(folder)))]
     card = next(filter(None, (_text(own / "README.md") for own in saved)), "")
@@ -273,17 +274,6 @@ def _held_out(folder: Path) -> dict[str, dict[str, float]]:
             if name != "pair" and 0 <= outcome <= 1:
                 outcomes.setdefault(name, {})[str(row.get("pair"))] = outcome
     return outcomes
-
-
-def _length_controlled(answers: list[Answers]) -> float:
-    """Compute the length-controlled win rate by pairs of answers, without AlpacaEval's difficulties of its prompts."""
-    rows = [
-        (chance, len(ours), len(theirs))
-        for one in answers
-        for ours, row in zip(one.policy, one.chances, strict=True)
-        for theirs, chance in zip(one.start, row, strict=True)
-    ]
-    return length_controlled_win_rate(*zip(*rows, strict=True)).rate
 
 
 def _iterations(folder: Path) -> list[Path]:

@@ -18,7 +18,7 @@ df_gamed.csv). Without difficulties the GLM has two terms (its `length_controlle
 leaderboard figure. Left out: alpaca_eval's L1 penalty, chosen by cross-validation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,17 @@ def length_controlled_win_rate(
     moved = predicted - predicted.mean() + len(won) * residual @ np.linalg.solve(hessian, gradient)
     error = moved.std(ddof=1) / np.sqrt(len(moved)) if len(moved) > 1 else np.nan
     return LengthControlled(rate=float(predicted.mean()), standard_error=float(error), weights=weights.tolist())
+
+
+def rate_by_answers(prompts: Iterable[tuple[Sequence[Sequence[float]], Sequence[str], Sequence[str]]]) -> float:
+    """Return the win rate by all pairs of answers: of each prompt [K][J] chances of ours, our K answers, their J."""
+    games = [
+        (chance, len(mine), len(other))
+        for chances, ours, theirs in prompts
+        for mine, row in zip(ours, chances, strict=True)
+        for other, chance in zip(theirs, row, strict=True)
+    ]
+    return length_controlled_win_rate(*zip(*games, strict=True)).rate
 
 
 def outcomes(annotated: Sequence[float]) -> Floats:
