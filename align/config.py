@@ -276,18 +276,19 @@ def check(cfg: RunConfig) -> None:
         raise UserError(f"engine.tokens_per_micro_batch must be a whole number of tokens or auto, not {budget!r}")
     if cfg.dataset.eval_fraction >= 1:
         raise UserError(f"dataset.eval_fraction must lie in (0, 1), not {cfg.dataset.eval_fraction}")
-    if every is not None and every % train.log_every_steps:
-        raise UserError(
-            f"sentinel.sample_every_steps ({every}) must be a multiple of train.log_every_steps "
-            f"({train.log_every_steps}): what it finds is logged with a step's metrics"
-        )
     if cfg.iterations > 1 and cfg.source.name is not choices.Source.selfplay:
         raise UserError(f"iterations={cfg.iterations} needs source=selfplay: pairs of a dataset are trained on once")
-    if train.save_every_steps % train.log_every_steps:
-        raise UserError(
-            f"train.save_every_steps ({train.save_every_steps}) must be a multiple of train.log_every_steps "
-            f"({train.log_every_steps}): a run that goes on would average other steps than one that was not stopped"
-        )
+    for key, steps, why in (
+        (
+            "train.save_every_steps",
+            train.save_every_steps,
+            "a run that goes on would average other steps than a whole one",
+        ),
+        ("sentinel.sample_every_steps", every or 0, "what it finds is logged with a step's metrics"),
+    ):
+        if steps % train.log_every_steps:
+            found = f"({steps}) must be a multiple of train.log_every_steps ({train.log_every_steps})"
+            raise UserError(f"{key} {found}: {why}")
     if train.max_prompt_length >= train.max_length:
         raise UserError(
             f"train.max_prompt_length ({train.max_prompt_length}) must be below train.max_length "

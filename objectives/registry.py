@@ -63,14 +63,10 @@ def load_file(path: str) -> None:
 
 
 def build(values: Mapping[str, Any]) -> Objective:
-    """Build an objective from plain values: `name`, then hyperparameters.
+    """Build an objective from plain values: `name`, then hyperparameters; or raise `ValueError`, one line with the key.
 
     A key that the named objective does not have is passed to the objective that it wraps, so `objective.beta` reaches
     the base of `wpo`.
-
-    Raises:
-        ValueError: unknown name or key, wrong type, or a value out of range; one line that names the key and
-            what is allowed.
     """
     objective, unclaimed = _build(dict(values))
     if unclaimed:

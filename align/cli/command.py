@@ -120,10 +120,8 @@ def job_of(
     """Return a function that composes the words of the command and carries out a run, or the stage "module:function".
 
     Args:
-        sweep: records each job, if there are several.
         help_text: the beginning of `--help`.
-        root: the YAML of conf/ that is composed.
-        schema: "module:class" of its type.
+        root: the YAML of conf/ that is composed, into the type `schema`, "module:class".
     """
 
     @hydra.main(config_path=str(compose.CONF), config_name=root, version_base="1.3")

@@ -47,7 +47,7 @@ class Pairs:
 
 
 def prepare_pairs(cfg: DatasetConfig, train: TrainConfig, system: SystemMessage, start: Start, cache: Path) -> Pairs:
-    """Read, check, render, tokenise and truncate the pairs of a run, or load them from the cache; or raise `UserError`."""
+    """Read, check, render, tokenise and truncate the pairs of a run (cached); or raise `UserError`."""
     splits = load_splits(cfg, start, cache)
     rules = Rules(tokenizer=start.tokenizer, train=train, system_message=system, group_by=cfg.group_by)
     limits = {"train": cfg.limit, "held_out": cfg.eval_limit}

@@ -221,7 +221,7 @@ def _prompt_hash(row: Mapping[str, Any]) -> str:
 
 
 def read_pair(row: Mapping[str, Any]) -> tuple[Conversation | str, str, str]:
-    """Parse (prompt, chosen, rejected) from a row: a conversation and two answers, or three texts; or raise `BadRow`."""
+    """Parse (prompt, chosen, rejected): a conversation and two answers, or three texts; or raise `BadRow`."""
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
     if not chosen or not rejected:
         raise BadRow("empty response")
@@ -250,7 +250,7 @@ def read_pair(row: Mapping[str, Any]) -> tuple[Conversation | str, str, str]:
 
 
 def read_prompt(row: Mapping[str, Any]) -> Conversation | str:
-    """Parse the prompt of a row, with or without answers: a conversation up to the answer, or a text; or raise `BadRow`."""
+    """Parse the prompt of a row, with or without answers: a conversation up to them, or a text; or raise `BadRow`."""
     try:
         return read_pair(row)[0]
     except BadRow:

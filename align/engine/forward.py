@@ -29,14 +29,12 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 def attach(model: nn.Module, layout: Layout, attention: str | None = None) -> None:
     """Teach a causal language model, bare or inside peft, to return statistics in place of logits.
 
-    Its class becomes a subclass of itself: weights, names, saving and generation stay as they are.
+    Its class becomes a subclass of itself: weights, names, saving and generation stay as they are. Raises `UserError`
+    where the output head is not linear.
 
     Args:
         layout: layout of later batches. For rows the model's attention is replaced with ours.
         attention: one of `attention.backends`; None: the first one for the model's device.
-
-    Raises:
-        UserError: the output head is not linear.
     """
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     config = inner.config.get_text_config()
@@ -57,7 +55,8 @@ def settle(
     """`attach` in this layout, or in the next one that the model can run, by comparison with the model's own logits.
 
     The comparison is in float32 first, where rounding cannot hide a mistake, and then under the caller's autocast with
-    the attention that training will use.
+    the attention that training will use. Raises `UserError` if even padded rows differ from the model's own numbers: it
+    changes its logits in a way unknown here.
 
     Args:
         groups: real data; the beginnings of two responses to the last tokens of two prompts are enough.
@@ -65,9 +64,6 @@ def settle(
 
     Returns:
         The layout, the attention, and one line with the reason if the layout differs from the requested one.
-
-    Raises:
-        UserError: even padded rows differ from the model's own numbers: it changes its logits in a way unknown here.
     """
     some = [(prompt[-32:], [responses[0][:32], responses[-1][:24]]) for prompt, responses in groups[:2]]
     why, device = None, next(model.parameters()).device

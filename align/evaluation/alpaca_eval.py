@@ -36,7 +36,7 @@ from align.launch.rank import Rank
 from align.onpolicy.figures import chances, side_by_side
 from align.onpolicy.sample import ResponseRow
 from align.onpolicy.score import score_responses
-from align.say import UserError, say
+from align.say import UserError, first_line, say
 from align.stats.length_control import length_controlled_win_rate, outcomes
 
 _HUB = "tatsu-lab/alpaca_eval"
@@ -106,12 +106,7 @@ def figures(
     difficulties: Sequence[float] | None = None,
     gamed: Sequence[Sequence[float]] | None = None,
 ) -> dict[str, float]:
-    """Return the leaderboard's figures, win rates in [0, 1]. Pure.
-
-    Args:
-        annotations: AlpacaEval's rows, output_1 the reference's.
-        difficulties, gamed: see `length_controlled_win_rate`.
-    """
+    """Return the figures of AlpacaEval's rows, output_1 the reference's, in [0, 1]. Pure."""
     won = outcomes([row["preference"] for row in annotations])
     ours, theirs = ([len(row[side]) for row in annotations] for side in ("output_2", "output_1"))
     controlled = length_controlled_win_rate(won, ours, theirs, difficulties, gamed=gamed)
@@ -127,9 +122,6 @@ def figures(
     }
 
 
-# Files ----------------------------------------------------------------------------------------------------------------
-
-
 def _file(name: str, value: str) -> Path:
     """Return the path of a file of AlpacaEval's dataset, from the hub or where the user has it."""
     if value != "hub":
@@ -137,9 +129,8 @@ def _file(name: str, value: str) -> Path:
     try:
         return Path(huggingface_hub.hf_hub_download(_HUB, _FILES[name], repo_type="dataset"))
     except Exception as error:  # the hub's errors share no base class: offline, no access
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
-            f"suite.{name}=hub: {_FILES[name]} of {_HUB} cannot be had ({reason[:120]}); give a copy, suite.{name}=<file>"
+            f"suite.{name}=hub: {_FILES[name]} of {_HUB} cannot be had ({first_line(error)[:120]}); give a copy, suite.{name}=<file>"
         ) from error
 
 
@@ -204,9 +195,6 @@ def _outputs(evaluation: Evaluation[AlpacaEvalConfig]) -> list[Row]:
 
 def _write(file: Path, rows: Sequence[Row]) -> None:
     write_text(file, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
-
-
-# Judges ---------------------------------------------------------------------------------------------------------------
 
 
 def _annotations(evaluation: Evaluation[AlpacaEvalConfig], outputs: Sequence[Row]) -> list[Row]:

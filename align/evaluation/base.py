@@ -121,9 +121,6 @@ class Evaluation(Generic[Settings]):
     cluster: Cluster
 
 
-# Questions of a benchmark ---------------------------------------------------------------------------------------------
-
-
 def check_one_answer(evaluation: Evaluation[Any]) -> None:
     """Raise where several answers to a question are asked for."""
     if (samples := evaluation.cfg.sampling.samples) != 1:
@@ -152,9 +149,6 @@ def scorer_identity(evaluation: Evaluation[Any]) -> dict[str, Any]:
     first = Rank(device=torch.device("cpu"), bf16=False, number=0, world=1)
     identity: dict[str, Any] = as_json(asdict(registry.build(registry.scorer_of(evaluation.cfg), first).identity))
     return identity
-
-
-# Files of the user's --------------------------------------------------------------------------------------------------
 
 
 def existing(key: str, path: str) -> Path:

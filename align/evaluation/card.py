@@ -46,11 +46,7 @@ def summary(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 
 def model_card(
-    cfg: RunConfig,
-    config: Mapping[str, Any],
-    start: Start,
-    pairs: Pairs,
-    measured: Mapping[str, Mapping[str, float]],
+    cfg: RunConfig, config: Mapping[str, Any], start: Start, pairs: Pairs, measured: Mapping[str, Mapping[str, float]]
 ) -> str:
     """Return README.md of the trained model; `config` is resolved, `measured` becomes results.json."""
     base = "built in, see `model.init` below" if cfg.model.init else start.path

@@ -129,9 +129,6 @@ def _recognise(settings: Path, inputs: Mapping[str, Any]) -> None:
         raise UserError(f"{others}: give another suite.name=, or delete that folder")
 
 
-# For people -----------------------------------------------------------------------------------------------------------
-
-
 def table(results: Mapping[str, float]) -> str:
     """Return results as the terminal shows them."""
     width = max(map(len, results))

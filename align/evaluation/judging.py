@@ -104,11 +104,7 @@ def contestants_of(run_dir: Path, policies: Sequence[Policy], is_selfplay: bool)
 
 
 def judge(
-    cfg: RunConfig,
-    contestants: Sequence[Contestant],
-    prompts: Sequence[PromptRow],
-    iteration: int,
-    rank: Rank,
+    cfg: RunConfig, contestants: Sequence[Contestant], prompts: Sequence[PromptRow], iteration: int, rank: Rank
 ) -> dict[str, dict[str, float]] | None:
     """Compare the first contestant, a trained policy, with the others, the last of which is the start model.
 
@@ -162,7 +158,7 @@ def answer(
 
 
 def judged_prompts(rows: Sequence[ResponseRow], scores: Path, who: str) -> list[ScoredPrompt]:
-    """Return the prompts whose answers all have finite scores in `scores`, by the scorer `who`; `UserError` without any."""
+    """Return the prompts whose answers all have finite scores, by the scorer `who`; `UserError` if there are none."""
     scored = list(scored_prompts(rows, read_scores(scores)))
     usable = figures.usable(scored)
     if not usable:
@@ -173,10 +169,7 @@ def judged_prompts(rows: Sequence[ResponseRow], scores: Path, who: str) -> list[
 
 
 def weigh(policy: Policy, answers: Sequence[ResponseRow], cfg: RunConfig, folder: Path, rank: Rank) -> list[Weight]:
-    """Return the weight of each answer under a policy, its own or another's, in their order, by shards of `folder`.
-
-    Answers to a prompt stand together, as `figures.side_by_side` leaves them.
-    """
+    """Return the weight of each answer under a policy, in order, those to a prompt together; by shards of `folder`."""
     groups = [list(group) for _, group in groupby(answers, key=lambda row: row.prompt_id)]
     chunks = [[row for group in groups[at : at + _SHARD] for row in group] for at in range(0, len(groups), _SHARD)]
     shards = Shards(folder=folder, what="weights", count=len(chunks), rows=len(answers))

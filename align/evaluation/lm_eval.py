@@ -22,7 +22,7 @@ from align.evaluation.settings import LmEvalConfig
 from align.files import build_once, file_fingerprint, fingerprint, write_json, writing
 from align.launch.rank import Rank, free
 from align.model.load import Policy
-from align.say import UserError, closest, say
+from align.say import UserError, closest, first_line, say
 
 _ALL = "lm_eval.json"  # all metrics of the policy, as the harness has them
 
@@ -68,11 +68,9 @@ def measure(evaluation: Evaluation[LmEvalConfig]) -> tuple[dict[str, float], str
 
 
 def figures(metrics: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]) -> dict[str, float]:
-    """Return the first metric of each of the tasks, and its standard error where there is one. Pure.
+    """Return the first metric of each task, and its standard error, of the harness's `results`. Pure.
 
-    Args:
-        metrics: `results` of the harness: of each task as "acc,none" and "acc_stderr,none".
-        tasks: as they were asked for; where one is a pattern or a tag, all that was measured is shown.
+    Where one of the tasks is a pattern or a tag, all that was measured is shown.
     """
     results: dict[str, float] = {}
     shown = tasks if all(task in metrics for task in tasks) else list(metrics)  # of a group not its 57 parts
@@ -134,9 +132,8 @@ def _loading(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise UserError(
-            f"suite=lm_eval: the harness cannot load {what} ({type(error).__name__}: {reason[:200]}): it takes a network, or "
+            f"suite=lm_eval: the harness cannot load {what} ({type(error).__name__}: {first_line(error)[:200]}): it takes a network, or "
             "HF_HOME=<folder that has its data>, or a task of yours, suite.task_folder=<folder of YAML files>"
         ) from error
 

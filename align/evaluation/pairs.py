@@ -62,9 +62,7 @@ def measure(evaluation: Evaluation[PairsConfig]) -> tuple[dict[str, float], str]
 def figures(logp: Tensor, ref_logp: Tensor | None, length: Tensor, groups: list[str]) -> dict[str, float]:
     """Return the metrics of a policy. Pure.
 
-    Args:
-        logp, ref_logp, length: `[N, 2]` chosen and rejected: nats, nats, scored tokens.
-        groups: `[N]` names; the empty one is none.
+    `[N, 2]` chosen and rejected: nats, nats, scored tokens; `[N]` names of groups, the empty one is none.
     """
     compared = {"mean_logp": logp / length} | ({} if ref_logp is None else {"log_ratio": logp - ref_logp})
     results: dict[str, float] = {}

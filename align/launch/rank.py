@@ -122,11 +122,7 @@ def inside() -> bool:
 
 
 def cluster_of(cfg: ClusterConfig, plan: bool = False) -> Cluster:
-    """Resolve the `cluster` node, on this machine or, for a plan or a batch job, on the machines that it describes.
-
-    Raises:
-        UserError: more GPUs than there are, bf16 without a GPU, a strategy that contradicts the number of processes.
-    """
+    """Resolve the `cluster` node, on this machine, or for a plan or a batch job as it is said; or raise `UserError`."""
     elsewhere = plan or (cfg.launcher is Launcher.slurm and not inside())
     if cfg.launcher is Launcher.slurm and cfg.device is Device.auto:
         needed = "cluster.launcher=slurm needs cluster.device=gpu or cpu"
@@ -195,7 +191,7 @@ def _strategy(cfg: ClusterConfig, world: int, on_gpu: bool) -> Strategy:
 
 
 def join(cluster: Cluster) -> Rank:
-    """Connect to the other processes, also again after `leave`, and return the rank; `UserError` where they cannot meet."""
+    """Connect to the other processes, also again after `leave`, and return the rank; or raise `UserError`."""
     rank = alone(cluster)
     if cluster.strategy is not Strategy.single and not torch.distributed.is_initialized():
         _connect(rank.device)

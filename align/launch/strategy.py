@@ -39,8 +39,7 @@ def check(cluster: Cluster) -> None:
 def build_accelerator(rank: Rank, clip: float) -> Accelerator:
     """Make the accelerator of a training. Under ZeRO-3, models that are loaded afterwards are divided as they load.
 
-    Precision is `Rank.autocast`'s, or the plugins': the accelerator itself has none. `clip` is the largest norm of a
-    gradient; 0 does not clip.
+    Precision is `Rank.autocast`'s, or the plugins'. `clip` is the largest norm of a gradient; 0 does not clip.
     """
     AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier training in this process
     on_cpu = rank.device.type == "cpu"

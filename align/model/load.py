@@ -43,7 +43,7 @@ class NotHereError(UserError):
 
 
 def prepare_start(cfg: ModelConfig, cache: Path) -> Start:
-    """Load the tokenizer, and initialise and fit the start model if it has no path (cached), or raise `UserError`."""
+    """Load the tokenizer, and initialise and fit the start model if it has no path (cached); or raise `UserError`."""
     if cfg.path is not None:
         tokenizer = _load_tokenizer(cfg, cfg.tokenizer or cfg.path, cfg.revision if cfg.tokenizer is None else None)
         key = fingerprint(cfg.path, cfg.revision, tokenizer.init_kwargs.get("_commit_hash"))

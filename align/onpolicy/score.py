@@ -39,10 +39,9 @@ def score_responses(rows: Sequence[ResponseRow], cfg: RunConfig, folder: Path, r
 
 
 def annotate(responses: Sequence[ResponseRow], scorer: Scorer, folder: Path, *, silent: bool = False) -> Counter[str]:
-    """Score responses into `folder`; what is there is kept. Any number of processes may do so at once, all in one order.
+    """Score responses into `folder`; what is there is kept. Any number of processes may do so at once, in one order.
 
-    Returns:
-        What the scorer counts, over all rows: tokens that were cut, tokens that a judge was paid for.
+    Returns what the scorer counts, over all rows: tokens that were cut, tokens that a judge was paid for.
     """
     groups = _by_prompt(responses)
     chunks = [groups[at : at + _SHARD_PROMPTS] for at in range(0, len(groups), _SHARD_PROMPTS)]

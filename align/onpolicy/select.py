@@ -121,9 +121,6 @@ def describe_counts(counts: dict[str, dict[str, Any]]) -> str:
     return "; ".join(lines)
 
 
-# What follows is pure -------------------------------------------------------------------------------------------------
-
-
 def choose(
     responses: Sequence[ResponseRow], scores: Sequence[Mapping[str, Any]], settings: SelectionConfig, seed: int
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, dict[str, Any]]]:

@@ -240,9 +240,6 @@ def iterations(study: Study) -> list[Chart]:
     return drawn
 
 
-# Drawing ------------------------------------------------------------------------------------------------------------
-
-
 def _whiskers(rows: Sequence[Whisker], label: str, line: float | None, hollow: Set[int] = frozenset()) -> str:
     """Draw a row for each (number, label, estimate): the mean, its 95% interval where there is one, a dashed line.
 

@@ -135,9 +135,6 @@ def sweeps(methods: Sequence[Method]) -> list[Sweep]:
     return found
 
 
-# Names ----------------------------------------------------------------------------------------------------------------
-
-
 def settings_of(run: Run) -> dict[str, Any]:
     """Return what decides a run's result, but the seed."""
     known = run.identity or run.config

@@ -185,9 +185,6 @@ def _read_run(folder: Path, name: str) -> Run:
     )
 
 
-# Parts of a run -------------------------------------------------------------------------------------------------------
-
-
 def _state(folder: Path, last_step: int, steps: int | None) -> tuple[State, str]:
     """Tell why a run has no results, and how far it got."""
     reached = f"at step {last_step}" + (f" of {steps}" if steps else "") if last_step else "before the first step"
@@ -280,9 +277,6 @@ def _iterations(folder: Path) -> list[Path]:
     """List the folders of self-play's trainings, in order."""
     own = [path for path in folder.glob("iter_*") if path.name[5:].isdigit() and path.name != "iter_0"]
     return sorted(own, key=lambda path: int(path.name[5:]))
-
-
-# Files ----------------------------------------------------------------------------------------------------------------
 
 
 def _text(file: Path) -> str:

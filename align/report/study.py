@@ -24,10 +24,7 @@ from align.report.read import Run, State
 from align.stats import intervals
 
 #: Two methods are compared by the first of these that any method has -> its words, and those of its items.
-COMPARED = {
-    "win_rate": ("win rate", "prompts"),
-    "accuracy/mean_logp": ("accuracy by mean_logp", "held-out pairs"),
-}
+COMPARED = {"win_rate": ("win rate", "prompts"), "accuracy/mean_logp": ("accuracy by mean_logp", "held-out pairs")}
 _OF_A_WIN_RATE = ("start model", "judge", "evaluation")  # terms that make two win rates one quantity
 _FEWEST = 6  # prompts of a comparison: where five all agree, a sign test has p = 2^-4
 

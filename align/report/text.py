@@ -171,9 +171,6 @@ def results_csv(study: Study) -> str:
     return file.getvalue()
 
 
-# Tables ---------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """A row for each method, and at the end, as None, the start model."""
@@ -280,9 +277,6 @@ def _standard_error(method: Method, column: Metric) -> str:
     of = {"win_rate": "standard_error", "lc_win_rate": "lc_standard_error"}.get(name, f"{name}/standard_error")
     errors = method.of_suite(f"{suite}/{of}")
     return f"± {figure(column, errors[0])} s.e." if len(errors) == 1 else ""
-
-
-# Figures --------------------------------------------------------------------------------------------------------------
 
 
 def figure(column: Metric, value: float | None) -> str:

@@ -129,12 +129,8 @@ def open_training(iteration: Iteration, job: Job, rank: Rank) -> None:
 def evaluate(iteration: Iteration, job: Job, before: Policy, counts: Mapping[str, Any], rank: Rank) -> dict[str, Any]:
     """Ask the judge, where there is one, and write the card and the figures, which mark the iteration as complete.
 
-    Args:
-        before: the policy before this iteration.
-        counts: of the prompts that the pairs are made of, by split.
-
-    Returns:
-        The figures; where the pairs are given, the results of the run. {} on other processes than the first.
+    `before` is the policy before this iteration, `counts` of the prompts that the pairs are made of, by split. Returns
+    the figures; where the pairs are given, the results of the run; {} on other processes than the first.
     """
     run, judged = iteration.run, None
     if judging.scorer_of(run.cfg) is not None:
@@ -205,9 +201,6 @@ def _asked(run: Run) -> list[PromptRow]:
     if isinstance(run.source, Prompts):
         return [replace(prompt, candidates=()) for prompt in run.source.held_out[:limit]]
     return judging.prompts_of_pairs(run.source, limit)
-
-
-# A stage alone, on a folder --------------------------------------------------------------------------------------------
 
 
 def sample(cfg: RunConfig) -> None:

@@ -91,9 +91,8 @@ def estimate(scores: ArrayLike) -> Estimate:
 def compare(first: ArrayLike, second: ArrayLike) -> Comparison:
     """Compare two methods on the same prompts: is the first better or worse, or is it chance?
 
-    Args:
-        first, second: [seeds, prompts], or [prompts] of one seed, with the same prompts in the same order. The
-            numbers of seeds may differ; if only one has several, the other's are assumed to scatter like them.
+    Both are [seeds, prompts], or [prompts] of one seed, with the same prompts in the same order. The numbers of seeds
+    may differ; if only one has several, the other's are assumed to scatter like them.
     """
     a, b = _table(first), _table(second)
     if a.shape[1] != b.shape[1]:
@@ -135,9 +134,8 @@ def t_quantile(degrees_of_freedom: int, inside: ArrayLike = LEVEL) -> Floats:
 def _errors(tables: Sequence[Floats]) -> tuple[Floats, int, Over]:
     """Draw errors of the mean of a table, or of the difference of two tables' means.
 
-    Returns:
-        Absolute errors [resamples], the degrees of freedom of a Student's t whose tail is no lighter than theirs, and
-        what they are over.
+    Returns absolute errors [resamples], the degrees of freedom of a Student's t whose tail is no lighter than theirs,
+    and what they are over.
     """
     prompts = tables[0].shape[1]
     by_prompt = tables[0].mean(axis=0) - (tables[1].mean(axis=0) if len(tables) > 1 else 0)

@@ -23,19 +23,16 @@ from align.choices import Source, TrackerMode, TrackerName
 from align.config import RunConfig, is_group, plain
 from align.files import flat
 from align.metrics import METRICS
-from align.say import UserError
+from align.say import UserError, first_line
 
 CURVES = ("train/", "eval/", "selfplay/", "sentinel/")  # places of which a run has several values
 _WITH_BEST = ("eval/", "selfplay/")  # those whose best value stands in the summary beside the last
 _SUMMARY = {"maximize": "last,max", "minimize": "last,min"}
 X_AXIS = "train/global_step"
-
 _INIT_TIMEOUT = 15  # seconds; wandb's own 90 and retries are a hang to who sits before it
 _FINISH_TIMEOUT = 120  # seconds that the last upload may take; what is not sent stays on disk
-
 _SAMPLES = 64  # prompts whose answers are shown
 _SAMPLE_COLUMNS = ["prompt", "start", "policy", "start_score", "policy_score", "win"]
-
 _TAG_LENGTH, _PROJECT_LENGTH = 64, 128  # what wandb takes
 _NOT_IN_PROJECT = r"[/\\#?%:]"
 
@@ -88,7 +85,7 @@ class _Careful(Tracker):
             yield
         except Exception as error:
             self._tracker = Tracker()
-            print(f"align: {self._name.value} failed ({_brief(error)}); {self._kept}", file=sys.stderr)
+            print(f"align: {self._name.value} failed ({first_line(error)[:120]}); {self._kept}", file=sys.stderr)
 
 
 class WandbTracker(Tracker):
@@ -124,7 +121,7 @@ class WandbTracker(Tracker):
         except Exception as error:  # no network, a wrong key, a server error: the run matters more
             if mode != "online":
                 raise
-            print(f"align: wandb cannot go online ({_brief(error)}); writing to disk", file=sys.stderr)
+            print(f"align: wandb cannot go online ({first_line(error)[:120]}); writing to disk", file=sys.stderr)
             wandb.teardown()  # for its service the run's id would be in use
             mode = "offline"
             self._run = wandb.init(mode=mode, **options)
@@ -274,7 +271,3 @@ def _first_answers(file: Path) -> list[list[Any]]:
                 win = (policy > start) + 0.5 * (policy == start)
             rows.append([row["prompt"], row["start"][0], row["policy"][0], start, policy, win])
     return rows
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__

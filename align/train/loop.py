@@ -144,9 +144,6 @@ def evaluate(loop: Loop, held_out: PairData) -> tuple[dict[str, float], dict[str
     return {f"eval/{name}": value for name, value in means.items()}, of_pairs
 
 
-# Gates ---------------------------------------------------------------------------------------------------------------
-
-
 def check_step_zero(loop: Loop, train: PairData) -> None:
     """Raise `UserError` where the policy's log-ratio to the reference column is not 0 before step 1, within rounding."""
     if train.ref_logp is None:

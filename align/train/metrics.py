@@ -1,4 +1,4 @@
-"""What a training measures: metrics of pairs and their means, as they come and as they are reported, and its cost."""
+"""Metrics of a training: of pairs and their means, as they come and as they are reported; and its cost."""
 
 import contextlib
 import json

@@ -103,9 +103,6 @@ def common_checkpoint(job: Job, rank: Rank) -> Path | None:
     return checkpoint
 
 
-# Before the steps ----------------------------------------------------------------------------------------------------
-
-
 def prepare(job: Job, rank: Rank) -> tuple[Loop, dict[str, PairData]]:
     """Return the loop at step 0, and the pairs of both splits."""
     cfg, objective, tokenizer = job.cfg, build_objective(job.cfg), job.start.tokenizer
@@ -218,9 +215,6 @@ def resume(job: Job, loop: Loop, splits: dict[str, PairData], checkpoint: Path) 
         split.ref_logp = columns.get(name)
     start: dict[str, float] = json.loads((job.dir / "start.json").read_text())
     return start
-
-
-# Between steps, and after them ---------------------------------------------------------------------------------------
 
 
 def step_metrics(loop: Loop, meter: Meter, update: dict[str, float], steps_per_epoch: int) -> dict[str, float]:
