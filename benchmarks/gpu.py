@@ -10,7 +10,7 @@ the one that has a gradient, logp. A row whose numbers are wrong has no speed, a
 Timed are training steps: batches from token ids, forward and backward of all micro-batches, clipping, AdamW; float32
 weights, bf16 autocast, the reference column computed before. The rows take turns, every round has pairs of its own, and a
 ratio compares rows of one round with padded rows, which come first. Beside the peak stands what align's plan of the run
-expects (align/memory.py). Last, TRL's DPOTrainer trains on the same steps, if it is installed.
+expects (align/train/memory.py). Last, TRL's DPOTrainer trains on the same steps, if it is installed.
 
 Useful tokens are those that the work needs: every prompt once, every response but its last token. MFU counts these
 alone: 6 FLOPs per weight of the trunk and token, attention over the keys that a token sees, 6 * V * H per response
