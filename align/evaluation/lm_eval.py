@@ -115,12 +115,13 @@ def _tasks(suite: LmEvalConfig) -> Any:
         if is_own and not all(manager.match_tasks([name]) for name in suite.tasks):
             manager = TaskManager(include_path=suite.task_folder)  # half a minute: the harness's own are 14,000
     load = getattr(manager, "load", None) or manager.load_task_or_group  # as older versions call it
-    for name in suite.tasks:  # before a policy is loaded; the harness loads them once more, from the disk
+    for name in suite.tasks:  # all names before the first is loaded, which may come from the hub
         if not manager.match_tasks([name]):
             raise UserError(
                 f"suite.tasks: the harness has no task {name}{closest(name, manager.all_tasks)}; "
                 "tasks of yours are found by suite.task_folder=<folder of YAML files>"
             )
+    for name in suite.tasks:  # before a policy is loaded; the harness loads them once more, from the disk
         with _loading(f"task {name}"):
             load([name])
     return manager

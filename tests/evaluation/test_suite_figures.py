@@ -1,12 +1,15 @@
 """What suites make of numbers, by hand: no models, no files."""
 
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from align.evaluation import alpaca_eval, arena_hard, judge, lm_eval, pairs
 from align.evaluation.evaluate import table, with_evaluations
+from align.evaluation.settings import LmEvalConfig
 from align.onpolicy.figures import usable
 from align.onpolicy.sample import ResponseRow
 from align.onpolicy.select import Candidate, ScoredPrompt
@@ -144,6 +147,20 @@ def test_of_a_task_the_first_metric_counts_and_of_a_group_not_its_parts():
     assert lm_eval.figures(of_harness, ["gsm8k", "mmlu"]) == {"gsm8k": 0.5, "gsm8k/standard_error": 0.1, "mmlu": 0.7}
     assert lm_eval.figures(of_harness, ["mmlu_*"]).keys() >= {"mmlu_astronomy", "mmlu", "gsm8k"}
     assert lm_eval.figures(of_harness, ["empty"]) == {}
+
+
+def test_a_misspelt_task_is_refused_before_another_is_loaded_from_the_hub(monkeypatch):
+    loaded = []
+    manager = SimpleNamespace(
+        all_tasks=["gsm8k", "mmlu"],
+        match_tasks=lambda names: [name for name in names if name in ("gsm8k", "mmlu")],
+        load=loaded.append,
+    )
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", SimpleNamespace(TaskManager=lambda **_: manager))
+    with pytest.raises(UserError, match=r"has no task mmul \(did you mean mmlu"):
+        lm_eval._tasks(LmEvalConfig(kind="lm_eval", name="lm_eval", tasks=["gsm8k", "mmul"]))
+    assert not loaded
 
 
 def test_the_cards_section_is_replaced_and_stands_before_the_configuration():
