@@ -91,7 +91,7 @@ class Loader(ConfigLoaderImpl):
         found = super().list_groups(parent_name)
         return found if parent_name or self.groups is None else [group for group in found if group in self.groups]
 
-    def get_group_options(self, group_name: str, results_filter: Any = ObjectType.CONFIG, *_: Any) -> list[str]:
+    def get_group_options(self, group_name: str, results_filter: Any = ObjectType.CONFIG, **_: Any) -> list[str]:
         """List the choices of a group. Hydra copies every cached config for each group: half of `--help`'s time."""
         return self.repository.get_group_options(group_name, results_filter)
 

@@ -235,6 +235,13 @@ def test_help_says_the_verbs_and_a_verb_explains_itself(align):
     assert "\nsuite: " in shown and "\nmodel: " not in shown
 
 
+def test_the_shell_completes_the_choices_of_a_group(align, monkeypatch):
+    line = "align objective=si"
+    monkeypatch.setenv("COMP_LINE", line)
+    monkeypatch.setenv("COMP_POINT", str(len(line)))
+    assert align("-sc", "query=bash", tracker="").out.split() == ["objective=simpo"]
+
+
 def test_a_misspelled_verb_is_one_line_that_says_the_verbs(align):
     said = align("reprt", tracker="")
     assert (said.status, said.err.count("\n")) == (1, 1)
