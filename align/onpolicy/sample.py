@@ -82,6 +82,8 @@ def sample_from(
                 Prompt(token_ids=prompt_ids(p.text, tokenizer), seeds=seeds(cfg.seed, iteration, p.id, samples))
                 for p in chunks[number]
             ]
+            if not all(prompt.token_ids for prompt in asked):  # a suite's question, to a policy that writes no BOS
+                raise UserError("a prompt is empty: leave it out of the questions")
             made = zip(chunks[number], sampler(asked, settings), strict=True)
             rows = [row for prompt, own in made for row in _rows(prompt, own, iteration, tokenizer)]
             shards.write(number, map(asdict, rows))

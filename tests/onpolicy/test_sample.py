@@ -509,7 +509,9 @@ def test_knobs_of_speed_may_change_between_runs(llama, tokenizer, tmp_path):
     sample_by(None, PROMPTS, faster, tmp_path / "responses", tokenizer)
 
 
-def test_bad_folders_are_one_line(tokenizer, tmp_path):
+def test_an_empty_prompt_and_bad_folders_are_one_line(tokenizer, tmp_path):
+    with pytest.raises(UserError, match="a prompt is empty"):
+        sample_by(said, [*PROMPTS, replace(PROMPTS[0], text="")], SETTINGS, tmp_path / "empty", tokenizer)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         sample_by(None, PROMPTS, SETTINGS, tmp_path / "file", tokenizer)
