@@ -187,7 +187,8 @@ def select_pair(
 ) -> Selection | Dropped:
     """Choose the pair of one prompt, or say why it has none. What ties leave open goes to the first candidate."""
     given = [candidate.score for candidate in candidates if candidate.score is not None]
-    assert len(given) in (0, len(candidates))
+    if len(given) not in (0, len(candidates)):
+        raise UserError(f"{len(given)} of {len(candidates)} candidates have scores: score all of them, or none")
     check_preferences(preferences, len(candidates))
     if len(candidates) < 2:
         return Dropped.too_few
@@ -243,7 +244,8 @@ def matrix_of(prompt: ScoredPrompt, temperature: float) -> Matrix:
     if prompt.preferences is not None:
         return prompt.preferences
     scores = [candidate.score for candidate in prompt.candidates if candidate.score is not None]
-    assert len(scores) == len(prompt.candidates)
+    if len(scores) < len(prompt.candidates):
+        raise UserError("it has neither a score for every candidate nor preferences")
     return preferences(scores, temperature)
 
 

@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from inspect import getfile
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def rows(split: str, start: Start, cache: Path) -> list[dict[str, Any]]:
         pairs = pairs_of(_answers(prompts(split), start))
         (into / "rows.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
 
-    key = fingerprint(start.fingerprint, file_fingerprint(Path(__file__)))
+    key = fingerprint(start.fingerprint, *(file_fingerprint(Path(getfile(code))) for code in (judge, select)))
     folder = build_once(cache / "playground" / f"{split}-{key}", build)
     pairs = [json.loads(line) for line in (folder / "rows.jsonl").open()]
     if not pairs:

@@ -277,6 +277,7 @@ def test_everything_dropped_is_counted_by_its_reason():
         (compared(2), [[0.5, 1.2], [-0.2, 0.5]], r"P\(0 beats 1\) is 1.2, which is no probability"),
         (compared(2), [[0.5, 0.9], [0.4, 0.5]], "take the mean of both orders"),
         (compared(2), [[0.0, 1], [0, 0.0]], "1/2 against itself"),
+        (compared(2), None, "neither a score for every candidate nor preferences"),
     ],
 )
 def test_what_cannot_be_preferences_is_refused_with_the_prompts_name(candidates, matrix, says):
