@@ -152,13 +152,15 @@ def test_a_run_that_is_killed_goes_on_by_the_same_command_and_loses_nothing(
         assert "Traceback" not in command.said().err
         if status == 1:
             assert "was ended by SIGKILL" in command.said().err.splitlines()[-1]
-    done = (folder / "results.json").exists()
+    done, trained = ((folder / name).exists() for name in ("results.json", "trained.json"))
     saved = sorted(path.parent.name for path in folder.glob("checkpoints/checkpoint-*/made_by.json"))
     print("moment:", f"{moment}: killed {number} with {had}, left {saved}{', complete' if done else ''}")
 
     again = complete(typed, tmp_path)
     assert ("This run is complete" in again.out) == done
-    assert (f"going on from {folder / 'checkpoints' / saved[-1]}" in again.out if saved else True) or done
+    goes_on = bool(saved) and not (done or trained)  # killed after its training, it is only judged
+    assert ("going on from" in again.out) == goes_on
+    assert not goes_on or f"going on from {folder / 'checkpoints' / saved[-1]}" in again.out
     ours, theirs = lines(folder), lines(whole)
     assert [line["step"] for line in ours if "train/loss" in line] == list(range(1, STEPS + 1))
     results, wanted = (json.loads((place / "results.json").read_text()) for place in (folder, whole))
