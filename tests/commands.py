@@ -1,6 +1,7 @@
 """`python -m align ...` typed as a user does, in processes of their own, and what becomes of these."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import torch
 from conftest import ROOT, Result, quick
 from safetensors.torch import load_file
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would commands
 MARK = "ALIGN_TEST_MARK"  # in the environment of a command, and so of all that it starts: whose child a process is
 
 
