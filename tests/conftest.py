@@ -51,15 +51,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item.nodeid not in passed]
 
 
-@functools.cache
-def freeze(runs_are_imported: bool) -> None:
-    """Once, and once more: a run collects garbage, which through all that was imported takes half a second each time."""
+def pytest_collection_finish(session: pytest.Session) -> None:
     gc.collect()
     gc.freeze()
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    freeze("align.runs.spine" in sys.modules)
+@pytest.fixture(autouse=True, scope="module")
+def frozen() -> None:
+    """A run collects garbage, which through all that was imported and kept before takes half a second each time."""
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -148,7 +148,6 @@ def align(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], t
                 print(end.code, file=sys.stderr)
             elif isinstance(end.code, int):
                 status = end.code
-        freeze("align.runs.spine" in sys.modules)
         said = capsys.readouterr()
         return Result(status, said.out, said.err)
 
